@@ -1,0 +1,254 @@
+//! Parameter structs and work items exactly as the shaders read them.
+//!
+//! Immediate data are structs of 32-bit scalars; `tests/kernel_abi.rs` reflects every shader and compares name and
+//! offset of every field with the table that [`Immediates::FIELDS`] gives. Work items are rows of the `step` buffer,
+//! read as `vec4<u32>`.
+
+use bytemuck::{Pod, Zeroable};
+
+/// A struct of immediate data with its fields as the shader must declare them.
+pub trait Immediates: Pod {
+    /// WGSL name of the struct.
+    const NAME: &'static str;
+    /// Field names and byte offsets.
+    const FIELDS: &'static [(&'static str, usize)];
+    /// Bytes.
+    const BYTES: u32;
+}
+
+macro_rules! immediates {
+    ($($(#[$doc:meta])* struct $name:ident { $($(#[$field_doc:meta])* $field:ident: $ty:ty,)* })*) => {$(
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Pod, Zeroable)]
+        pub struct $name { $($(#[$field_doc])* pub $field: $ty,)* }
+
+        impl Immediates for $name {
+            const NAME: &'static str = stringify!($name);
+            const FIELDS: &'static [(&'static str, usize)] =
+                &[$((stringify!($field), std::mem::offset_of!($name, $field)),)*];
+            #[expect(clippy::cast_possible_truncation, reason = "a handful of words")]
+            const BYTES: u32 = size_of::<Self>() as u32;
+        }
+    )*};
+}
+
+immediates! {
+    /// Immediate data of decode.
+    struct DecodeParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layer whose pages are read.
+        layer: u32,
+        /// f32 values between query rows.
+        q_stride: u32,
+        /// `sm_scale * log2(e)`.
+        scale_log2: f32,
+    }
+    /// Immediate data of prefill.
+    struct PrefillParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layer whose pages are read.
+        layer: u32,
+        /// f32 values between query rows.
+        q_stride: u32,
+        /// `sm_scale * log2(e)`.
+        scale_log2: f32,
+    }
+    /// Immediate data of merge_states.
+    struct MergeParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// f32 values between output rows.
+        o_stride: u32,
+    }
+    /// Immediate data of append.
+    struct AppendParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layer whose pages are written.
+        layer: u32,
+        /// f32 values between rows.
+        stride: u32,
+        /// f32 values before the keys in a row.
+        k_offset: u32,
+        /// f32 values before the values in a row.
+        v_offset: u32,
+    }
+    /// Immediate data of embed.
+    struct EmbedParams {
+        /// First u32 of the token list in `step`.
+        tokens: u32,
+        /// Rows.
+        n_rows: u32,
+        /// `hidden_size / 8`.
+        cells: u32,
+        /// Rows of the embedding.
+        vocab: u32,
+    }
+    /// Immediate data of rms_norm.
+    struct RmsNormParams {
+        /// First u32 of the list of source rows in `step`.
+        rows: u32,
+        /// 1: row `r` reads row `r`, and there is no list.
+        identity: u32,
+        /// Rows.
+        n_rows: u32,
+        /// f32 values of a row.
+        width: u32,
+        /// Added to the mean square.
+        eps: f32,
+    }
+    /// Immediate data of rope.
+    struct RopeParams {
+        /// First vec2 of the table of (cos, sin) in `step`.
+        angles: u32,
+        /// Rows.
+        n_rows: u32,
+        /// f32 values between rows.
+        stride: u32,
+        /// Query heads and key heads together.
+        n_heads: u32,
+        /// `head_dim / 2`.
+        half_dim: u32,
+    }
+    /// Immediate data of gated_activation.
+    struct GatedActivationParams {
+        /// Rows.
+        n_rows: u32,
+        /// f32 values of gate in a row.
+        width: u32,
+    }
+    /// Immediate data of matmul and matvec.
+    struct MatmulParams {
+        /// First row of x.
+        x_row: u32,
+        /// First row of y.
+        y_row: u32,
+        /// Rows.
+        n_rows: u32,
+        /// Output features.
+        cols: u32,
+        /// Input features / 8.
+        cells: u32,
+    }
+    /// Immediate data of sample.
+    struct SampleParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Logits of a row.
+        vocab: u32,
+    }
+}
+
+/// Words of one row of the `step` buffer.
+pub const VEC4_WORDS: usize = 4;
+
+/// Decode: one (row, KV head) against one run of tokens.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct DecodeItem {
+    /// `row * num_kv_heads + kv_head`.
+    pub q_row: u32,
+    /// Tokens of the run.
+    pub n_tokens: u32,
+    /// Table entry of the run's first page in layer 0.
+    pub page_lo: u32,
+    /// First attention state that the item writes, one per query head of the group.
+    pub slot: u32,
+    /// Table entries between one layer's list and the next.
+    pub layer_stride: u32,
+    /// Unused.
+    pub pad: [u32; 3],
+}
+
+/// Prefill: a tile of query rows of one KV head against one run of tokens.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PrefillItem {
+    /// First query row.
+    pub row_lo: u32,
+    /// Query positions in the tile.
+    pub n_rows: u32,
+    /// KV head.
+    pub kv_head: u32,
+    /// Table entry of the run's first page in layer 0.
+    pub page_lo: u32,
+    /// Tokens of the run.
+    pub n_tokens: u32,
+    /// Cache index of the run's first token.
+    pub first_token: u32,
+    /// Cache index of the first query row.
+    pub first_index: u32,
+    /// First attention state that the item writes, one per (position, query head of the group).
+    pub slot: u32,
+    /// Table entries between one layer's list and the next.
+    pub layer_stride: u32,
+    /// Unused.
+    pub pad: [u32; 3],
+}
+
+/// Merge: the states of one (row, KV head).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct MergeItem {
+    /// `row * num_kv_heads + kv_head`.
+    pub q_row: u32,
+    /// First state of the first run.
+    pub state_lo: u32,
+    /// Runs.
+    pub n_states: u32,
+    /// States between one run and the next.
+    pub stride: u32,
+}
+
+/// Append: consecutive rows into one page of one KV head.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct AppendItem {
+    /// First row.
+    pub row_lo: u32,
+    /// Rows.
+    pub n_rows: u32,
+    /// KV head.
+    pub kv_head: u32,
+    /// Table entry of the page in layer 0.
+    pub page_entry: u32,
+    /// Table entries between one layer's list and the next.
+    pub layer_stride: u32,
+    /// Slot of the first row in the page.
+    pub slot_in_page: u32,
+    /// Unused.
+    pub pad: [u32; 2],
+}
+
+/// Sample: one row of logits.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct SampleItem {
+    /// Row of logits.
+    pub row: u32,
+    /// Keep this many of the largest logits; 0 keeps all.
+    pub top_k: u32,
+    /// Seed.
+    pub seed: [u32; 2],
+    /// `1 / temperature`; 0 takes the largest logit.
+    pub inverse_temperature: f32,
+    /// Keep the most probable tokens until their mass reaches this.
+    pub top_p: f32,
+    /// Position of the sampled token in its sequence, so that each draw is its own.
+    pub position: u32,
+    /// Unused.
+    pub pad: u32,
+}

@@ -1,0 +1,85 @@
+//! Split-KV decode: one query row per sequence attends to its cached tokens.
+//!
+//! ```text
+//! s[h, t] = sm_scale * <q[row, h], k[t, h / group_size]>
+//! m[h] = max_t s,   l[h] = sum_t exp(s - m),   o[h] = sum_t exp(s - m) * v[t, h / group_size]     (unnormalised)
+//! q [rows][num_qo_heads][head_dim] f32      state_o [state][head_dim] f32      state_ml [state] (m, l), m base 2
+//! ```
+//!
+//! **Work.** One workgroup per [`DecodeItem`]: a (row, KV head) and a run of at most [`DecodeSpec::kv_chunk`] tokens
+//! whose pages lie in one arena. It writes `group_size` attention states from `slot` on; `merge_states` joins the runs.
+//! Where a sequence is split depends on its own length alone, never on what else is in the batch, so that a
+//! session's result does not change with its company (batch invariance).
+//!
+//! **Mapping.** 64 lanes. In QK a lane owns whole tokens of a tile of 256 (64 for large groups); scores of the tile lie in
+//! workgroup memory; the running maximum is shared. In PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are
+//! added once, at the end. Query heads of the group are packed in `vec4`s, so a group of 3 computes 4.
+//!
+//! **Bytes.** Reads `2 * head_dim * bytes_per_value` per token and KV head once, whatever the group size; writes
+//! `group_size * (head_dim + 2) * 4` per item. **FLOPs.** `4 * num_qo_heads * tokens * head_dim`.
+//!
+//! **Degenerate.** A run of no tokens writes `m = -1e30, l = 0, o = 0`. Slots past the last token are never used,
+//! whatever they hold.
+//!
+//! Method: FlashDecoding (Dao et al., 2023) and FlashInfer (arXiv:2501.01005); group packing as in both.
+
+use super::abi::{DecodeItem, DecodeParams, Immediates as _};
+use super::attention::{CacheShape, lanes_module};
+use super::{Access, Binding, Constant, KernelSpec, Work, modules};
+use crate::device::Tier;
+
+const BINDINGS: &[Binding] = &[
+    ("step", Access::Read),
+    ("tables", Access::Read),
+    ("arena", Access::Read),
+    ("q", Access::Read),
+    ("state_o", Access::ReadWrite),
+    ("state_ml", Access::ReadWrite),
+];
+
+const WORKGROUP_SIZE: u32 = 64;
+
+/// A decode kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DecodeSpec {
+    /// The cache it reads.
+    pub shape: CacheShape,
+    /// The reductions it uses.
+    pub tier: Tier,
+}
+
+impl DecodeSpec {
+    /// Tokens of a run at most: a multiple of every page size, long enough that an item's states are a small part of
+    /// what it reads, short enough that one long sequence fills a device.
+    pub const fn kv_chunk() -> u32 {
+        512
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> KernelSpec {
+        let head_vecs = self.shape.heads.group_size().div_ceil(4);
+        let tokens_per_lane = if head_vecs <= 2 { 4 } else { 1 };
+        let mut constants = self.shape.constants();
+        constants.push(("WORKGROUP_SIZE", Constant::U32(WORKGROUP_SIZE)));
+        constants.push(("TOKENS_PER_LANE", Constant::U32(tokens_per_lane)));
+        KernelSpec {
+            name: "decode",
+            constants,
+            modules: vec![lanes_module(self.tier), self.shape.codec_module(), &modules::DECODE],
+            bindings: BINDINGS,
+            immediate_bytes: DecodeParams::BYTES,
+        }
+    }
+
+    /// Bytes and FLOPs of a work list.
+    pub fn work(&self, items: &[DecodeItem]) -> Work {
+        let group = u64::from(self.shape.heads.group_size());
+        let head_dim = u64::from(self.shape.heads.head_dim);
+        let tokens: u64 = items.iter().map(|i| u64::from(i.n_tokens)).sum();
+        Work {
+            bytes_read: tokens * self.shape.codec.token_bytes(self.shape.heads.head_dim).0,
+            bytes_written: items.len() as u64 * group * (head_dim + 2) * 4,
+            flops: 4 * group * tokens * head_dim,
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! Merging attention states: the partial results of one query row over disjoint runs of tokens become its output.
+//!
+//! ```text
+//! m = max_i m_i      l = sum_i exp2(m_i - m) * l_i      o = sum_i exp2(m_i - m) * o_i / l      lse = m + log2(l)
+//! state_o [state][head_dim] f32   state_ml [state] (m, l)   o [rows][num_qo_heads][head_dim] f32   lse [rows][num_qo_heads]
+//! ```
+//!
+//! **Work.** One workgroup per [`MergeItem`](super::abi::MergeItem) = (row, KV head); lane = channel; runs are added in
+//! list order, so the result is deterministic. The same kernel joins splits, arenas and, later, codecs.
+//!
+//! **Bytes.** `states * (head_dim + 2) * 4` read, `num_qo_heads * (head_dim + 1) * 4` written per row.
+//!
+//! **Degenerate.** No token in any run gives `o = 0` and `lse = -1e30`.
+
+use super::abi::{Immediates as _, MergeParams};
+use super::attention::CacheShape;
+use super::{Access, Binding, Constant, KernelSpec, modules};
+
+const BINDINGS: &[Binding] = &[
+    ("step", Access::Read),
+    ("state_o", Access::Read),
+    ("state_ml", Access::Read),
+    ("o", Access::ReadWrite),
+    ("lse", Access::ReadWrite),
+];
+
+/// The merge kernel of a cache shape.
+pub fn kernel(shape: &CacheShape) -> KernelSpec {
+    let mut constants = shape.constants();
+    constants.push(("WORKGROUP_SIZE", Constant::U32(64)));
+    KernelSpec {
+        name: "merge_states",
+        constants,
+        modules: vec![&modules::MERGE_STATES],
+        bindings: BINDINGS,
+        immediate_bytes: MergeParams::BYTES,
+    }
+}

@@ -1,0 +1,150 @@
+//! The kernels: each is one WGSL file under `shaders/` and one Rust file here whose module doc is its specification.
+//!
+//! A [`KernelSpec`] is plain data: the WGSL modules to join, the constants that the model and the cache format fix,
+//! the bindings, and the size of the immediate data. [`link`] turns it into one WGSL text, [`pipeline`] compiles that
+//! for a device and caches it, [`recording`] puts dispatches into a pass. [`registry`] enumerates every supported spec, so
+//! that a test without any GPU can link, validate and reflect all of them.
+//!
+//! Text is specialised by constants in a prelude rather than by WGSL `override`s, because register tiles (function
+//! arrays) and loop bounds that depend on `head_dim` and `group_size` must be constant expressions.
+
+pub mod abi;
+pub mod append;
+pub mod attention;
+pub mod decode;
+pub mod elementwise;
+pub mod link;
+pub mod matmul;
+pub mod merge_states;
+pub mod pipeline;
+pub mod prefill;
+pub mod recording;
+pub mod registry;
+pub mod sample;
+
+pub use link::{LinkedShader, link};
+pub use pipeline::{KernelError, Pipeline, PipelineCache, Slot};
+pub use recording::Recorder;
+
+/// One WGSL file.
+#[derive(Debug)]
+pub struct Module {
+    /// Path below `shaders/`.
+    pub name: &'static str,
+    /// Its text.
+    pub text: &'static str,
+}
+
+impl PartialEq for Module {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for Module {}
+
+impl std::hash::Hash for Module {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
+}
+
+macro_rules! modules {
+    ($($(#[$doc:meta])* $name:ident = $path:literal;)*) => {
+        $($(#[$doc])* pub static $name: $crate::kernels::Module = $crate::kernels::Module {
+            name: $path,
+            text: include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/shaders/", $path)),
+        };)*
+    };
+}
+
+/// The WGSL files, one constant each.
+pub mod modules {
+    modules! {
+        /// f32 to f16 bits, rounding to nearest even on every device.
+        F16 = "common/f16.wgsl";
+        /// Reductions over a workgroup through workgroup memory.
+        LANES_PORTABLE = "common/lanes_portable.wgsl";
+        /// The same reductions with subgroup operations.
+        LANES_SUBGROUP = "common/lanes_subgroup.wgsl";
+        /// The f16 page codec.
+        CODEC_F16 = "codec/f16.wgsl";
+        /// Split-KV decode.
+        DECODE = "attention/decode.wgsl";
+        /// Chunked causal prefill.
+        PREFILL = "attention/prefill.wgsl";
+        /// Merging attention states.
+        MERGE_STATES = "attention/merge_states.wgsl";
+        /// New tokens into pages.
+        APPEND = "cache/append.wgsl";
+        /// Token embedding.
+        EMBED = "model/embed.wgsl";
+        /// RMS norm.
+        RMS_NORM = "model/rms_norm.wgsl";
+        /// Rotary positions.
+        ROPE = "model/rope.wgsl";
+        /// Gated activation.
+        GATED_ACTIVATION = "model/gated_activation.wgsl";
+        /// Matrix product for many rows.
+        MATMUL = "model/matmul.wgsl";
+        /// Matrix product for few rows.
+        MATVEC = "model/matvec.wgsl";
+        /// Sampling.
+        SAMPLE = "model/sample.wgsl";
+    }
+}
+
+/// How a shader may use a binding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// `var<storage, read>`.
+    Read,
+    /// `var<storage, read_write>`.
+    ReadWrite,
+}
+
+/// One storage binding: its WGSL name and access; its position is its binding number.
+pub type Binding = (&'static str, Access);
+
+/// A WGSL constant of the prelude.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Constant {
+    /// `const NAME = 1u;`
+    U32(u32),
+    /// `const NAME = true;`
+    Bool(bool),
+}
+
+/// Everything that decides a kernel's text and layout.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct KernelSpec {
+    /// For labels, errors and reports.
+    pub name: &'static str,
+    /// Constants of the prelude, in order.
+    pub constants: Vec<(&'static str, Constant)>,
+    /// WGSL files, joined in order.
+    pub modules: Vec<&'static Module>,
+    /// Storage bindings of group 0.
+    pub bindings: &'static [Binding],
+    /// Bytes of `var<immediate>`.
+    pub immediate_bytes: u32,
+}
+
+/// What a kernel moves and computes at best, for rooflines: the same numbers that its plan was made with.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Work {
+    /// Bytes that must be read.
+    pub bytes_read: u64,
+    /// Bytes that must be written.
+    pub bytes_written: u64,
+    /// Floating-point operations; a fused multiply-add counts two.
+    pub flops: u64,
+}
+
+/// Workgroups of one dispatch are laid out in rows of this many, because WebGPU allows no more in one dimension.
+pub const GRID_WIDTH: u32 = 65_535;
+
+/// A dispatch of `n` workgroups as a grid; the shader computes `y * GRID_WIDTH + x` and stops at `n`.
+pub const fn flat_grid(n: u32) -> [u32; 3] {
+    if n <= GRID_WIDTH { [n, 1, 1] } else { [GRID_WIDTH, n.div_ceil(GRID_WIDTH), 1] }
+}

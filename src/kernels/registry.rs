@@ -1,0 +1,53 @@
+//! Every kernel that can be asked for, so that tests cover what the program can reach.
+
+use super::attention::CacheShape;
+use super::decode::DecodeSpec;
+use super::matmul::{self, Output};
+use super::prefill::PrefillSpec;
+use super::{KernelSpec, append, elementwise, merge_states, sample};
+use crate::compression::hidden::HiddenCodec;
+use crate::device::Tier;
+use crate::geometry::HeadGeometry;
+
+/// Head widths that tests and `verify` cover.
+pub const HEAD_DIMS: [u32; 5] = [64, 80, 96, 128, 256];
+/// Query heads per KV head that tests and `verify` cover.
+pub const GROUP_SIZES: [u32; 5] = [1, 3, 4, 7, 8];
+/// Tokens per page that can be chosen.
+pub const PAGE_SIZES: [u32; 4] = [16, 32, 64, 128];
+/// The page size of the program where nothing else is said.
+pub const DEFAULT_PAGE_SIZE: u32 = 64;
+
+/// Cache shapes over all head widths, group sizes, codecs and the given page sizes, on two KV heads.
+pub fn cache_shapes(page_sizes: &[u32]) -> Vec<CacheShape> {
+    let mut shapes = Vec::new();
+    for head_dim in HEAD_DIMS {
+        for group_size in GROUP_SIZES {
+            for &page_size in page_sizes {
+                for codec in HiddenCodec::ALL {
+                    let heads = HeadGeometry { num_qo_heads: 2 * group_size, num_kv_heads: 2, head_dim };
+                    shapes.push(CacheShape { heads, page_size, codec });
+                }
+            }
+        }
+    }
+    shapes
+}
+
+/// Every spec of every kernel, over both tiers.
+pub fn all_specs() -> Vec<KernelSpec> {
+    let mut specs = vec![elementwise::embed(), elementwise::rope(), elementwise::gated_activation()];
+    for tier in [Tier::Portable, Tier::Subgroup] {
+        specs.push(elementwise::rms_norm(tier));
+        specs.push(sample::kernel(tier));
+    }
+    for output in [Output::Replace, Output::Accumulate] {
+        specs.push(matmul::matmul(output));
+        specs.extend([1, 4].map(|rows| matmul::matvec(output, rows)));
+    }
+    for shape in cache_shapes(&PAGE_SIZES) {
+        specs.extend([Tier::Portable, Tier::Subgroup].map(|tier| DecodeSpec { shape, tier }.kernel()));
+        specs.extend([PrefillSpec { shape }.kernel(), merge_states::kernel(&shape), append::kernel(&shape)]);
+    }
+    specs
+}
