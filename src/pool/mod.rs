@@ -109,10 +109,10 @@ impl PoolLayout {
     pub fn split(&self) -> Result<(Vec<Bytes>, Bytes), PoolError> {
         let fixed = self.staging + self.scratch;
         let tables_per_slab = Bytes(self.slab.0.div_ceil(self.smallest_page.0) * Self::ENTRIES_PER_PAGE * 4);
-        // 256 covers rounding the tables up to a whole allocation.
         let needed = Bytes(tables_per_slab.0 + 256);
-        let left = self.budget.saturating_sub(fixed + needed);
-        let slabs = left.0 / (self.slab.0 + tables_per_slab.0) + u64::from(left.0 >= self.slab.0 && left.0 / (self.slab.0 + tables_per_slab.0) == 0);
+        // Rounding the tables up to a whole allocation costs less than the 256 bytes that `needed` set aside.
+        let left = self.budget.saturating_sub(fixed + Bytes(256));
+        let slabs = left.0 / (self.slab.0 + tables_per_slab.0);
         let slabs_per_arena = self.max_binding.0 / self.slab.0;
         if slabs == 0 || slabs_per_arena == 0 {
             let fixed = fixed + needed;
@@ -229,15 +229,9 @@ impl PagePool {
 
     /// Pages of class `at` that could be committed now, beside all commitments made before.
     fn available(&self, at: usize) -> u32 {
-        let per_slab = |c: &PageClass| u32::try_from(self.slab.0 / c.page.0).expect("pages of a slab fit in 32 bits");
-        let partial = |at: usize| self.arenas.iter().map(|a| a.free_in_partial_slabs(at)).sum::<u32>();
-        let free: u32 = self.arenas.iter().map(Arena::free_slabs).sum();
-        let promised: u32 = (self.classes.iter().enumerate())
-            .filter(|(other, _)| *other != at)
-            .map(|(other, c)| c.committed.saturating_sub(partial(other)).div_ceil(per_slab(c)))
-            .sum();
         let class = &self.classes[at];
-        (partial(at) + free.saturating_sub(promised) * per_slab(class)).saturating_sub(class.committed)
+        let slabs = self.free_slabs().saturating_sub(self.slabs_promised_to_others(at));
+        (self.partial(at) + slabs * self.pages_per_slab(class)).saturating_sub(class.committed)
     }
 
     /// Promises `pages` pages of `page` bytes: each can then be taken without failing.
@@ -284,18 +278,19 @@ impl PagePool {
             return Err(PoolError::NotCommitted(page));
         }
         let n = self.arenas.len();
-        // Slabs that already serve this page size come first, so that a spilling layer does not break a whole slab
-        // that another page size was promised.
-        let partial = (0..n).map(|i| (preferred + i) % n).find(|&i| self.arenas[i].free_in_partial_slabs(at) > 0);
-        let preferred = preferred % n;
-        let own = &self.arenas[preferred];
-        let spare = self.arenas.iter().map(Arena::free_slabs).sum::<u32>() > self.promised_slabs(at);
-        let chosen = if own.free_in_partial_slabs(at) > 0 || (own.free_slabs() > 0 && (spare || partial.is_none())) {
-            preferred
-        } else {
-            partial
-                .or_else(|| (0..n).map(|i| (preferred + i) % n).find(|&i| self.arenas[i].free_slabs() > 0))
-                .expect("a committed page should exist")
+        let from_preferred = |has: &dyn Fn(&Arena) -> bool| {
+            (0..n).map(|i| (preferred + i) % n).find(|&i| has(&self.arenas[i]))
+        };
+        let partial = from_preferred(&|a| a.free_in_partial_slabs(at) > 0);
+        let whole = from_preferred(&|a| a.free_slabs() > 0);
+        // Breaking a whole slab while another arena has a page to spare is worth it for affinity, as long as no other
+        // page size was promised that slab.
+        let may_break = self.free_slabs() > self.slabs_promised_to_others(at);
+        let chosen = match (partial, whole) {
+            (Some(p), Some(w)) if p != preferred % n && w == preferred % n && may_break => w,
+            (Some(p), _) => p,
+            (None, Some(w)) => w,
+            (None, None) => unreachable!("a committed page should exist"),
         };
         let cell = self.arenas[chosen].take(at).expect("the chosen arena should have a page");
         self.classes[at].committed -= 1;
@@ -304,15 +299,25 @@ impl PagePool {
         Ok(PageId { arena: u16::try_from(chosen).expect("arenas are few"), cell })
     }
 
-    /// Whole slabs that commitments of all classes need, counting for class `at` one page less than it will take now.
-    fn promised_slabs(&self, at: usize) -> u32 {
+    /// Pages that one slab gives class `c`.
+    fn pages_per_slab(&self, c: &PageClass) -> u32 {
+        u32::try_from(self.slab.0 / c.page.0).expect("pages of a slab fit in 32 bits")
+    }
+
+    /// Free pages of class `at` in slabs that already serve it.
+    fn partial(&self, at: usize) -> u32 {
+        self.arenas.iter().map(|a| a.free_in_partial_slabs(at)).sum()
+    }
+
+    fn free_slabs(&self) -> u32 {
+        self.arenas.iter().map(Arena::free_slabs).sum()
+    }
+
+    /// Whole slabs that the commitments of all classes but `at` need.
+    fn slabs_promised_to_others(&self, at: usize) -> u32 {
         (self.classes.iter().enumerate())
-            .map(|(i, c)| {
-                let partial: u32 = self.arenas.iter().map(|a| a.free_in_partial_slabs(i)).sum();
-                let per_slab = u32::try_from(self.slab.0 / c.page.0).expect("pages of a slab fit in 32 bits");
-                // A new slab for `at` serves its later commitments too, so it costs nothing that was promised.
-                if i == at && c.committed > partial { 0 } else { c.committed.saturating_sub(partial).div_ceil(per_slab) }
-            })
+            .filter(|(other, _)| *other != at)
+            .map(|(other, c)| c.committed.saturating_sub(self.partial(other)).div_ceil(self.pages_per_slab(c)))
             .sum()
     }
 

@@ -1,0 +1,3 @@
+//! Measuring: kernels against the oracle, and models against texts.
+
+pub mod verify;

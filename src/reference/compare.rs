@@ -1,0 +1,143 @@
+//! How far two results are apart, and how far they may be.
+//!
+//! Kernel error is measured against the f64 oracle over the same decoded cache, with bounds derived from the arithmetic
+//! ([`Tolerance`]); quality is measured between distributions ([`kl_divergence`], [`agree_top1`]) and only reported.
+
+/// Normalised mean squared error, `sum (a - b)^2 / sum b^2`; infinite when any value of `a` is not finite.
+///
+/// # Panics
+/// When the lengths differ or nothing is compared.
+pub fn nmse(a: &[f32], reference: &[f64]) -> f64 {
+    assert_eq!(a.len(), reference.len(), "compared results should have equal lengths");
+    assert!(!a.is_empty(), "an empty comparison would always pass");
+    if a.iter().any(|x| !x.is_finite()) {
+        return f64::INFINITY;
+    }
+    let error: f64 = a.iter().zip(reference).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum();
+    let power: f64 = reference.iter().map(|b| b * b).sum();
+    if error == 0.0 { 0.0 } else { error / power }
+}
+
+/// A bound on the error of one f32 result.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tolerance {
+    relative: f64,
+}
+
+impl Tolerance {
+    /// Unit roundoff of f32.
+    const U: f64 = 1.0 / (1 << 24) as f64;
+
+    /// Attention over `n_tokens` tokens of `head_dim` channels.
+    ///
+    /// A score is a sum of `head_dim` products of magnitude at most `score_scale` in all: rounding moves it by about
+    /// `sqrt(head_dim) * u * score_scale` (errors of a long sum behave like a random walk; Higham, Accuracy and Stability,
+    /// section 2.8), and `exp2` turns that into a relative error of the probability, plus 4 u for `exp2` itself
+    /// (WGSL grants `3 + 2 |x|` ULP, and `|x|` is small where the probability is not). The weighted sum of the values
+    /// adds `sqrt(n_tokens) * u`, and joining stripes and states a few u. All of it scales with the sum of
+    /// `p * |v|`. A factor of 8 covers the tail of the random walk over the millions of outputs compared.
+    pub fn attention(n_tokens: usize, head_dim: u32, score_scale: f64) -> Self {
+        let score = f64::from(head_dim).sqrt() * score_scale;
+        Self { relative: 8.0 * Self::U * (score + (n_tokens as f64).sqrt() + 8.0) }
+    }
+
+    /// A sum of `n` products.
+    pub fn dot(n: usize) -> Self {
+        Self { relative: 8.0 * Self::U * ((n as f64).sqrt() + 2.0) }
+    }
+
+    /// The largest `error / bound` over all results, where `scale` is the magnitude that each bound multiplies;
+    /// above 1 is a failure. Infinite when any result is not finite.
+    ///
+    /// # Panics
+    /// When the lengths differ or nothing is compared.
+    pub fn worst(&self, results: &[f32], reference: &[f64], scale: &[f64]) -> f64 {
+        assert!(results.len() == reference.len() && results.len() == scale.len(), "lengths should be equal");
+        assert!(!results.is_empty(), "an empty comparison would always pass");
+        results.iter().zip(reference.iter().zip(scale)).fold(0.0, |worst, (a, (b, scale))| {
+            if !a.is_finite() {
+                return f64::INFINITY;
+            }
+            // The smallest normal f32 keeps results that should be zero comparable.
+            let bound = self.relative * scale + f64::from(f32::MIN_POSITIVE);
+            f64::max(worst, (f64::from(*a) - b).abs() / bound)
+        })
+    }
+}
+
+/// `ln sum exp(logits)`.
+pub fn log_sum_exp(logits: &[f64]) -> f64 {
+    let top = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    top + logits.iter().map(|x| (x - top).exp()).sum::<f64>().ln()
+}
+
+/// Kullback-Leibler divergence `KL(p || q)` in nats between two rows of logits.
+///
+/// # Panics
+/// When the lengths differ or are zero.
+pub fn kl_divergence(p_logits: &[f64], q_logits: &[f64]) -> f64 {
+    assert_eq!(p_logits.len(), q_logits.len(), "both should cover the same vocabulary");
+    assert!(!p_logits.is_empty(), "an empty comparison would always pass");
+    let (p_total, q_total) = (log_sum_exp(p_logits), log_sum_exp(q_logits));
+    let terms = p_logits.iter().zip(q_logits).map(|(p, q)| {
+        let log_p = p - p_total;
+        log_p.exp() * (log_p - (q - q_total))
+    });
+    terms.sum::<f64>().max(0.0)
+}
+
+/// Index of the largest value, the first among equals.
+pub fn argmax(values: &[f64]) -> usize {
+    let mut best = 0;
+    for (i, value) in values.iter().enumerate() {
+        if *value > values[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// Whether both rows have their largest value at the same place.
+pub fn agree_top1(a: &[f64], b: &[f64]) -> bool {
+    argmax(a) == argmax(b)
+}
+
+/// f32 values as f64.
+pub fn widen(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|x| f64::from(*x)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nmse_sees_small_errors_and_no_numbers() {
+        assert_eq!(nmse(&[1.0, 2.0], &[1.0, 2.0]), 0.0, "equal");
+        assert!((nmse(&[1.1, 2.0], &[1.0, 2.0]) - 0.002).abs() < 1e-6, "0.1^2 / 5");
+        assert_eq!(nmse(&[f32::NAN, 2.0], &[1.0, 2.0]), f64::INFINITY, "poison is an error");
+        assert_eq!(nmse(&[1.0], &[0.0]), f64::INFINITY, "anything against zero");
+    }
+
+    #[test]
+    fn a_tolerance_fails_just_outside_its_bound() {
+        let tolerance = Tolerance::attention(100, 64, 1.0);
+        let bound = tolerance.relative;
+        let inside = tolerance.worst(&[1.0], &[1.0 + 0.9 * bound], &[1.0]);
+        let outside = tolerance.worst(&[1.0], &[1.0 + 1.1 * bound], &[1.0]);
+        assert!(inside < 1.0 && outside > 1.0, "{inside} and {outside}");
+        assert_eq!(tolerance.worst(&[f32::NAN], &[1.0], &[1.0]), f64::INFINITY, "poison is an error");
+        assert!(bound < 2e-5, "the bound should stay tight: {bound:e}");
+    }
+
+    #[test]
+    fn divergence_is_zero_only_for_equal_distributions() {
+        let p = [0.0, 1.0, 2.0];
+        assert_eq!(kl_divergence(&p, &p), 0.0, "equal");
+        assert!(kl_divergence(&p, &[1.0, 2.0, 3.0]) < 1e-15, "a shift changes nothing");
+        // Two-way by hand: p = (1/2, 1/2), q = (1/4, 3/4).
+        let expected = 0.5 * (2.0_f64).ln() + 0.5 * (2.0_f64 / 3.0).ln();
+        assert!((kl_divergence(&[0.0, 0.0], &[0.0, 3.0_f64.ln()]) - expected).abs() < 1e-12, "by hand");
+        assert!(agree_top1(&p, &[0.0, 0.0, 0.1]) && !agree_top1(&p, &[9.0, 0.0, 0.1]), "top-1");
+    }
+}
