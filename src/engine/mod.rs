@@ -2,14 +2,37 @@
 //!
 //! * [`paged_attention::PagedAttention`] is attention over a paged cache without a model: the library's smallest useful
 //!   part, and what `verify` and the kernel tests drive.
-//! * `Engine` adds weights, activations and sampling, and implements the schedule's
-//!   [`Backend`](crate::schedule::Backend): one step of a whole batch is one submission.
+//! * [`Engine`] adds weights, activations and sampling, and implements the schedule's [`Backend`]: one step of a whole batch
+//!   is one submission, in which the step's words are copied, one pass computes all layers, and the sampled tokens
+//!   are copied back. No buffer, pipeline or bind group is made after construction.
 
+mod layers;
 pub mod paged_attention;
+mod scratch;
+mod step;
+mod weights;
 
-use crate::device::DeviceError;
-use crate::kernels::KernelError;
-use crate::pool::PoolError;
+use std::time::{Duration, Instant};
+
+use crate::compression::Compression;
+use crate::device::staging::{ReadBack, Uploader};
+use crate::device::timing::{Clock, StepTimer};
+use crate::device::{Device, DeviceError};
+use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
+use crate::kernels::attention::CacheShape;
+use crate::kernels::executor::{AttentionKernels, RowBuffers};
+use crate::kernels::plan::{AttentionPlan, Segment};
+use crate::kernels::{KernelError, PipelineCache, Recorder};
+use crate::pool::device::PoolBuffers;
+use crate::pool::page_table::TableShape;
+use crate::pool::{PagePool, PoolError, PoolLayout};
+use crate::schedule::{Backend, Caches, StepPlan, StepResult};
+use crate::weights::Weights;
+use layers::{Layers, RowCounts};
+use paged_attention::slab_bytes;
+use scratch::{Scratch, ScratchSizes};
+use step::{StepRows, inverse_frequencies};
+use weights::DeviceWeights;
 
 /// What can go wrong while executing.
 #[derive(Debug, thiserror::Error)]
@@ -26,4 +49,319 @@ pub enum EngineError {
     /// The caller's numbers do not fit together.
     #[error("{0}")]
     Input(String),
+}
+
+/// How large an [`Engine`] is.
+#[derive(Clone, Copy, Debug)]
+pub struct EngineConfig {
+    /// Device bytes for pages, tables, scratch and staging; weights are apart.
+    pub budget: Bytes,
+    /// Rows of one step at most.
+    pub max_rows: u32,
+    /// Sessions in one step at most.
+    pub max_sessions: u32,
+    /// Rows of logits in one step at most; at least `max_sessions`.
+    pub max_logit_rows: u32,
+    /// Longest context, in tokens.
+    pub context_length: u32,
+    /// Tokens of a page.
+    pub page_size: u32,
+    /// What is done to the cache.
+    pub compression: Compression,
+    /// Largest arena; the adapter's binding limit where `None`.
+    pub max_arena: Option<Bytes>,
+}
+
+/// Figures of the last step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepStats {
+    /// Dispatches recorded.
+    pub dispatches: u32,
+    /// Time on the device, on [`Engine::clock`].
+    pub device: Duration,
+    /// Host time to plan and record, before submission.
+    pub host: Duration,
+}
+
+/// A model on a device.
+#[derive(Debug)]
+pub struct Engine<'d> {
+    device: &'d Device,
+    geometry: ModelGeometry,
+    weights: DeviceWeights,
+    buffers: PoolBuffers,
+    scratch: Scratch,
+    layers: Layers,
+    attention: AttentionKernels,
+    uploader: Uploader,
+    back: ReadBack,
+    timer: StepTimer,
+    frequencies: Vec<f64>,
+    rows: StepRows,
+    words: Vec<u32>,
+    stats: StepStats,
+}
+
+impl<'d> Engine<'d> {
+    /// Uploads the weights, allocates everything that the budget holds, and compiles the kernels. The caches go to the
+    /// scheduler.
+    ///
+    /// # Errors
+    /// [`EngineError::Pool`] when the budget is too small, [`EngineError::Device`] when the device is.
+    pub fn new(device: &'d Device, weights: &Weights, config: &EngineConfig) -> Result<(Self, Caches), EngineError> {
+        let geometry = weights.geometry.clone();
+        geometry.check().map_err(EngineError::Input)?;
+        let codec = config.compression.hidden;
+        let shape = CacheShape { heads: geometry.heads, page_size: config.page_size, codec };
+        let page = codec.page_bytes(shape.page());
+        let (layout, sizes) = Self::layout(device, &geometry, &shape, config);
+        let pool = PagePool::new(&layout)?;
+        let buffers = PoolBuffers::new(device, &pool)?;
+        let scratch = Scratch::new(device, &sizes)?;
+        let weights = DeviceWeights::upload(device, weights)?;
+        let mut cache = PipelineCache::default();
+        let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch)?;
+        let heads = geometry.heads;
+        let rows = RowBuffers {
+            qkv: &scratch.qkv,
+            stride: heads.q_width() + 2 * heads.kv_width(),
+            k_offset: heads.q_width(),
+            v_offset: heads.q_width() + heads.kv_width(),
+            output: &scratch.attention,
+        };
+        let limits = (sizes.max_states, config.max_rows);
+        let attention = AttentionKernels::new(device, &mut cache, shape, &buffers, &scratch.step, &rows, limits)?;
+        let upload = Self::upload_bytes(&sizes, pool.tables());
+        let table_shape =
+            TableShape { num_layers: geometry.num_layers, num_kv_heads: heads.num_kv_heads, page_size: config.page_size, page };
+        let engine = Self {
+            device,
+            frequencies: inverse_frequencies(&geometry),
+            geometry,
+            weights,
+            buffers,
+            layers,
+            attention,
+            uploader: Uploader::new(device, "step staging", upload)?,
+            back: ReadBack::new(device, "token read-back", Self::back_bytes(config, &sizes))?,
+            timer: StepTimer::new(device)?,
+            scratch,
+            rows: StepRows::default(),
+            words: Vec::new(),
+            stats: StepStats::default(),
+        };
+        Ok((engine, Caches::new(pool, table_shape)))
+    }
+
+    /// Splits the budget. Several arenas need more scratch, and more scratch can mean fewer arenas; the larger number
+    /// of arenas is assumed.
+    fn layout(
+        device: &Device,
+        geometry: &ModelGeometry,
+        shape: &CacheShape,
+        config: &EngineConfig,
+    ) -> (PoolLayout, ScratchSizes) {
+        let page = shape.codec.page_bytes(shape.page());
+        let max_binding = config.max_arena.map_or(device.max_binding(), |a| a.min(device.max_binding()));
+        let arenas = config.budget.0.div_ceil(max_binding.0.max(1)).max(1);
+        let sizes = ScratchSizes::new(geometry, shape, config, u32::try_from(arenas).unwrap_or(u32::MAX));
+        // Tables are uploaded from the same staging as the step; an upper bound of their size is two entries per page.
+        let tables = Bytes(config.budget.0 / page.0 * 2 * WORD_BYTES);
+        let upload = Self::upload_bytes(&sizes, tables);
+        let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + Bytes(64);
+        let layout = PoolLayout {
+            budget: config.budget,
+            staging,
+            scratch: sizes.total(),
+            max_binding,
+            slab: slab_bytes(page),
+            smallest_page: page,
+        };
+        (layout, sizes)
+    }
+
+    fn upload_bytes(sizes: &ScratchSizes, tables: Bytes) -> Bytes {
+        (sizes.step + tables).align_up(256)
+    }
+
+    fn back_bytes(config: &EngineConfig, sizes: &ScratchSizes) -> Bytes {
+        // Evaluation reads logits back; generation only tokens.
+        if config.max_logit_rows > config.max_sessions { sizes.logits } else { sizes.tokens }
+    }
+
+    /// The model's shape.
+    pub const fn geometry(&self) -> &ModelGeometry {
+        &self.geometry
+    }
+
+    /// Bytes of weights on the device, outside the budget.
+    pub const fn weight_bytes(&self) -> Bytes {
+        self.weights.bytes
+    }
+
+    /// Bytes of arenas and tables that exist on the device.
+    pub fn pool_bytes(&self) -> Bytes {
+        self.buffers.bytes()
+    }
+
+    /// The clock of [`StepStats::device`].
+    pub const fn clock(&self) -> Clock {
+        self.timer.clock()
+    }
+
+    /// Figures of the last step.
+    pub const fn last_step(&self) -> StepStats {
+        self.stats
+    }
+
+    /// Gathers the rows of the plan; sampling segments get a row of logits each.
+    fn gather(&mut self, plan: &StepPlan) {
+        let StepRows { tokens, positions, logit_rows, samples } = &mut self.rows;
+        tokens.clear();
+        positions.clear();
+        logit_rows.clear();
+        samples.clear();
+        for rows in &plan.segments {
+            tokens.extend_from_slice(&rows.tokens);
+            positions.extend(rows.first_index..rows.first_index + rows.n_rows());
+            if let Some(sampling) = rows.sample {
+                let row = u32::try_from(logit_rows.len()).expect("rows of a step are counted in 32 bits");
+                samples.push(sampling.item(row, rows.first_index + rows.n_rows()));
+                logit_rows.push(u32::try_from(tokens.len() - 1).expect("rows of a step are counted in 32 bits"));
+            }
+        }
+    }
+
+    /// Computes the gathered rows in one submission and leaves `read_bytes` of `source` in the read-back buffer.
+    fn submit(&mut self, plan: &StepPlan, caches: &mut Caches, want: Want) -> Result<Vec<u8>, EngineError> {
+        let started = Instant::now();
+        let mut regions = Vec::new();
+        let mut table_words = Vec::new();
+        for rows in &plan.segments {
+            let table = caches.tables.get_mut(&rows.session).expect("a planned session has a table");
+            if table.is_dirty() {
+                let from = table_words.len();
+                let region = table.write_region(&mut table_words);
+                regions.push((region, from, table_words.len() - from));
+            }
+        }
+        let mut row_lo = 0;
+        let segments: Vec<_> = (plan.segments.iter())
+            .map(|rows| {
+                let table = &caches.tables[&rows.session];
+                let n_rows = rows.n_rows();
+                let first_index = rows.first_index;
+                let segment = Segment { table, row_lo, n_rows, first_index, decode: rows.decode, attend: true };
+                row_lo += n_rows;
+                segment
+            })
+            .collect();
+        let attention_plan = AttentionPlan::new(self.attention.prefill_spec(), self.geometry.num_layers, &segments);
+        self.attention.check(&attention_plan)?;
+        let offsets = self.rows.write(&self.frequencies, &attention_plan, &mut self.words);
+        let step_bytes = self.words.len() as u64 * WORD_BYTES;
+        if step_bytes > self.scratch.step.size() {
+            let (bytes, limit) = (Bytes(step_bytes), Bytes(self.scratch.step.size()));
+            return Err(DeviceError::TooLarge { label: "the work lists of a step".to_owned(), bytes, limit }.into());
+        }
+        let pieces: [&[u8]; 2] = [bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&table_words)];
+        self.uploader.write(self.device, &pieces)?;
+
+        let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        encoder.copy_buffer_to_buffer(self.uploader.source(), 0, &self.scratch.step, 0, step_bytes);
+        for (region, from, n) in regions {
+            let (to, from) = (u64::from(region) * WORD_BYTES, step_bytes + from as u64 * WORD_BYTES);
+            encoder.copy_buffer_to_buffer(self.uploader.source(), from, &self.buffers.tables, to, n as u64 * WORD_BYTES);
+        }
+        let mut recorder = Recorder::new(self.timer.begin(&mut encoder));
+        let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };
+        self.layers.embed(&mut recorder, offsets.tokens, rows.all);
+        for layer in 0..self.geometry.num_layers {
+            self.layers.before_attention(&mut recorder, layer as usize, offsets.angles, rows);
+            self.attention.record(&mut recorder, &attention_plan, &offsets.lists, layer);
+            self.layers.after_attention(&mut recorder, layer as usize, rows);
+        }
+        let n_logits = u32::try_from(self.rows.logit_rows.len()).expect("rows of a step are counted in 32 bits");
+        self.layers.logits(&mut recorder, offsets.logit_rows, n_logits, want == Want::LogitsOfMany);
+        let (source, read_bytes) = match want {
+            Want::Tokens => {
+                self.layers.sample(&mut recorder, offsets.samples, n_logits);
+                (&self.scratch.tokens, u64::from(n_logits) * WORD_BYTES)
+            }
+            Want::Logits | Want::LogitsOfMany => {
+                let row = u64::from(self.geometry.vocab_size) * WORD_BYTES;
+                (&self.scratch.logits, u64::from(n_logits) * row)
+            }
+        };
+        let dispatches = recorder.dispatches();
+        drop(recorder);
+        self.timer.resolve(&mut encoder);
+        if read_bytes > 0 {
+            encoder.copy_buffer_to_buffer(source, 0, self.back.target(), 0, read_bytes);
+        }
+        let host = started.elapsed();
+        self.device.queue.submit([encoder.finish()]);
+        self.uploader.recycle();
+        let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
+        let mut bytes = Vec::with_capacity(length);
+        self.back.read(self.device, length, &mut bytes)?;
+        self.stats = StepStats { dispatches, device: self.timer.elapsed(self.device)?, host };
+        Ok(bytes)
+    }
+
+    /// Computes the plan and returns the logits `[vocab_size]` of each sampling segment instead of a token.
+    ///
+    /// # Errors
+    /// [`EngineError`]; [`EngineError::Input`] when the engine was not made to read logits back.
+    pub fn logits(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<Vec<Vec<f32>>, EngineError> {
+        self.gather(plan);
+        self.read_logits(plan, caches, Want::Logits)
+    }
+
+    /// Computes the plan, in which nothing samples, and returns the logits of the given rows.
+    ///
+    /// # Errors
+    /// As [`Self::logits`].
+    pub fn logits_of_rows(
+        &mut self,
+        plan: &StepPlan,
+        caches: &mut Caches,
+        rows: &[u32],
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        self.gather(plan);
+        self.rows.samples.clear();
+        self.rows.logit_rows.clear();
+        self.rows.logit_rows.extend_from_slice(rows);
+        self.read_logits(plan, caches, Want::LogitsOfMany)
+    }
+
+    fn read_logits(&mut self, plan: &StepPlan, caches: &mut Caches, want: Want) -> Result<Vec<Vec<f32>>, EngineError> {
+        let vocab = self.geometry.vocab_size as usize;
+        let bytes = Bytes((self.rows.logit_rows.len() * vocab) as u64 * WORD_BYTES);
+        if bytes > self.back.capacity() {
+            let capacity = self.back.capacity();
+            return Err(EngineError::Input(format!("{bytes} of logits are wanted; this engine reads back {capacity}")));
+        }
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(&self.submit(plan, caches, want)?);
+        Ok(values.chunks_exact(vocab).map(<[f32]>::to_vec).collect())
+    }
+}
+
+/// What a submission reads back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Want {
+    Tokens,
+    Logits,
+    LogitsOfMany,
+}
+
+impl Backend for Engine<'_> {
+    type Error = EngineError;
+
+    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, EngineError> {
+        let started = Instant::now();
+        self.gather(plan);
+        let bytes = self.submit(plan, caches, Want::Tokens)?;
+        Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&bytes), elapsed: started.elapsed() })
+    }
 }

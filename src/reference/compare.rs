@@ -28,16 +28,17 @@ impl Tolerance {
     /// Unit roundoff of f32.
     const U: f64 = 1.0 / (1 << 24) as f64;
 
-    /// Attention over `n_tokens` tokens of `head_dim` channels.
+    /// Attention over `n_tokens` tokens of `head_dim` channels whose products `q * k` have root mean square
+    /// `product_rms`.
     ///
-    /// A score is a sum of `head_dim` products of magnitude at most `score_scale` in all: rounding moves it by about
-    /// `sqrt(head_dim) * u * score_scale` (errors of a long sum behave like a random walk; Higham, Accuracy and Stability,
-    /// section 2.8), and `exp2` turns that into a relative error of the probability, plus 4 u for `exp2` itself
-    /// (WGSL grants `3 + 2 |x|` ULP, and `|x|` is small where the probability is not). The weighted sum of the values
-    /// adds `sqrt(n_tokens) * u`, and joining stripes and states a few u. All of it scales with the sum of
-    /// `p * |v|`. A factor of 8 covers the tail of the random walk over the millions of outputs compared.
-    pub fn attention(n_tokens: usize, head_dim: u32, score_scale: f64) -> Self {
-        let score = f64::from(head_dim).sqrt() * score_scale;
+    /// A score is a sum of `head_dim` such products. Its partial sums grow like a random walk, and each addition rounds
+    /// by up to u of the partial sum; the errors add up like a random walk too (Higham, Accuracy and Stability,
+    /// section 2.8), to `u * product_rms * head_dim / sqrt(2)`, which the softmax scale divides by `sqrt(head_dim)`.
+    /// An absolute error of the score is a relative error of its probability, beside about 8 u for `exp2` and the
+    /// joining of stripes and states. The weighted sum of the values adds `sqrt(n_tokens) * u`. All of it multiplies
+    /// the sum of `p * |v|`. A factor of 8 covers the tail over the millions of outputs compared.
+    pub fn attention(n_tokens: usize, head_dim: u32, product_rms: f64) -> Self {
+        let score = product_rms * (f64::from(head_dim) / 2.0).sqrt();
         Self { relative: 8.0 * Self::U * (score + (n_tokens as f64).sqrt() + 8.0) }
     }
 

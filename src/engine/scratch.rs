@@ -1,0 +1,111 @@
+//! Activations, logits and the step buffer: everything between the weights and the pages, allocated once.
+
+use super::EngineConfig;
+use crate::device::{Device, DeviceError};
+use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
+use crate::kernels::attention::CacheShape;
+use crate::kernels::decode::DecodeSpec;
+use crate::kernels::executor::AttentionKernels;
+use crate::kernels::prefill::PrefillSpec;
+
+/// Byte sizes of every scratch buffer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScratchSizes {
+    pub(super) hidden: Bytes,
+    pub(super) qkv: Bytes,
+    pub(super) attention: Bytes,
+    pub(super) gate_up: Bytes,
+    pub(super) activated: Bytes,
+    pub(super) logits: Bytes,
+    pub(super) tokens: Bytes,
+    pub(super) step: Bytes,
+    pub(super) states: Bytes,
+    pub(super) max_states: u32,
+}
+
+impl ScratchSizes {
+    pub(super) fn new(geometry: &ModelGeometry, shape: &CacheShape, config: &EngineConfig, arenas: u32) -> Self {
+        let rows = u64::from(config.max_rows);
+        let heads = geometry.heads;
+        let f32s = |width: u32| Bytes(rows * u64::from(width) * WORD_BYTES).align_up(16);
+        let splits = config.context_length.div_ceil(DecodeSpec::kv_chunk());
+        // A list that spills changes arena a few times; each change adds a state per row.
+        let changes = 2 * (arenas - 1);
+        let max_states = heads.num_qo_heads * (config.max_sessions * (splits + changes) + config.max_rows * (1 + changes));
+        let logit_rows = u64::from(config.max_logit_rows);
+        Self {
+            hidden: f32s(geometry.hidden_size),
+            qkv: f32s(heads.q_width() + 2 * heads.kv_width()),
+            attention: f32s(heads.q_width()),
+            gate_up: f32s(2 * geometry.intermediate_size),
+            activated: f32s(geometry.intermediate_size),
+            logits: Bytes(logit_rows * u64::from(geometry.vocab_size) * WORD_BYTES).align_up(16),
+            tokens: Bytes(logit_rows * WORD_BYTES).align_up(16),
+            step: step_bytes(geometry, shape, config, splits + changes, arenas),
+            states: AttentionKernels::scratch_bytes(shape, max_states, config.max_rows),
+            max_states,
+        }
+    }
+
+    /// Bytes of all of them.
+    pub(super) fn total(&self) -> Bytes {
+        [
+            self.hidden, self.hidden, self.qkv, self.attention, self.gate_up, self.activated, self.logits,
+            self.tokens, self.step, self.states,
+        ]
+        .into_iter()
+        .sum()
+    }
+}
+
+/// An upper bound on the words of one step: see `step.rs` for what is in it.
+fn step_bytes(
+    geometry: &ModelGeometry,
+    shape: &CacheShape,
+    config: &EngineConfig,
+    runs: u32,
+    arenas: u32,
+) -> Bytes {
+    let heads = geometry.heads;
+    let (rows, sessions) = (u64::from(config.max_rows), u64::from(config.max_sessions));
+    let runs = u64::from(runs);
+    let tiles = rows / u64::from(PrefillSpec { shape: *shape }.tile_positions()) + sessions;
+    let append = (rows / u64::from(shape.page_size) + 2 * sessions) * 8;
+    let lists = append + sessions * runs * 8 + tiles * (2 * u64::from(arenas) - 1) * 12 + rows * 4;
+    let plans = if arenas == 1 { 1 } else { u64::from(geometry.num_layers) };
+    let per_row = 1 + u64::from(heads.head_dim);
+    let words = rows * per_row + u64::from(config.max_logit_rows) * 9 + lists * u64::from(heads.num_kv_heads) * plans;
+    Bytes((words + 64) * WORD_BYTES).align_up(256)
+}
+
+/// The buffers.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    /// Residual stream.
+    pub(super) x: wgpu::Buffer,
+    /// Normalised rows.
+    pub(super) h: wgpu::Buffer,
+    pub(super) qkv: wgpu::Buffer,
+    pub(super) attention: wgpu::Buffer,
+    pub(super) gate_up: wgpu::Buffer,
+    pub(super) activated: wgpu::Buffer,
+    pub(super) logits: wgpu::Buffer,
+    pub(super) tokens: wgpu::Buffer,
+    pub(super) step: wgpu::Buffer,
+}
+
+impl Scratch {
+    pub(super) fn new(device: &Device, sizes: &ScratchSizes) -> Result<Self, DeviceError> {
+        Ok(Self {
+            x: device.storage("residual stream", sizes.hidden)?,
+            h: device.storage("normalised rows", sizes.hidden)?,
+            qkv: device.storage("qkv rows", sizes.qkv)?,
+            attention: device.storage("attention output", sizes.attention)?,
+            gate_up: device.storage("gate and up rows", sizes.gate_up)?,
+            activated: device.storage("activated rows", sizes.activated)?,
+            logits: device.storage("logits", sizes.logits)?,
+            tokens: device.storage("sampled tokens", sizes.tokens)?,
+            step: device.storage("step", sizes.step)?,
+        })
+    }
+}

@@ -1,0 +1,99 @@
+//! Admission: who may hold pages.
+
+use super::{Caches, Phase, Request, ScheduleConfig, Scheduler, SessionId};
+use crate::geometry::Bytes;
+use crate::pool::PoolError;
+use crate::pool::page_table::PageTable;
+
+/// Why a session can not even wait.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// Nothing to read or nothing to produce.
+    #[error("a session needs at least one prompt token and one token to produce; this one has {prompt} and {max_new}")]
+    Empty {
+        /// Prompt tokens.
+        prompt: usize,
+        /// Tokens to produce.
+        max_new: u32,
+    },
+    /// Longer than the model was made for.
+    #[error(
+        "the prompt has {prompt} tokens and {max_new} are to be produced, {} in all, but the context is {context_length} tokens",
+        prompt + u64::from(*max_new)
+    )]
+    TooLong {
+        /// Prompt tokens.
+        prompt: u64,
+        /// Tokens to produce.
+        max_new: u32,
+        /// Longest context.
+        context_length: u32,
+    },
+    /// Larger than the whole pool.
+    #[error(
+        "a session of {tokens} tokens needs {needed} of pages, but the budget leaves {capacity} for pages; \
+         give a budget of at least {enough}"
+    )]
+    NeverFits {
+        /// Tokens that the session can reach.
+        tokens: u32,
+        /// Bytes of its pages.
+        needed: Bytes,
+        /// Bytes of all arenas.
+        capacity: Bytes,
+        /// A budget that suffices.
+        enough: Bytes,
+    },
+}
+
+/// Whether the request could be admitted to an empty pool.
+pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches) -> Result<(), SubmitError> {
+    let (prompt, max_new) = (request.prompt.len(), request.max_new);
+    if prompt == 0 || max_new == 0 {
+        return Err(SubmitError::Empty { prompt, max_new });
+    }
+    let context_length = config.context_length;
+    let prompt = prompt as u64;
+    if prompt + u64::from(max_new) > u64::from(context_length) {
+        return Err(SubmitError::TooLong { prompt, max_new, context_length });
+    }
+    let tokens = request.max_tokens();
+    let needed = caches.shape.bytes_for(tokens);
+    let capacity = caches.pool.capacity();
+    if needed > capacity {
+        let report = caches.pool.report();
+        let fixed = report.allocated_bytes - capacity;
+        // Whole slabs, and the table entries that come with the additional pages.
+        let more = Bytes(needed.0 - capacity.0 + 16 * caches.shape.page.0);
+        let enough = fixed + capacity + Bytes(more.0 + more.0 / caches.shape.page.0 * 8).align_up(1 << 20);
+        return Err(SubmitError::NeverFits { tokens, needed, capacity, enough });
+    }
+    Ok(())
+}
+
+impl Scheduler {
+    /// Admits waiting sessions in order, until one does not fit.
+    pub(super) fn admit(&mut self) -> Result<Vec<SessionId>, PoolError> {
+        let mut admitted = Vec::new();
+        while let Some(id) = self.waiting.front().copied() {
+            if self.admitted.len() >= self.config.max_sessions as usize {
+                break;
+            }
+            let max_tokens = self.sessions[&id].request.max_tokens();
+            let Caches { pool, ranges, shape, tables } = &mut self.caches;
+            match PageTable::admit(pool, ranges, *shape, max_tokens) {
+                Ok(table) => tables.insert(id, table),
+                Err(PoolError::DoesNotFit { .. }) => break,
+                Err(other) => return Err(other),
+            };
+            self.waiting.pop_front();
+            self.admitted.push(id);
+            let now = self.now;
+            let session = self.session_mut(id);
+            session.phase = Phase::Prefill(0);
+            session.times.admitted = Some(now - session.submitted);
+            admitted.push(id);
+        }
+        Ok(admitted)
+    }
+}

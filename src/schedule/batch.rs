@@ -1,0 +1,87 @@
+//! The rows of one step.
+
+use super::{Phase, ScheduleConfig, Session, SessionId};
+use crate::kernels::sample::Sampling;
+
+/// Consecutive rows of one session.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedRows {
+    /// The session.
+    pub session: SessionId,
+    /// Cache index of the first row, which is also its position.
+    pub first_index: u32,
+    /// One token per row.
+    pub tokens: Vec<u32>,
+    /// Whether this is a decode row.
+    pub decode: bool,
+    /// How to choose the next token from the last row, when it is wanted.
+    pub sample: Option<Sampling>,
+}
+
+impl PlannedRows {
+    /// Rows.
+    pub fn n_rows(&self) -> u32 {
+        u32::try_from(self.tokens.len()).expect("rows of a step are counted in 32 bits")
+    }
+}
+
+/// The rows of a step: decode rows first.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepPlan {
+    /// Segments in row order.
+    pub segments: Vec<PlannedRows>,
+}
+
+impl StepPlan {
+    /// Rows of all segments.
+    pub fn n_rows(&self) -> u32 {
+        self.segments.iter().map(PlannedRows::n_rows).sum()
+    }
+
+    /// Decode rows.
+    pub fn decode_rows(&self) -> u32 {
+        self.segments.iter().filter(|s| s.decode).map(PlannedRows::n_rows).sum()
+    }
+}
+
+/// One decode row for every session in decode, then prompt chunks in order, up to `max_rows` rows.
+pub(super) fn plan<'s>(
+    config: &ScheduleConfig,
+    admitted: impl Iterator<Item = (SessionId, &'s Session)> + Clone,
+) -> StepPlan {
+    let mut plan = StepPlan::default();
+    for (session, s) in admitted.clone() {
+        if s.phase != Phase::Decode {
+            continue;
+        }
+        let last = *s.produced.last().expect("a session in decode has produced a token");
+        let prompt = s.request.prompt.len();
+        let index = prompt + s.produced.len() - 1;
+        plan.segments.push(PlannedRows {
+            session,
+            first_index: u32::try_from(index).expect("contexts are counted in 32 bits"),
+            tokens: vec![last],
+            decode: true,
+            sample: Some(s.request.sampling),
+        });
+    }
+    let mut left = config.max_rows.saturating_sub(plan.n_rows()) as usize;
+    for (session, s) in admitted {
+        let Phase::Prefill(done) = s.phase else { continue };
+        let prompt = &s.request.prompt;
+        let n = (prompt.len() - done as usize).min(left);
+        if n == 0 {
+            continue;
+        }
+        left -= n;
+        let end = done as usize + n;
+        plan.segments.push(PlannedRows {
+            session,
+            first_index: done,
+            tokens: prompt[done as usize..end].to_vec(),
+            decode: false,
+            sample: (end == prompt.len()).then_some(s.request.sampling),
+        });
+    }
+    plan
+}

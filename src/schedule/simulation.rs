@@ -1,0 +1,74 @@
+//! A backend without a device: steps take a time that is computed, tokens come from a seed.
+//!
+//! The same schedule code as on a device, driven in tests through thousands of steps.
+
+use std::time::Duration;
+
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::{Backend, Caches, StepPlan, StepResult};
+use crate::pool::PoolError;
+
+/// Seeded tokens, and a step time that grows with its rows.
+#[derive(Clone, Debug)]
+pub struct Simulation {
+    rng: ChaCha8Rng,
+    vocab: u32,
+    /// Time of a step without rows.
+    pub per_step: Duration,
+    /// Time of each row.
+    pub per_row: Duration,
+    trace: u64,
+    steps: u64,
+}
+
+impl Simulation {
+    /// A simulation whose tokens are uniform below `vocab`.
+    pub fn new(seed: u64, vocab: u32) -> Self {
+        Self {
+            rng: ChaCha8Rng::seed_from_u64(seed),
+            vocab,
+            per_step: Duration::from_millis(1),
+            per_row: Duration::from_micros(100),
+            trace: 0xcbf2_9ce4_8422_2325,
+            steps: 0,
+        }
+    }
+
+    /// A hash of every plan so far (FNV-1a): equal traces have equal hashes.
+    pub const fn trace_hash(&self) -> u64 {
+        self.trace
+    }
+
+    /// Steps executed.
+    pub const fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    fn record(&mut self, value: u32) {
+        for byte in value.to_le_bytes() {
+            self.trace = (self.trace ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+}
+
+impl Backend for Simulation {
+    type Error = PoolError;
+
+    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, PoolError> {
+        self.steps += 1;
+        let mut tokens = Vec::new();
+        for rows in &plan.segments {
+            let table = &caches.tables[&rows.session];
+            assert_eq!(table.n_tokens(), rows.first_index + rows.n_rows(), "the table should hold the planned rows");
+            self.record(rows.session.0);
+            self.record(rows.first_index);
+            rows.tokens.iter().for_each(|t| self.record(*t));
+            if rows.sample.is_some() {
+                tokens.push(self.rng.random_range(0..self.vocab));
+            }
+        }
+        Ok(StepResult { tokens, elapsed: self.per_step + self.per_row * plan.n_rows() })
+    }
+}

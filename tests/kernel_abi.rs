@@ -1,0 +1,244 @@
+//! Without a GPU: what the host writes is what the shaders read, and files that stand in for each other look alike.
+//!
+//! naga reflects the joined text of every kernel; the structs of immediate data have to equal the tables of
+//! `concertina::kernels::abi` in name, fields and offsets. Files of one kind (page codecs, lane reductions) have to
+//! export the same functions with the same signatures, because a kernel is linked with any one of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::path::Path;
+
+use concertina::kernels::abi::{
+    AppendItem, AppendParams, DecodeItem, DecodeParams, EmbedParams, GatedActivationParams, Immediates, MatmulParams,
+    MergeItem, MergeParams, PrefillItem, PrefillParams, RmsNormParams, RopeParams, SampleItem, SampleParams,
+    VEC4_WORDS,
+};
+use concertina::kernels::link;
+use concertina::kernels::registry::all_specs;
+
+/// A struct as either side declares it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Layout {
+    name: String,
+    fields: Vec<(String, usize)>,
+    bytes: usize,
+}
+
+fn host<T: Immediates>() -> Layout {
+    let fields = T::FIELDS.iter().map(|(name, offset)| ((*name).to_owned(), *offset)).collect();
+    Layout { name: T::NAME.to_owned(), fields, bytes: T::BYTES as usize }
+}
+
+fn host_layouts() -> BTreeMap<String, Layout> {
+    let all = [
+        host::<AppendParams>(),
+        host::<DecodeParams>(),
+        host::<EmbedParams>(),
+        host::<GatedActivationParams>(),
+        host::<MatmulParams>(),
+        host::<MergeParams>(),
+        host::<PrefillParams>(),
+        host::<RmsNormParams>(),
+        host::<RopeParams>(),
+        host::<SampleParams>(),
+    ];
+    all.into_iter().map(|layout| (layout.name.clone(), layout)).collect()
+}
+
+/// The struct of the `immediate` variable; `None` when there is none.
+fn shader_layout(module: &naga::Module) -> Result<Option<Layout>, String> {
+    let mut variables = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::Immediate);
+    let Some((_, variable)) = variables.next() else { return Ok(None) };
+    if variables.next().is_some() {
+        return Err("more than one variable of immediate data".to_owned());
+    }
+    let ty = &module.types[variable.ty];
+    let name = ty.name.clone().ok_or("the type of the immediate data has no name")?;
+    let naga::TypeInner::Struct { members, span } = &ty.inner else { return Err(format!("{name} is not a struct")) };
+    let mut fields = Vec::new();
+    for member in members {
+        let field = member.name.clone().unwrap_or_default();
+        // The host's structs hold nothing wider, so that no padding rule of either language applies.
+        if !matches!(module.types[member.ty].inner, naga::TypeInner::Scalar(scalar) if scalar.width == 4) {
+            return Err(format!("{name}.{field} is not a 32-bit scalar"));
+        }
+        fields.push((field, member.offset as usize));
+    }
+    Ok(Some(Layout { name, fields, bytes: *span as usize }))
+}
+
+/// The first difference between what the host writes and what a shader reads.
+fn compare(host: &Layout, shader: &Layout) -> Result<(), String> {
+    if host.name != shader.name {
+        return Err(format!("the host writes {}, the shader reads {}", host.name, shader.name));
+    }
+    for at in 0..host.fields.len().max(shader.fields.len()) {
+        let (expected, found) = (host.fields.get(at), shader.fields.get(at));
+        if expected != found {
+            return Err(format!("{}, field {at}: the host has {expected:?}, the shader {found:?}", host.name));
+        }
+    }
+    if host.bytes != shader.bytes {
+        return Err(format!("{}: {} bytes on the host, {} in the shader", host.name, host.bytes, shader.bytes));
+    }
+    Ok(())
+}
+
+#[test]
+fn immediate_data_are_the_same_on_both_sides() {
+    let hosts = host_layouts();
+    let mut seen = BTreeSet::new();
+    for spec in all_specs() {
+        let (module, _) = link(&spec).validate().unwrap_or_else(|e| panic!("{} {:?}: {e}", spec.name, spec.constants));
+        let shader = shader_layout(&module).unwrap_or_else(|e| panic!("{}: {e}", spec.name));
+        let shader = shader.unwrap_or_else(|| panic!("{} reads no immediate data", spec.name));
+        let host = hosts.get(&shader.name).unwrap_or_else(|| panic!("{}: no struct {} here", spec.name, shader.name));
+        compare(host, &shader).unwrap_or_else(|e| panic!("{}: {e}", spec.name));
+        assert_eq!(spec.immediate_bytes as usize, shader.bytes, "{}: bytes of immediate data", spec.name);
+        seen.insert(shader.name);
+    }
+    let known: BTreeSet<_> = hosts.into_keys().collect();
+    assert_eq!(seen, known, "every struct of the host should be read by some kernel");
+}
+
+#[test]
+fn work_items_are_whole_rows_of_the_step_buffer() {
+    for (name, found, expected) in [
+        ("DecodeItem", size_of::<DecodeItem>(), 32),
+        ("PrefillItem", size_of::<PrefillItem>(), 48),
+        ("MergeItem", size_of::<MergeItem>(), 16),
+        ("AppendItem", size_of::<AppendItem>(), 32),
+        ("SampleItem", size_of::<SampleItem>(), 32),
+    ] {
+        assert_eq!(found, expected, "bytes of {name}");
+        assert_eq!(found % (4 * VEC4_WORDS), 0, "{name} should be whole vec4<u32>");
+    }
+}
+
+fn parse(wgsl: &str) -> naga::Module {
+    naga::front::wgsl::parse_str(wgsl).unwrap_or_else(|e| panic!("{}", e.emit_to_string(wgsl)))
+}
+
+#[test]
+fn a_difference_in_immediate_data_is_noticed() {
+    let host = host::<MergeParams>();
+    let shader = |text: &str| {
+        let module = parse(&format!("{text}\nvar<immediate> params: MergeParams;"));
+        shader_layout(&module).map(|layout| layout.expect("there are immediate data"))
+    };
+    let good = "struct MergeParams { items: u32, n_items: u32, o_stride: u32 }";
+    assert_eq!(compare(&host, &shader(good).expect("scalars")), Ok(()), "the same struct should pass");
+    for (wrong, bad) in [
+        ("a renamed field", "struct MergeParams { items: u32, count: u32, o_stride: u32 }"),
+        ("swapped fields", "struct MergeParams { n_items: u32, items: u32, o_stride: u32 }"),
+        ("a missing field", "struct MergeParams { items: u32, n_items: u32 }"),
+        ("an additional field", "struct MergeParams { items: u32, n_items: u32, o_stride: u32, more: u32 }"),
+        ("a moved field", "struct MergeParams { items: u32, @align(16) n_items: u32, o_stride: u32 }"),
+    ] {
+        let difference = shader(bad).and_then(|shader| compare(&host, &shader));
+        assert!(difference.is_err(), "{wrong} should be noticed");
+    }
+    let vector = shader("struct MergeParams { items: vec3<u32> }");
+    assert!(vector.is_err(), "a field that is no scalar should be noticed");
+    let renamed = Layout { name: "OtherParams".to_owned(), ..host.clone() };
+    assert!(compare(&host, &renamed).is_err(), "another struct should be noticed");
+    assert_eq!(shader_layout(&parse("fn f() {}")), Ok(None), "no immediate data is not an error here");
+}
+
+fn type_name(module: &naga::Module, ty: naga::Handle<naga::Type>) -> String {
+    let ty = &module.types[ty];
+    ty.name.clone().unwrap_or_else(|| format!("{:?}", ty.inner))
+}
+
+/// `name(types) -> type` of every function whose name begins with `prefix`.
+fn signatures(module: &naga::Module, prefix: &str) -> BTreeSet<String> {
+    let mut all = BTreeSet::new();
+    for (_, function) in module.functions.iter() {
+        let Some(name) = function.name.as_deref().filter(|name| name.starts_with(prefix)) else { continue };
+        let arguments: Vec<_> = function.arguments.iter().map(|a| type_name(module, a.ty)).collect();
+        let mut signature = format!("{name}({})", arguments.join(", "));
+        if let Some(result) = &function.result {
+            let _ = write!(signature, " -> {}", type_name(module, result.ty));
+        }
+        all.insert(signature);
+    }
+    all
+}
+
+/// Checks that all files export one and the same set of functions; which file differs, and in what.
+fn same_exports(files: &[(String, BTreeSet<String>)]) -> Result<(), String> {
+    let Some(((first, expected), rest)) = files.split_first() else { return Err("there are no files".to_owned()) };
+    if expected.is_empty() {
+        return Err(format!("{first} exports nothing"));
+    }
+    for (name, found) in rest {
+        if let Some(missing) = expected.difference(found).next() {
+            return Err(format!("{name} lacks {missing}, which {first} has"));
+        }
+        if let Some(additional) = found.difference(expected).next() {
+            return Err(format!("{name} has {additional}, which {first} lacks"));
+        }
+    }
+    Ok(())
+}
+
+/// Text of the WGSL files of one folder whose names begin with `start`, by name.
+fn wgsl_files(folder: &str, start: &str) -> Vec<(String, String)> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders").join(folder);
+    let entries = std::fs::read_dir(&path).unwrap_or_else(|e| panic!("shaders/{folder}: {e}"));
+    let mut files = Vec::new();
+    for entry in entries {
+        let entry = entry.unwrap_or_else(|e| panic!("shaders/{folder}: {e}"));
+        let name = entry.file_name().into_string().expect("shader names are plain text");
+        if name.starts_with(start) && name.ends_with(".wgsl") {
+            files.push((name, std::fs::read_to_string(entry.path()).expect("shaders are text")));
+        }
+    }
+    files.sort();
+    files
+}
+
+/// Constants that a prelude gives; their values do not matter for signatures.
+const PRELUDE: &str = "const HEAD_DIM = 64u; const GROUP_SIZE = 4u; const PAGE_SIZE = 16u; const NUM_KV_HEADS = 2u;
+const WORKGROUP_SIZE = 64u;\n";
+
+#[test]
+fn all_page_codecs_export_the_same_functions() {
+    // Whatever a codec may use besides its own file; lane reductions exclude each other and are not among it.
+    let common = wgsl_files("common", "").into_iter().filter(|(name, _)| !name.starts_with("lanes_"));
+    let common: String = common.map(|(_, text)| text).collect();
+    let files: Vec<_> = wgsl_files("codec", "")
+        .into_iter()
+        .map(|(name, text)| (name, signatures(&parse(&format!("{PRELUDE}{common}{text}")), "codec_")))
+        .collect();
+    same_exports(&files).unwrap_or_else(|e| panic!("{e}"));
+    println!("{} codecs export {:#?}", files.len(), files[0].1);
+}
+
+#[test]
+fn both_lane_reductions_export_the_same_functions() {
+    let files: Vec<_> = wgsl_files("common", "lanes_")
+        .into_iter()
+        .map(|(name, text)| (name, signatures(&parse(&format!("{PRELUDE}{text}")), "lanes_")))
+        .collect();
+    assert_eq!(files.len(), 2, "one file per tier");
+    same_exports(&files).unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
+fn a_difference_in_exports_is_noticed() {
+    let exports = |name: &str, text: &str| (name.to_owned(), signatures(&parse(text), "codec_"));
+    let good = exports("good", "fn codec_a(x: u32) -> f32 { return f32(x); } fn helper() {}");
+    assert_eq!(same_exports(&[good.clone(), good.clone()]), Ok(()), "equal files should pass");
+    for (wrong, text) in [
+        ("another argument", "fn codec_a(x: i32) -> f32 { return f32(x); }"),
+        ("another result", "fn codec_a(x: u32) -> u32 { return x; }"),
+        ("no result", "fn codec_a(x: u32) {}"),
+        ("another name", "fn codec_b(x: u32) -> f32 { return f32(x); }"),
+        ("an additional function", "fn codec_a(x: u32) -> f32 { return f32(x); } fn codec_c() {}"),
+        ("nothing", "fn helper() {}"),
+    ] {
+        assert!(same_exports(&[good.clone(), exports("bad", text)]).is_err(), "{wrong} should be noticed");
+    }
+    assert!(same_exports(&[]).is_err(), "an empty folder should be noticed");
+}

@@ -1,0 +1,567 @@
+//! The page pool against a model that is too simple to be wrong: a map of pages, and counts.
+//!
+//! The model decides by itself which commitment fits, from the pages that it knows of; the pool has to agree on every
+//! decision and on every byte after every step.
+
+use std::collections::BTreeMap;
+use std::str::FromStr as _;
+
+use concertina::geometry::{Bytes, CELL_BYTES};
+use concertina::pool::page_table::{PageTable, TableRanges, TableShape};
+use concertina::pool::{PageId, PagePool, PoolError, PoolLayout, PoolReport};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const KIB: u64 = 1 << 10;
+const SLAB: Bytes = Bytes(64 * KIB);
+/// Sizes that divide a slab, one that leaves a rest, and a whole slab.
+const PAGES: [Bytes; 4] = [Bytes(2 * KIB), Bytes(5 * KIB), Bytes(16 * KIB), SLAB];
+
+fn layout(budget: Bytes, max_binding: Bytes) -> PoolLayout {
+    let (staging, scratch) = (Bytes(96 * KIB), Bytes(40 * KIB));
+    PoolLayout { budget, staging, scratch, max_binding, slab: SLAB, smallest_page: PAGES[0] }
+}
+
+fn pages_per_slab(page: Bytes) -> u64 {
+    SLAB.0 / page.0
+}
+
+/// What the pool should say, from pages and counts alone.
+#[derive(Clone, Debug)]
+struct Model {
+    budget: Bytes,
+    fixed: Bytes,
+    arenas: Vec<Bytes>,
+    pages: BTreeMap<PageId, Bytes>,
+    /// Page size and pages in use of every slab that serves someone.
+    slabs: BTreeMap<(u16, u64), (Bytes, u64)>,
+    committed: BTreeMap<Bytes, u64>,
+    peak_pages: Bytes,
+    released: u64,
+}
+
+impl Model {
+    fn new(layout: &PoolLayout) -> Self {
+        let (arenas, tables) = layout.split().expect("the test's layout should fit its budget");
+        let fixed = layout.staging + layout.scratch + tables;
+        let committed = PAGES.iter().map(|page| (*page, 0)).collect();
+        let (pages, slabs) = (BTreeMap::new(), BTreeMap::new());
+        let (budget, peak_pages, released) = (layout.budget, Bytes::ZERO, 0);
+        Self { budget, fixed, arenas, pages, slabs, committed, peak_pages, released }
+    }
+
+    fn in_use(&self) -> Bytes {
+        self.slabs.values().map(|(page, n)| Bytes(page.0 * n)).sum()
+    }
+
+    fn free_in_partial(&self, page: Bytes) -> u64 {
+        self.slabs.values().filter(|(served, _)| *served == page).map(|(_, n)| pages_per_slab(page) - n).sum()
+    }
+
+    /// Pages of `page` bytes that can still be promised when all earlier promises are kept.
+    fn available(&self, page: Bytes) -> u64 {
+        let all: u64 = self.arenas.iter().map(|arena| arena.0 / SLAB.0).sum();
+        let others = self.committed.iter().filter(|(other, _)| **other != page);
+        let promised: u64 =
+            others.map(|(o, n)| n.saturating_sub(self.free_in_partial(*o)).div_ceil(pages_per_slab(*o))).sum();
+        let free = all - self.slabs.len() as u64 - promised;
+        self.free_in_partial(page) + free * pages_per_slab(page) - self.committed[&page]
+    }
+
+    fn commit(&mut self, page: Bytes, n: u64) {
+        *self.committed.get_mut(&page).expect("the page size should be known") += n;
+    }
+
+    fn uncommit(&mut self, page: Bytes, n: u64) {
+        *self.committed.get_mut(&page).expect("the page size should be known") -= n;
+    }
+
+    /// Notes a page that the pool gave; an error where it could not be the session's alone.
+    fn take(&mut self, id: PageId, page: Bytes) -> Result<(), String> {
+        let start = u64::from(id.cell) * CELL_BYTES;
+        let arena = self.arenas.get(usize::from(id.arena)).ok_or(format!("{id:?} lies in no arena"))?;
+        if start + page.0 > arena.0 {
+            return Err(format!("{id:?} of {page} ends after its arena of {arena}"));
+        }
+        let before = self.pages.range(..=id).next_back().filter(|(other, _)| other.arena == id.arena);
+        if let Some((other, size)) = before.filter(|(o, size)| u64::from(o.cell) * CELL_BYTES + size.0 > start) {
+            return Err(format!("{id:?} begins inside {other:?} of {size}"));
+        }
+        let after = self.pages.range(id..).next().filter(|(other, _)| other.arena == id.arena);
+        if let Some((other, _)) = after.filter(|(o, _)| start + page.0 > u64::from(o.cell) * CELL_BYTES) {
+            return Err(format!("{id:?} of {page} reaches into {other:?}"));
+        }
+        let (served, n) = self.slabs.entry((id.arena, start / SLAB.0)).or_insert((page, 0));
+        if *served != page {
+            return Err(format!("{id:?} of {page} lies in a slab that serves {served}"));
+        }
+        *n += 1;
+        self.uncommit(page, 1);
+        self.pages.insert(id, page);
+        self.peak_pages = self.peak_pages.max(self.in_use());
+        Ok(())
+    }
+
+    fn release(&mut self, id: PageId) {
+        self.pages.remove(&id).expect("the model should hold the page");
+        let slab = (id.arena, u64::from(id.cell) * CELL_BYTES / SLAB.0);
+        let (_, n) = self.slabs.get_mut(&slab).expect("the page's slab should be in use");
+        *n -= 1;
+        if *n == 0 {
+            self.slabs.remove(&slab);
+        }
+        self.released += 1;
+    }
+
+    /// Compares every number of a report; the first that differs.
+    fn compare(&self, report: &PoolReport) -> Result<(), String> {
+        let capacity: Bytes = self.arenas.iter().copied().sum();
+        let pages = self.in_use();
+        let committed: Bytes = self.committed.iter().map(|(page, n)| Bytes(page.0 * n)).sum();
+        let tables = self.fixed - report.staging_bytes - report.scratch_bytes;
+        for (what, expected, found) in [
+            ("budget", self.budget, report.budget_bytes),
+            ("tables", tables, report.tables_bytes),
+            ("arenas", capacity, report.arenas_bytes),
+            ("allocated", self.fixed + capacity, report.allocated_bytes),
+            ("pages in use", pages, report.pages_in_use_bytes),
+            ("peak of pages", self.peak_pages, report.pages_peak_bytes),
+            ("in use", self.fixed + pages, report.in_use_bytes),
+            ("peak", self.fixed + self.peak_pages, report.peak_bytes),
+            ("slack", Bytes(self.slabs.len() as u64 * SLAB.0) - pages, report.slack_bytes),
+            ("committed", committed, report.committed_bytes),
+            ("released pages", Bytes(self.released), Bytes(report.released_pages)),
+            ("arena count", Bytes(self.arenas.len() as u64), Bytes(report.arenas as u64)),
+        ] {
+            if expected != found {
+                return Err(format!("{what}: the model has {}, the pool reports {}", expected.0, found.0));
+            }
+        }
+        for (what, bytes) in [("in use", report.in_use_bytes), ("allocated", report.allocated_bytes)] {
+            if bytes > self.budget {
+                return Err(format!("{what}: {bytes} exceed the budget of {}", self.budget));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How often each kind of step happened, so that a walk that never got anywhere does not pass.
+#[derive(Debug, Default)]
+struct Seen {
+    refused_commits: u32,
+    uncommits: u32,
+    refused_uncommits: u32,
+    takes: u32,
+    refused_takes: u32,
+    releases: u32,
+    refused_releases: u32,
+    emptied: u32,
+}
+
+struct Walk {
+    rng: ChaCha8Rng,
+    pool: PagePool,
+    model: Model,
+    seen: Seen,
+    /// Released pages, to be released again.
+    stale: Vec<PageId>,
+}
+
+impl Walk {
+    fn new(seed: u64) -> Self {
+        let layout = layout(Bytes::mib(5), Bytes(448 * KIB));
+        let mut pool = PagePool::new(&layout).expect("the layout should fit its budget");
+        // Page sizes are registered up front, so that a refused step can be shown to change nothing at all.
+        PAGES.iter().for_each(|page| pool.commit(*page, 0).expect("no pages always fit"));
+        let rng = ChaCha8Rng::seed_from_u64(seed);
+        Self { rng, pool, model: Model::new(&layout), seen: Seen::default(), stale: Vec::new() }
+    }
+
+    /// Runs what must be refused, and checks that nothing moved.
+    fn refused<T>(&mut self, call: impl FnOnce(&mut PagePool) -> Result<T, PoolError>) -> PoolError {
+        let before = self.rng.random_bool(0.01).then(|| format!("{:?}", self.pool));
+        let Err(error) = call(&mut self.pool) else { panic!("the call should be refused: {:?}", self.model) };
+        if let Some(before) = before {
+            assert_eq!(before, format!("{:?}", self.pool), "a refused call should change nothing: {error}");
+        }
+        error
+    }
+
+    fn step(&mut self, filling: bool) {
+        let page = PAGES[self.rng.random_range(0..PAGES.len())];
+        let weights = if filling { [15, 3, 60, 15] } else { [8, 10, 30, 45] };
+        let mut draw = self.rng.random_range(0..100);
+        let choice = weights.iter().position(|w| {
+            let here = draw < *w;
+            draw -= w;
+            here
+        });
+        match choice {
+            Some(0) => self.commit(page),
+            Some(1) => self.uncommit(page),
+            Some(2) => self.take(page),
+            Some(_) => self.release_one(),
+            None => self.release_wrongly(),
+        }
+    }
+
+    fn commit(&mut self, page: Bytes) {
+        let available = self.model.available(page);
+        // Mostly a little, sometimes about all there is.
+        let most = if self.rng.random_bool(0.1) { available + 2 } else { 2 * pages_per_slab(page) };
+        let n = self.rng.random_range(0..=most);
+        let pages = u32::try_from(n).expect("the test's pool is small");
+        if n <= available {
+            self.pool.commit(page, pages).unwrap_or_else(|e| panic!("{n} pages should fit {available}: {e}"));
+            self.model.commit(page, n);
+            return;
+        }
+        self.seen.refused_commits += 1;
+        let needed = Bytes(n * page.0);
+        let capacity = self.model.arenas.iter().copied().sum();
+        let expected = PoolError::DoesNotFit { pages, page, needed, available: Bytes(available * page.0), capacity };
+        assert_eq!(self.refused(|pool| pool.commit(page, pages)), expected, "the refusal should carry the numbers");
+    }
+
+    fn uncommit(&mut self, page: Bytes) {
+        let committed = self.model.committed[&page];
+        let n = self.rng.random_range(0..=committed + 1);
+        let pages = u32::try_from(n).expect("the test's pool is small");
+        if n > committed {
+            let error = self.refused(|pool| pool.uncommit(page, pages));
+            assert_eq!(error, PoolError::NotCommitted(page), "more than was committed");
+            self.seen.refused_uncommits += 1;
+        } else {
+            self.pool.uncommit(page, pages).expect("commitments can be given back");
+            self.model.uncommit(page, n);
+            self.seen.uncommits += 1;
+        }
+    }
+
+    fn take(&mut self, page: Bytes) {
+        // Beyond the number of arenas on purpose: the pool wraps.
+        let preferred = self.rng.random_range(0..2 * self.model.arenas.len());
+        if self.model.committed[&page] == 0 {
+            let error = self.refused(|pool| pool.take(page, preferred));
+            assert_eq!(error, PoolError::NotCommitted(page), "nothing is committed");
+            self.seen.refused_takes += 1;
+            return;
+        }
+        let id = self.pool.take(page, preferred).unwrap_or_else(|e| panic!("a committed page should exist: {e}"));
+        self.model.take(id, page).unwrap_or_else(|e| panic!("{e}"));
+        self.seen.takes += 1;
+    }
+
+    fn release_one(&mut self) {
+        let n = self.model.pages.len();
+        if n == 0 {
+            self.seen.emptied += 1;
+            return;
+        }
+        // A random place in the pool's address range, so that no list of ids has to be kept.
+        let arena = u16::try_from(self.rng.random_range(0..self.model.arenas.len())).expect("arenas are few");
+        let from = PageId { arena, cell: self.rng.random_range(0..28_672) };
+        let id = self.model.pages.range(from..).next().or(self.model.pages.iter().next()).map(|(id, _)| *id);
+        let id = id.expect("some page should be in use");
+        self.pool.release(id).expect("a page in use can be released");
+        self.model.release(id);
+        self.seen.releases += 1;
+        self.stale.push(id);
+        if self.stale.len() > 64 {
+            let at = self.rng.random_range(0..64);
+            self.stale.swap_remove(at);
+        }
+    }
+
+    /// Releases a page that is not in use: twice, in a foreign arena, beyond the end, or inside another page.
+    fn release_wrongly(&mut self) {
+        let kind = self.rng.random_range(0..4);
+        let some = self.model.pages.keys().next_back().copied();
+        let id = match (kind, some) {
+            (0, Some(id)) => PageId { cell: id.cell + 1, ..id },
+            (1, _) => PageId { arena: self.rng.random_range(100..=u16::MAX), cell: 0 },
+            (2, _) => PageId { arena: 0, cell: self.rng.random_range(1 << 20..=u32::MAX) },
+            _ if self.stale.is_empty() => return,
+            _ => self.stale[self.rng.random_range(0..self.stale.len())],
+        };
+        if self.model.pages.contains_key(&id) {
+            return;
+        }
+        let error = self.refused(|pool| pool.release(id));
+        assert_eq!(error, PoolError::NotInUse { page: id }, "the page is not in use");
+        self.seen.refused_releases += 1;
+    }
+
+    /// On a copy: every commitment can be taken, in any order and wherever preferred.
+    fn check_commitments(&mut self) {
+        let (mut pool, mut model) = (self.pool.clone(), self.model.clone());
+        let mut promised: Vec<Bytes> = Vec::new();
+        for (page, n) in &model.committed {
+            promised.extend((0..*n).map(|_| *page));
+        }
+        while !promised.is_empty() {
+            let page = promised.swap_remove(self.rng.random_range(0..promised.len()));
+            let preferred = self.rng.random_range(0..model.arenas.len());
+            let id = pool.take(page, preferred).expect("every committed page can be taken");
+            model.take(id, page).unwrap_or_else(|e| panic!("{e}"));
+        }
+        model.compare(&pool.report()).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    fn check(&self) {
+        self.model.compare(&self.pool.report()).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Releases everything, and shows that each page size alone can then have every slab.
+    fn finish(&mut self) {
+        for id in self.model.pages.keys().copied().collect::<Vec<_>>() {
+            self.pool.release(id).expect("a page in use can be released");
+            self.model.release(id);
+        }
+        for page in PAGES {
+            let n = self.model.committed[&page];
+            self.pool.uncommit(page, u32::try_from(n).expect("small")).expect("commitments can be given back");
+            self.model.uncommit(page, n);
+        }
+        self.check();
+        let report = self.pool.report();
+        assert_eq!(report.pages_in_use_bytes, Bytes::ZERO, "everything was released");
+        assert_eq!(report.slack_bytes, Bytes::ZERO, "every slab should be free again");
+        let slabs = report.arenas_bytes.0 / SLAB.0;
+        for page in PAGES {
+            let n = u32::try_from(slabs * pages_per_slab(page)).expect("the test's pool is small");
+            assert!(self.pool.commit(page, n + 1).is_err(), "{n} pages of {page} are all there are");
+            self.pool.commit(page, n).expect("one page size should get the whole capacity");
+            self.pool.uncommit(page, n).expect("commitments can be given back");
+        }
+    }
+}
+
+#[test]
+fn a_hundred_thousand_random_steps_agree_with_the_model() {
+    for seed in 0..4 {
+        let mut walk = Walk::new(seed);
+        // A panic below shows this line with it, which is enough to repeat the walk.
+        println!("seed {seed}");
+        for step in 0..25_000 {
+            walk.step(step / 1_500 % 2 == 0);
+            walk.check();
+            if step % 500 == 0 {
+                walk.check_commitments();
+            }
+        }
+        walk.finish();
+        let s = &walk.seen;
+        let least = [s.refused_commits, s.uncommits, s.refused_uncommits, s.takes, s.refused_takes, s.releases];
+        let least = least.into_iter().chain([s.refused_releases]).min().unwrap_or(0);
+        assert!(least >= 50, "every kind of step should have happened often: {s:?}");
+        let (peak, capacity) = (walk.model.peak_pages, walk.model.arenas.iter().copied().sum::<Bytes>());
+        assert!(2 * peak.0 > capacity.0, "the walk should have filled the pool: {peak} of {capacity}");
+    }
+}
+
+#[test]
+fn the_model_notices_a_wrong_number_and_an_overlap() {
+    let mut walk = Walk::new(7);
+    (0..2_000).for_each(|_| walk.step(true));
+    walk.check();
+    let mut report = walk.pool.report();
+    report.slack_bytes += Bytes(16);
+    let error = walk.model.compare(&report).expect_err("a wrong number should be noticed");
+    assert!(error.starts_with("slack"), "{error}");
+    let (id, page) = walk.model.pages.iter().next().map(|(id, page)| (*id, *page)).expect("pages are in use");
+    let inside = PageId { cell: id.cell + 1, ..id };
+    assert!(walk.model.clone().take(inside, page).is_err(), "an overlap should be noticed");
+    let outside = PageId { arena: 0, cell: u32::MAX };
+    assert!(walk.model.clone().take(outside, page).is_err(), "a page after the arena's end should be noticed");
+    assert!(walk.model.clone().take(id, page).is_err(), "the same page twice should be noticed");
+}
+
+#[test]
+fn a_budget_larger_than_one_binding_is_spread_over_arenas() {
+    let layout = layout(Bytes::mib(5), Bytes::mib(1));
+    let mut pool = PagePool::new(&layout).expect("the layout should fit its budget");
+    let arenas: Vec<_> = pool.arena_bytes().collect();
+    assert_eq!(arenas.len(), 5, "four whole arenas and a rest: {arenas:?}");
+    assert!(arenas.iter().all(|bytes| *bytes <= Bytes::mib(1)), "no arena exceeds a binding: {arenas:?}");
+    let page = Bytes(16 * KIB);
+    let all = u32::try_from(pool.capacity().0 / page.0).expect("small");
+    pool.commit(page, all).expect("all pages fit");
+    let first: Vec<_> = (0..5).map(|preferred| pool.take(page, preferred).expect("committed").arena).collect();
+    assert_eq!(first, [0, 1, 2, 3, 4], "each page should come from the preferred arena while that has room");
+    let rest: Vec<_> = (5..all).map(|_| pool.take(page, 2).expect("committed")).collect();
+    let spilled = rest.iter().filter(|id| id.arena != 2).count();
+    assert!(spilled > 0 && rest[..50].iter().all(|id| id.arena == 2), "pages spill only when the arena is full");
+    assert_eq!(pool.report().pages_in_use_bytes, pool.capacity(), "every byte of every arena is in use");
+}
+
+/// The budget that a refusal tells the user to give, as the user would read it.
+fn advised_budget(error: &PoolError) -> Bytes {
+    let text = error.to_string();
+    let (_, advice) = text.split_once("give at least ").expect("the refusal should name a budget");
+    Bytes::from_str(advice).expect("the named budget should be a size")
+}
+
+#[test]
+fn a_slab_larger_than_a_binding_is_refused_without_advising_a_budget_that_fails_too() {
+    let small = PoolLayout { max_binding: Bytes(32 * KIB), ..layout(Bytes::mib(5), Bytes::mib(1)) };
+    let error = small.split().expect_err("no slab fits a binding");
+    if error.to_string().contains("give at least ") {
+        let larger = PoolLayout { budget: advised_budget(&error), ..small };
+        assert!(larger.split().is_ok(), "the advice should help: {error}");
+    }
+}
+
+/// The same cases in every run, and no files of failures beside the tests.
+fn cases() -> ProptestConfig {
+    ProptestConfig { failure_persistence: None, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::with_cases(1_000) }
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    #[test]
+    fn a_split_stays_within_the_budget_or_names_one_that_works(
+        (budget, staging, scratch) in (0u64..1 << 27, 0u64..1 << 24, 0u64..1 << 24),
+        (slab_cells, binding_slabs, page_share) in (64u64..1 << 16, 1u64..40, 1u64..64),
+    ) {
+        let slab = Bytes(slab_cells * CELL_BYTES);
+        let layout = PoolLayout {
+            budget: Bytes(budget),
+            staging: Bytes(staging),
+            scratch: Bytes(scratch),
+            max_binding: Bytes(binding_slabs * slab.0 + 4),
+            slab,
+            smallest_page: Bytes((slab_cells / page_share).max(1) * CELL_BYTES),
+        };
+        match layout.split() {
+            Ok((arenas, tables)) => {
+                let pages: Bytes = arenas.iter().copied().sum();
+                prop_assert!(layout.staging + layout.scratch + tables + pages <= layout.budget, "over the budget");
+                prop_assert!(arenas.iter().all(|a| a.0 > 0 && a.0 % slab.0 == 0 && *a <= layout.max_binding));
+                prop_assert!(tables.0 >= 4 * (pages.0 / layout.smallest_page.0), "every page needs an entry");
+                let pool = PagePool::new(&layout).expect("what can be split can be made");
+                prop_assert!(pool.report().allocated_bytes <= layout.budget);
+            }
+            Err(error) => {
+                let PoolError::BudgetTooSmall { fixed, slab, .. } = error else { panic!("unexpected: {error}") };
+                prop_assert!(budget < (fixed + slab).0, "a budget as large as the advice was refused");
+                let exact = PoolLayout { budget: fixed + slab, ..layout.clone() };
+                prop_assert!(exact.split().is_ok(), "the numbers of the refusal should be enough");
+                let printed = PoolLayout { budget: advised_budget(&error), ..layout };
+                prop_assert!(printed.split().is_ok(), "the printed advice should be enough: {}", error);
+            }
+        }
+    }
+
+    #[test]
+    fn table_ranges_are_first_fit_and_join_again(steps in prop::collection::vec((any::<bool>(), 1u32..24), 1..200)) {
+        const TOTAL: u32 = 64;
+        let mut ranges = TableRanges::new(TOTAL);
+        let mut taken = [false; TOTAL as usize];
+        let mut held: Vec<(u32, u32)> = Vec::new();
+        for (reserve, n) in steps {
+            if reserve {
+                let fits = |start: u32| taken[start as usize..(start + n) as usize].iter().all(|t| !t);
+                let expected = (0..=TOTAL - n).find(|start| fits(*start));
+                prop_assert_eq!(ranges.reserve(n), expected, "first fit of {} in {:?}", n, held);
+                if let Some(start) = expected {
+                    taken[start as usize..(start + n) as usize].fill(true);
+                    held.push((start, n));
+                }
+            } else if !held.is_empty() {
+                let (start, length) = held.swap_remove(n as usize % held.len());
+                ranges.release(start, length);
+                taken[start as usize..(start + length) as usize].fill(false);
+            }
+        }
+        for (start, length) in held {
+            ranges.release(start, length);
+        }
+        prop_assert_eq!(ranges.reserve(TOTAL), Some(0), "all entries should be in one piece again");
+    }
+
+    #[test]
+    fn a_page_table_gives_back_all_that_it_took(
+        (num_layers, num_kv_heads) in (1u32..5, 1u32..4),
+        max_tokens in 0u32..200,
+        growth in prop::collection::vec(0u32..40, 0..12),
+    ) {
+        let (mut pool, mut ranges) = roomy();
+        let untouched = (pool.report(), format!("{ranges:?}"));
+        let shape = TableShape { num_layers, num_kv_heads, page_size: 16, page: PAGES[0] };
+        let mut table = PageTable::admit(&mut pool, &mut ranges, shape, max_tokens).expect("the pool is roomy");
+        prop_assert_eq!(pool.report().committed_bytes, shape.bytes_for(max_tokens));
+        let mut n_tokens = 0;
+        for n in growth {
+            if n_tokens + n > max_tokens {
+                break;
+            }
+            table.grow(&mut pool, n).expect("growth within the admission");
+            n_tokens += n;
+            let wanted = n_tokens.div_ceil(16) as usize;
+            for (layer, head) in (0..num_layers).flat_map(|l| (0..num_kv_heads).map(move |h| (l, h))) {
+                prop_assert_eq!(table.list(layer, head).len(), wanted, "every list has room for the tokens");
+                let run_pages: u32 = table.runs(layer, head).map(|(_, _, n)| n).sum();
+                prop_assert_eq!(run_pages as usize, wanted, "the runs cover the list");
+            }
+            prop_assert_eq!(pool.report().pages_in_use_bytes, shape.bytes_for(n_tokens));
+        }
+        prop_assert_eq!(table.n_tokens(), n_tokens);
+        table.release(&mut pool, &mut ranges).expect("the pool should agree");
+        let now = pool.report();
+        prop_assert_eq!(now.pages_in_use_bytes, Bytes::ZERO);
+        prop_assert_eq!(now.committed_bytes, Bytes::ZERO);
+        prop_assert_eq!(now.slack_bytes, untouched.0.slack_bytes);
+        prop_assert_eq!(format!("{ranges:?}"), untouched.1, "the table entries should be whole again");
+    }
+}
+
+fn roomy() -> (PagePool, TableRanges) {
+    let pool = PagePool::new(&layout(Bytes::mib(5), Bytes::mib(1))).expect("the layout should fit its budget");
+    (pool, TableRanges::new(4_000))
+}
+
+const SHAPE: TableShape = TableShape { num_layers: 3, num_kv_heads: 2, page_size: 16, page: PAGES[0] };
+
+#[test]
+fn an_admission_that_fails_leaves_everything_as_it_was() {
+    let (mut pool, _) = roomy();
+    let mut few = TableRanges::new(20);
+    pool.commit(SHAPE.page, 0).expect("no pages always fit");
+    let before = (format!("{pool:?}"), format!("{few:?}"));
+    let error = PageTable::admit(&mut pool, &mut few, SHAPE, 16 * 4).expect_err("24 entries of 20");
+    assert!(matches!(error, PoolError::DoesNotFit { pages: 24, .. }), "{error}");
+    assert_eq!((format!("{pool:?}"), format!("{few:?}")), before, "too few table entries");
+    let error = PageTable::admit(&mut pool, &mut few, SHAPE, 16 * 5_000).expect_err("58 MiB of 5");
+    assert!(matches!(error, PoolError::DoesNotFit { pages: 30_000, .. }), "{error}");
+    assert_eq!((format!("{pool:?}"), format!("{few:?}")), before, "too few pages");
+    let table = PageTable::admit(&mut pool, &mut few, SHAPE, 16 * 3).expect("18 entries of 20");
+    assert_ne!(format!("{few:?}"), before.1, "an admission that succeeds shows in this comparison");
+    table.release(&mut pool, &mut few).expect("the pool should agree");
+}
+
+#[test]
+fn growth_beyond_the_admission_is_refused_and_takes_nothing_from_others() {
+    let (mut pool, mut ranges) = roomy();
+    let mut small = PageTable::admit(&mut pool, &mut ranges, SHAPE, 16).expect("the pool is roomy");
+    let mut other = PageTable::admit(&mut pool, &mut ranges, SHAPE, 160).expect("the pool is roomy");
+    small.grow(&mut pool, 16).expect("growth within the admission");
+    let before = format!("{pool:?}");
+    let error = small.grow(&mut pool, 1).expect_err("a second page per list was never admitted");
+    assert_eq!(error, PoolError::NotCommitted(SHAPE.page), "the refusal should name the page size");
+    assert_eq!(format!("{pool:?}"), before, "another session's commitments should be untouched");
+    other.grow(&mut pool, 160).expect("what was admitted can be taken");
+}
+
+#[test]
+fn an_admission_of_more_pages_than_32_bits_count_is_refused() {
+    let (mut pool, mut ranges) = roomy();
+    let shape = TableShape { num_layers: 64, num_kv_heads: 64, page_size: 16, page: PAGES[0] };
+    // 64 * 64 * 2^20 pages: exactly 2^32, which wraps to none.
+    let error = PageTable::admit(&mut pool, &mut ranges, shape, 1 << 24).expect_err("32 TiB of 5 MiB");
+    assert!(matches!(error, PoolError::DoesNotFit { .. }), "{error}");
+}
