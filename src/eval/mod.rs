@@ -1,3 +1,5 @@
 //! Measuring: kernels against the oracle, and models against texts.
 
+pub mod perplexity;
+pub mod prompt;
 pub mod verify;
