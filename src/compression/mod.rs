@@ -52,7 +52,9 @@ pub struct Compression {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseCompressionError {
     /// A part is not `dimension=method`.
-    #[error("'{0}' is not a compression: write dimension=method pairs, such as layer=full,head=full,token=full,hidden=f16")]
+    #[error(
+        "'{0}' is not a compression: write dimension=method pairs, such as layer=full,head=full,token=full,hidden=f16"
+    )]
     Syntax(String),
     /// The dimension does not exist.
     #[error("there is no dimension '{0}': the four are layer, head, token and hidden")]

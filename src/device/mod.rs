@@ -208,8 +208,7 @@ impl Device {
             return Err(DeviceError::TooLarge { label: label.to_owned(), bytes, limit });
         }
         let out_of_memory = self.raw.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let descriptor =
-            wgpu::BufferDescriptor { label: Some(label), size: bytes.0, usage, mapped_at_creation: false };
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size: bytes.0, usage, mapped_at_creation: false };
         let buffer = self.raw.create_buffer(&descriptor);
         match pollster::block_on(out_of_memory.pop()) {
             None => Ok(buffer),

@@ -35,8 +35,10 @@ impl Mapped {
     }
 
     fn wait(&self, device: &Device) -> Result<(), DeviceError> {
-        if self.state.load(Ordering::Acquire) == PENDING {
+        // When several threads wait on one device, another one may be running our callback after our own wait ended.
+        while self.state.load(Ordering::Acquire) == PENDING {
             device.wait()?;
+            std::thread::yield_now();
         }
         match self.state.load(Ordering::Acquire) {
             MAPPED => Ok(()),
@@ -204,12 +206,7 @@ impl ReadBack {
 ///
 /// # Errors
 /// As [`Device::allocate`], or [`DeviceError::Lost`].
-pub fn download(
-    device: &Device,
-    source: &wgpu::Buffer,
-    offset: u64,
-    length: usize,
-) -> Result<Vec<u8>, DeviceError> {
+pub fn download(device: &Device, source: &wgpu::Buffer, offset: u64, length: usize) -> Result<Vec<u8>, DeviceError> {
     let padded = Bytes(length as u64).align_up(4);
     let back = ReadBack::new(device, "download", padded)?;
     let mut encoder = device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());

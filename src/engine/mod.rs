@@ -132,8 +132,12 @@ impl<'d> Engine<'d> {
         let limits = (sizes.max_states, config.max_rows);
         let attention = AttentionKernels::new(device, &mut cache, shape, &buffers, &scratch.step, &rows, limits)?;
         let upload = Self::upload_bytes(&sizes, pool.tables());
-        let table_shape =
-            TableShape { num_layers: geometry.num_layers, num_kv_heads: heads.num_kv_heads, page_size: config.page_size, page };
+        let table_shape = TableShape {
+            num_layers: geometry.num_layers,
+            num_kv_heads: heads.num_kv_heads,
+            page_size: config.page_size,
+            page,
+        };
         let engine = Self {
             device,
             frequencies: inverse_frequencies(&geometry),
@@ -271,7 +275,13 @@ impl<'d> Engine<'d> {
         encoder.copy_buffer_to_buffer(self.uploader.source(), 0, &self.scratch.step, 0, step_bytes);
         for (region, from, n) in regions {
             let (to, from) = (u64::from(region) * WORD_BYTES, step_bytes + from as u64 * WORD_BYTES);
-            encoder.copy_buffer_to_buffer(self.uploader.source(), from, &self.buffers.tables, to, n as u64 * WORD_BYTES);
+            encoder.copy_buffer_to_buffer(
+                self.uploader.source(),
+                from,
+                &self.buffers.tables,
+                to,
+                n as u64 * WORD_BYTES,
+            );
         }
         let mut recorder = Recorder::new(self.timer.begin(&mut encoder));
         let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };

@@ -124,9 +124,7 @@ impl<'d> PagedAttention<'d> {
         let ranges = TableRanges::new(table_entries(&pool));
         let uploader = Uploader::new(device, "staging", Self::STAGING)?;
         let sequences = BTreeMap::new();
-        Ok(Self {
-            device, config, pool, ranges, sequences, next_id: 0, buffers, kernels, step, qkv, output, uploader,
-        })
+        Ok(Self { device, config, pool, ranges, sequences, next_id: 0, buffers, kernels, step, qkv, output, uploader })
     }
 
     /// Makes every byte that no one has written yet a NaN, so that reading one shows.

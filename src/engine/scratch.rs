@@ -8,6 +8,10 @@ use crate::kernels::decode::DecodeSpec;
 use crate::kernels::executor::AttentionKernels;
 use crate::kernels::prefill::PrefillSpec;
 
+/// Changes of arena along one list that scratch is made for. Layers keep to one arena while it has room, so a list changes
+/// where an arena filled up; one that is more scattered fails its step with the numbers.
+const MAX_ARENA_CHANGES: u32 = 8;
+
 /// Byte sizes of every scratch buffer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ScratchSizes {
@@ -30,8 +34,10 @@ impl ScratchSizes {
         let f32s = |width: u32| Bytes(rows * u64::from(width) * WORD_BYTES).align_up(16);
         let splits = config.context_length.div_ceil(DecodeSpec::kv_chunk());
         // A list that spills changes arena a few times; each change adds a state per row.
-        let changes = 2 * (arenas - 1);
-        let max_states = heads.num_qo_heads * (config.max_sessions * (splits + changes) + config.max_rows * (1 + changes));
+        let pages = config.context_length.div_ceil(config.page_size);
+        let changes = (2 * (arenas - 1)).min(pages).min(MAX_ARENA_CHANGES);
+        let max_states =
+            heads.num_qo_heads * (config.max_sessions * (splits + changes) + config.max_rows * (1 + changes));
         let logit_rows = u64::from(config.max_logit_rows);
         Self {
             hidden: f32s(geometry.hidden_size),
@@ -41,7 +47,7 @@ impl ScratchSizes {
             activated: f32s(geometry.intermediate_size),
             logits: Bytes(logit_rows * u64::from(geometry.vocab_size) * WORD_BYTES).align_up(16),
             tokens: Bytes(logit_rows * WORD_BYTES).align_up(16),
-            step: step_bytes(geometry, shape, config, splits + changes, arenas),
+            step: step_bytes(geometry, shape, config, (splits, changes), arenas),
             states: AttentionKernels::scratch_bytes(shape, max_states, config.max_rows),
             max_states,
         }
@@ -50,8 +56,16 @@ impl ScratchSizes {
     /// Bytes of all of them.
     pub(super) fn total(&self) -> Bytes {
         [
-            self.hidden, self.hidden, self.qkv, self.attention, self.gate_up, self.activated, self.logits,
-            self.tokens, self.step, self.states,
+            self.hidden,
+            self.hidden,
+            self.qkv,
+            self.attention,
+            self.gate_up,
+            self.activated,
+            self.logits,
+            self.tokens,
+            self.step,
+            self.states,
         ]
         .into_iter()
         .sum()
@@ -63,15 +77,15 @@ fn step_bytes(
     geometry: &ModelGeometry,
     shape: &CacheShape,
     config: &EngineConfig,
-    runs: u32,
+    (splits, changes): (u32, u32),
     arenas: u32,
 ) -> Bytes {
     let heads = geometry.heads;
     let (rows, sessions) = (u64::from(config.max_rows), u64::from(config.max_sessions));
-    let runs = u64::from(runs);
+    let (runs, changes) = (u64::from(splits + changes), u64::from(changes));
     let tiles = rows / u64::from(PrefillSpec { shape: *shape }.tile_positions()) + sessions;
     let append = (rows / u64::from(shape.page_size) + 2 * sessions) * 8;
-    let lists = append + sessions * runs * 8 + tiles * (2 * u64::from(arenas) - 1) * 12 + rows * 4;
+    let lists = append + sessions * runs * 8 + tiles * (1 + changes) * 12 + rows * 4;
     let plans = if arenas == 1 { 1 } else { u64::from(geometry.num_layers) };
     let per_row = 1 + u64::from(heads.head_dim);
     let words = rows * per_row + u64::from(config.max_logit_rows) * 9 + lists * u64::from(heads.num_kv_heads) * plans;

@@ -196,4 +196,3 @@ impl AttentionKernels {
 const fn place(list: u32, vec4s: u32, range: &std::ops::Range<u32>) -> (u32, u32) {
     (list + range.start * vec4s, range.end - range.start)
 }
-

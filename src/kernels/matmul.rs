@@ -56,10 +56,7 @@ pub fn matvec(output: Output, rows: u32) -> KernelSpec {
     assert!(rows == 1 || rows == 4, "matvec is written for 1 or 4 rows, not {rows}");
     KernelSpec {
         name: "matvec",
-        constants: vec![
-            ("ACCUMULATE", Constant::Bool(output == Output::Accumulate)),
-            ("ROWS", Constant::U32(rows)),
-        ],
+        constants: vec![("ACCUMULATE", Constant::Bool(output == Output::Accumulate)), ("ROWS", Constant::U32(rows))],
         modules: vec![&modules::MATVEC],
         bindings: BINDINGS,
         immediate_bytes: MatmulParams::BYTES,

@@ -1,7 +1,7 @@
 //! The kernels: each is one WGSL file under `shaders/` and one Rust file here whose module doc is its specification.
 //!
 //! A [`KernelSpec`] is plain data: the WGSL modules to join, the constants that the model and the cache format fix,
-//! the bindings, and the size of the immediate data. [`link`] turns it into one WGSL text, [`pipeline`] compiles that
+//! the bindings, and the size of the immediate data. [`mod@link`] turns it into one WGSL text, [`pipeline`] compiles that
 //! for a device and caches it, [`recording`] puts dispatches into a pass. [`registry`] enumerates every supported spec, so
 //! that a test without any GPU can link, validate and reflect all of them.
 //!
@@ -22,6 +22,7 @@ pub mod plan;
 pub mod prefill;
 pub mod recording;
 pub mod registry;
+pub mod run_once;
 pub mod sample;
 
 pub use link::{LinkedShader, link};

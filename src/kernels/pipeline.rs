@@ -73,7 +73,8 @@ impl Pipeline {
         }
         let linked = link(spec);
         let scope = device.raw.push_error_scope(wgpu::ErrorFilter::Validation);
-        let entries: Vec<_> = (0_u32..).zip(spec.bindings).map(|(binding, (_, access))| entry(binding, *access)).collect();
+        let entries: Vec<_> =
+            (0_u32..).zip(spec.bindings).map(|(binding, (_, access))| entry(binding, *access)).collect();
         let layout = device
             .raw
             .create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(spec.name), entries: &entries });
@@ -154,8 +155,7 @@ fn entry(binding: u32, access: Access) -> wgpu::BindGroupLayoutEntry {
 }
 
 fn shader_module(device: &Device, label: &str, wgsl: &str) -> wgpu::ShaderModule {
-    let descriptor =
-        wgpu::ShaderModuleDescriptor { label: Some(label), source: wgpu::ShaderSource::Wgsl(wgsl.into()) };
+    let descriptor = wgpu::ShaderModuleDescriptor { label: Some(label), source: wgpu::ShaderSource::Wgsl(wgsl.into()) };
     match device.checks() {
         ShaderChecks::Full => device.raw.create_shader_module(descriptor),
         ShaderChecks::BoundsOnly => {

@@ -145,7 +145,8 @@ impl AttentionPlan {
         let heads = prefill.shape.heads;
         for segment in segments {
             for kv_head in 0..heads.num_kv_heads {
-                let list = List { segment, layer, kv_head, num_kv_heads: heads.num_kv_heads, group: heads.group_size() };
+                let list =
+                    List { segment, layer, kv_head, num_kv_heads: heads.num_kv_heads, group: heads.group_size() };
                 list.append(&mut parts);
                 if !segment.attend {
                     continue;

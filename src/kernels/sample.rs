@@ -6,7 +6,7 @@
 //!               mass reaches top_p; a draw is argmax_i (log p[i] + gumbel(seed, position, i))
 //! ```
 //!
-//! **Work.** One workgroup of 256 lanes per [`SampleItem`](super::abi::SampleItem). The top-k and top-p cuts are found by radix selection, 8 bits
+//! **Work.** One workgroup of 256 lanes per [`SampleItem`]. The top-k and top-p cuts are found by radix selection, 8 bits
 //! at a time, on keys that sort like the floats; masses are added as integers, so the result is the same in every
 //! run. Tokens equal to the one at the cut are all kept. The noise is a hash of (seed, position, token): the same
 //! seed gives the same text, alone or in a batch.

@@ -14,8 +14,8 @@
 //! that looks into a message (searches it, cuts it at a marker) works on the placeholder instead. White space at the
 //! ends of a message stays visible to the template, because many trim it.
 //!
-//! A template's output, size, nesting and ranges are bounded; its time and the texts it builds in variables are not.
-//! A file with a malicious template can therefore keep a process busy, but not read or forge anything.
+//! A template's output, size, nesting, ranges and instructions are bounded; the texts it builds in variables are
+//! not. A file with a malicious template can therefore use memory, but not read or forge anything.
 
 use std::io::Write;
 
@@ -33,6 +33,8 @@ const TEMPLATE_BYTES_MAX: usize = 256 << 10;
 const RENDERED_BYTES_MAX: usize = 4 << 20;
 /// Nested calls and blocks of a template.
 const RECURSION_MAX: usize = 100;
+/// Instructions that a template may execute: a chat of thousands of messages needs fewer.
+const FUEL_MAX: u64 = 1_000_000;
 
 /// Around a placeholder: private characters, which no filter for letters or white space changes.
 const OPEN: char = '\u{F8F0}';
@@ -103,6 +105,7 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| template_error(&e))?);
         environment.set_recursion_limit(RECURSION_MAX);
+        environment.set_fuel(Some(FUEL_MAX));
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });

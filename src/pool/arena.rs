@@ -110,7 +110,7 @@ impl Arena {
         let offset = cell % self.slab_cells;
         let page = offset / c.page_cells;
         let in_use = slab.in_use.get_mut(page as usize)?;
-        if offset % c.page_cells != 0 || !*in_use {
+        if !offset.is_multiple_of(c.page_cells) || !*in_use {
             return None;
         }
         *in_use = false;

@@ -46,7 +46,7 @@ pub enum PoolError {
     /// The fixed parts alone exceed the budget, or leave no room for a slab.
     #[error(
         "a budget of {budget} is too small: staging, scratch and tables take {fixed} and one slab of pages {slab}; \
-         give at least {}", Bytes(fixed.0 + slab.0)
+         give at least {} B", fixed.0 + slab.0
     )]
     BudgetTooSmall {
         /// The whole budget.
@@ -55,6 +55,14 @@ pub enum PoolError {
         fixed: Bytes,
         /// The smallest useful amount of pages.
         slab: Bytes,
+    },
+    /// A slab does not fit a buffer, whatever the budget.
+    #[error("a slab of pages takes {slab}, but one binding of this adapter shows at most {max_binding}")]
+    SlabExceedsBinding {
+        /// The smallest useful amount of pages.
+        slab: Bytes,
+        /// Largest buffer that one binding can show.
+        max_binding: Bytes,
     },
     /// More pages are wanted than can ever or can now be given.
     #[error("{pages} pages of {page} ({needed} in all) do not fit: {available} of {capacity} for pages are free")]
@@ -114,7 +122,10 @@ impl PoolLayout {
         let left = self.budget.saturating_sub(fixed + Bytes(256));
         let slabs = left.0 / (self.slab.0 + tables_per_slab.0);
         let slabs_per_arena = self.max_binding.0 / self.slab.0;
-        if slabs == 0 || slabs_per_arena == 0 {
+        if slabs_per_arena == 0 {
+            return Err(PoolError::SlabExceedsBinding { slab: self.slab, max_binding: self.max_binding });
+        }
+        if slabs == 0 {
             let fixed = fixed + needed;
             return Err(PoolError::BudgetTooSmall { budget: self.budget, fixed, slab: self.slab });
         }
@@ -190,7 +201,7 @@ impl PagePool {
     /// # Panics
     /// When the slab size is not a multiple of a cell.
     pub fn new(layout: &PoolLayout) -> Result<Self, PoolError> {
-        assert!(layout.slab.0 > 0 && layout.slab.0 % CELL_BYTES == 0, "a slab should be whole cells");
+        assert!(layout.slab.0 > 0 && layout.slab.0.is_multiple_of(CELL_BYTES), "a slab should be whole cells");
         let (arenas, tables) = layout.split()?;
         let mut budget = Budget::new(layout.budget);
         budget.hold(Kind::Staging, layout.staging);
@@ -216,7 +227,10 @@ impl PagePool {
     }
 
     fn class(&mut self, page: Bytes) -> usize {
-        assert!(page.0 > 0 && page.0 % CELL_BYTES == 0 && page <= self.slab, "a page of {page} should fit a slab");
+        assert!(
+            page.0 > 0 && page.0.is_multiple_of(CELL_BYTES) && page <= self.slab,
+            "a page of {page} should fit a slab"
+        );
         if let Some(at) = self.classes.iter().position(|c| c.page == page) {
             return at;
         }
@@ -278,9 +292,8 @@ impl PagePool {
             return Err(PoolError::NotCommitted(page));
         }
         let n = self.arenas.len();
-        let from_preferred = |has: &dyn Fn(&Arena) -> bool| {
-            (0..n).map(|i| (preferred + i) % n).find(|&i| has(&self.arenas[i]))
-        };
+        let from_preferred =
+            |has: &dyn Fn(&Arena) -> bool| (0..n).map(|i| (preferred + i) % n).find(|&i| has(&self.arenas[i]));
         let partial = from_preferred(&|a| a.free_in_partial_slabs(at) > 0);
         let whole = from_preferred(&|a| a.free_slabs() > 0);
         // Breaking a whole slab while another arena has a page to spare is worth it for affinity, as long as no other

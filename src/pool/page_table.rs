@@ -98,7 +98,8 @@ pub struct TableShape {
 impl TableShape {
     /// Pages that a session of `n_tokens` tokens needs over all lists.
     pub const fn pages_for(&self, n_tokens: u32) -> u32 {
-        self.num_layers * self.num_kv_heads * n_tokens.div_ceil(self.page_size)
+        // Saturating: no pool has so many pages, so the commitment is refused.
+        (self.num_layers * self.num_kv_heads).saturating_mul(n_tokens.div_ceil(self.page_size))
     }
 
     /// Their bytes.
@@ -157,7 +158,12 @@ impl PageTable {
     /// # Errors
     /// [`PoolError::NotCommitted`] beyond what was admitted.
     pub fn grow(&mut self, pool: &mut PagePool, n: u32) -> Result<(), PoolError> {
-        let wanted = (self.n_tokens + n).div_ceil(self.page_size) as usize;
+        let tokens = self.n_tokens.checked_add(n).ok_or(PoolError::NotCommitted(self.page))?;
+        let wanted = tokens.div_ceil(self.page_size) as usize;
+        // The pool counts commitments of all sessions together, so it would give this one the pages of another.
+        if wanted > self.list_capacity as usize {
+            return Err(PoolError::NotCommitted(self.page));
+        }
         let arenas = pool.arena_bytes().count();
         for (index, list) in self.lists.iter_mut().enumerate() {
             let layer = index / self.num_kv_heads as usize;

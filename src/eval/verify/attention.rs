@@ -26,7 +26,10 @@ fn shapes(extent: Extent) -> Vec<CacheShape> {
         Extent::Full => all,
         Extent::Quick => all
             .into_iter()
-            .filter(|s| (s.heads.head_dim, s.heads.group_size()) == (64, 3) || (s.heads.head_dim, s.heads.group_size()) == (128, 4))
+            .filter(|s| {
+                (s.heads.head_dim, s.heads.group_size()) == (64, 3)
+                    || (s.heads.head_dim, s.heads.group_size()) == (128, 4)
+            })
             .collect(),
     }
 }
@@ -216,5 +219,11 @@ fn check_append(
     }
     let kv_width = heads.kv_width() as usize;
     let case = describe(shape, sequences, kv_width);
-    Ok(Check { kernel: "append", case, compared, error_over_bound: if wrong == 0 { 0.0 } else { f64::INFINITY }, nmse: None })
+    Ok(Check {
+        kernel: "append",
+        case,
+        compared,
+        error_over_bound: if wrong == 0 { 0.0 } else { f64::INFINITY },
+        nmse: None,
+    })
 }

@@ -1,0 +1,108 @@
+//! A session's logits do not depend on its company: alone, in a batch of 8, and after others have ended.
+
+mod common;
+
+use std::collections::BTreeMap;
+
+use concertina::engine::Engine;
+use concertina::pool::page_table::PageTable;
+use concertina::schedule::{Caches, PlannedRows, SessionId, StepPlan};
+
+/// Tokens of each session: a prompt, then what is fed in decode, the same whatever the logits say.
+struct Script {
+    prompt: Vec<u32>,
+    decode: Vec<u32>,
+}
+
+fn script(session: u32, vocab: u32) -> Script {
+    let n = 20 + 13 * session as usize;
+    let prompt = common::tokens(u64::from(session), n, vocab);
+    Script { prompt, decode: common::tokens(1000 + u64::from(session), 6, vocab) }
+}
+
+/// Runs the sessions together, prompts in chunks of `chunk` rows; the logits of each, step by step.
+fn run(engine: &mut Engine<'_>, caches: &mut Caches, sessions: &[u32], chunk: usize) -> BTreeMap<u32, Vec<Vec<f32>>> {
+    let vocab = engine.geometry().vocab_size;
+    let scripts: BTreeMap<u32, Script> = sessions.iter().map(|s| (*s, script(*s, vocab))).collect();
+    let mut out: BTreeMap<u32, Vec<Vec<f32>>> = BTreeMap::new();
+    for (id, script) in &scripts {
+        let n = u32::try_from(script.prompt.len() + script.decode.len()).expect("short");
+        let table = PageTable::admit(&mut caches.pool, &mut caches.ranges, caches.shape, n).expect("all fit");
+        caches.tables.insert(SessionId(*id), table);
+    }
+    let mut at: BTreeMap<u32, usize> = sessions.iter().map(|s| (*s, 0)).collect();
+    loop {
+        let mut plan = StepPlan::default();
+        let mut left = 64;
+        for decode in [true, false] {
+            for (id, script) in &scripts {
+                let done = at[id];
+                let n_prompt = script.prompt.len();
+                let tokens: Vec<u32> = if done >= n_prompt {
+                    script.decode.get(done - n_prompt).copied().into_iter().collect()
+                } else {
+                    script.prompt[done..n_prompt.min(done + chunk.min(left))].to_vec()
+                };
+                if (done >= n_prompt) != decode || tokens.is_empty() {
+                    continue;
+                }
+                left -= tokens.len();
+                let last = done + tokens.len() >= n_prompt;
+                let first_index = u32::try_from(done).expect("short");
+                let sample = last.then_some(concertina::kernels::sample::Sampling::GREEDY);
+                plan.segments.push(PlannedRows { session: SessionId(*id), first_index, tokens, decode, sample });
+            }
+        }
+        if plan.segments.is_empty() {
+            break;
+        }
+        for rows in &plan.segments {
+            let table = caches.tables.get_mut(&rows.session).expect("admitted");
+            table.grow(&mut caches.pool, rows.n_rows()).expect("committed");
+            *at.get_mut(&rows.session.0).expect("known") += rows.tokens.len();
+        }
+        let mut logits = engine.logits(&plan, caches).expect("the step should run").into_iter();
+        for rows in plan.segments.iter().filter(|r| r.sample.is_some()) {
+            out.entry(rows.session.0).or_default().push(logits.next().expect("a row of logits"));
+        }
+    }
+    for (_, table) in std::mem::take(&mut caches.tables) {
+        table.release(&mut caches.pool, &mut caches.ranges).expect("the pool agrees");
+    }
+    out
+}
+
+fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
+    rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn a_session_alone_and_in_a_batch_of_8_gives_the_same_bits_gpu() {
+    let weights = common::tiny_model(11);
+    let (mut engine, mut caches) = Engine::new(common::device(), &weights, &common::config(64)).expect("64 MiB");
+    let together = run(&mut engine, &mut caches, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    for session in 0..8 {
+        for chunk in [64, 7] {
+            let alone = run(&mut engine, &mut caches, &[session], chunk);
+            assert_eq!(alone[&session].len(), 7, "a token after the prompt and after each decode row");
+            assert!(
+                bits(&alone[&session]) == bits(&together[&session]),
+                "session {session} alone, in chunks of {chunk}, differs from the batch"
+            );
+        }
+    }
+    assert!(bits(&together[&0]) != bits(&together[&1]), "different sessions should differ");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn the_reference_model_is_batch_invariant_too_gpu() {
+    let model = common::model();
+    let mut config = common::config(128);
+    config.page_size = 64;
+    let (mut engine, mut caches) = Engine::new(common::device(), &model.weights, &config).expect("128 MiB suffice");
+    let together = run(&mut engine, &mut caches, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    let alone = run(&mut engine, &mut caches, &[5], 64);
+    assert!(bits(&alone[&5]) == bits(&together[&5]), "session 5 alone differs from the batch");
+}

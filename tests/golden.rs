@@ -1,0 +1,213 @@
+//! Results of independent implementations (`PyTorch`, llama.cpp); `golden/README.md` says how they were made.
+
+mod common;
+
+use std::path::Path;
+
+use concertina::compression::hidden::HiddenCodec;
+use concertina::engine::Engine;
+use concertina::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
+use concertina::eval::{perplexity, prompt};
+use concertina::geometry::{Bytes, HeadGeometry};
+use concertina::kernels::PipelineCache;
+use concertina::kernels::attention::CacheShape;
+use concertina::reference::attention::{Context, attend};
+use concertina::reference::compare::{Tolerance, agree_top1, argmax, kl_divergence, log_sum_exp, nmse, widen};
+use concertina::reference::transformer::ReferenceModel;
+use safetensors::{Dtype, SafeTensors};
+
+/// f32 rounding of the stored outputs, relative.
+const STORED: f64 = 1e-6;
+
+fn read(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+fn numbers(file: &SafeTensors<'_>, name: &str) -> (Vec<usize>, Vec<f64>) {
+    let tensor = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let data = tensor.data();
+    let values = match tensor.dtype() {
+        Dtype::F16 => bytemuck::pod_collect_to_vec::<u8, half::f16>(data).iter().map(|v| v.to_f64()).collect(),
+        Dtype::F32 => widen(&bytemuck::pod_collect_to_vec::<u8, f32>(data)),
+        Dtype::F64 => bytemuck::pod_collect_to_vec::<u8, f64>(data),
+        Dtype::U16 => bytemuck::pod_collect_to_vec::<u8, u16>(data).iter().map(|v| f64::from(*v)).collect(),
+        Dtype::U32 => bytemuck::pod_collect_to_vec::<u8, u32>(data).iter().map(|v| f64::from(*v)).collect(),
+        other => panic!("{name} has dtype {other:?}"),
+    };
+    (tensor.shape().to_vec(), values)
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "the golden stores f32 and f16")]
+fn narrow(values: &[f64]) -> Vec<f32> {
+    values.iter().map(|v| *v as f32).collect()
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the golden stores token ids")]
+fn ids(values: &[f64]) -> Vec<u32> {
+    values.iter().map(|v| *v as u32).collect()
+}
+
+struct Case {
+    heads: HeadGeometry,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    o: Vec<f64>,
+    lse: Vec<f64>,
+    n_q: usize,
+    kv_len: usize,
+}
+
+fn attention_cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (name, range) in [("attention.safetensors", 0..2), ("attention_wide.safetensors", 2..6)] {
+        let bytes = read(name);
+        let file = SafeTensors::deserialize(&bytes).expect("a golden is a safetensors file");
+        for i in range {
+            let part = |part: &str| numbers(&file, &format!("case{i}_{part}"));
+            let ((q_shape, q), (kv_shape, k)) = (part("q"), part("k"));
+            let count = |n: usize| u32::try_from(n).expect("golden shapes are small");
+            let heads = HeadGeometry {
+                num_qo_heads: count(q_shape[1]),
+                num_kv_heads: count(kv_shape[1]),
+                head_dim: count(q_shape[2]),
+            };
+            let (v, o, lse) = (part("v").1, part("o").1, part("lse").1);
+            let (q, k, v) = (narrow(&q), narrow(&k), narrow(&v));
+            cases.push(Case { heads, q, k, v, o, lse, n_q: q_shape[0], kv_len: kv_shape[0] });
+        }
+    }
+    assert_eq!(cases.len(), 6, "all golden cases should be read");
+    cases
+}
+
+#[test]
+fn the_attention_oracle_agrees_with_pytorch() {
+    for case in attention_cases() {
+        let context = Context { heads: case.heads, k: &case.k, v: &case.v };
+        let (width, n_heads) = (case.heads.q_width() as usize, case.heads.num_qo_heads as usize);
+        for r in 0..case.n_q {
+            let row = attend(&context, &case.q[r * width..(r + 1) * width], case.kv_len - case.n_q + r + 1);
+            for (got, want) in row.o.iter().zip(&case.o[r * width..(r + 1) * width]) {
+                assert!((got - want).abs() <= STORED * want.abs().max(0.1), "{:?}: {got} against {want}", case.heads);
+            }
+            for (got, want) in row.lse.iter().zip(&case.lse[r * n_heads..(r + 1) * n_heads]) {
+                assert!((got - want).abs() <= STORED * want.abs().max(1.0), "{:?}: lse {got} {want}", case.heads);
+            }
+        }
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn the_attention_kernels_agree_with_pytorch_gpu() {
+    let mut cache = PipelineCache::default();
+    for case in attention_cases() {
+        let shape = CacheShape { heads: case.heads, page_size: 16, codec: HiddenCodec::F16 };
+        let config =
+            PagedAttentionConfig { shape, budget: Bytes::mib(16), max_rows: 64, max_states: 4096, max_arena: None };
+        let mut attention = PagedAttention::new(common::device(), &mut cache, config).expect("a small cache fits");
+        attention.poison().expect("the device should be writable");
+        let sequence = attention.admit(64).expect("64 tokens fit");
+        let kv = case.heads.kv_width() as usize;
+        let cached = (case.kv_len - case.n_q) * kv;
+        let earlier = NewRows { sequence, q: &[], k: &case.k[..cached], v: &case.v[..cached], decode: false };
+        let later = NewRows { sequence, q: &case.q, k: &case.k[cached..], v: &case.v[cached..], decode: false };
+        let out = attention.step(&[earlier, later]).expect("the step should run");
+        let skip = out.o.len() - case.o.len();
+        let error = nmse(&out.o[skip..], &case.o);
+        assert!(error <= 1e-10, "{:?}: NMSE {error:e}", case.heads);
+        assert!(nmse(&out.o[skip..], &vec![1.0; case.o.len()]) > 1e-3, "another answer should not pass");
+        let skip = out.lse.len() - case.lse.len();
+        let tolerance = Tolerance::attention(case.kv_len, case.heads.head_dim, 4.0);
+        let worst = tolerance.worst(&out.lse[skip..], &case.lse, &vec![8.0; case.lse.len()]);
+        assert!(worst <= 1.0, "{:?}: lse error / bound {worst}", case.heads);
+    }
+}
+
+struct Prompt {
+    tokens: Vec<u32>,
+    top_ids: Vec<u32>,
+    top_logits: Vec<f64>,
+    lse: f64,
+}
+
+fn prompts() -> Vec<Prompt> {
+    let bytes = read("logits.safetensors");
+    let file = SafeTensors::deserialize(&bytes).expect("a golden is a safetensors file");
+    let n = file.names().iter().filter(|n| n.starts_with("tokens_")).count();
+    let prompt = |i| Prompt {
+        tokens: ids(&numbers(&file, &format!("tokens_{i}")).1),
+        top_ids: ids(&numbers(&file, &format!("top_ids_{i}")).1),
+        top_logits: numbers(&file, &format!("top_logits_{i}")).1,
+        lse: numbers(&file, &format!("lse_{i}")).1[0],
+    };
+    let prompts: Vec<_> = (0..n).map(prompt).collect();
+    assert!(prompts.len() >= 6, "at least six prompts");
+    assert!(prompts.iter().any(|p| p.tokens.len() == 16) && prompts.iter().any(|p| p.tokens.len() == 512), "16 to 512");
+    prompts
+}
+
+impl Prompt {
+    /// The golden distribution and `logits` over the stored tokens and one cell for all others.
+    fn divergence(&self, logits: &[f64]) -> f64 {
+        let cells = |top: Vec<f64>, total: f64| -> Vec<f64> {
+            let mass: f64 = top.iter().map(|l| (l - total).exp()).sum();
+            let rest = (1.0 - mass).max(1e-12).ln();
+            top.iter().map(|l| l - total).chain([rest]).collect()
+        };
+        let got = self.top_ids.iter().map(|id| logits[*id as usize]).collect();
+        kl_divergence(&cells(self.top_logits.clone(), self.lse), &cells(got, log_sum_exp(logits)))
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn logits_agree_with_pytorch_and_with_the_reference_gpu() {
+    let model = common::model();
+    let reference = ReferenceModel::new(&model.weights);
+    let (mut engine, mut caches) =
+        Engine::new(common::device(), &model.weights, &common::config(128)).expect("128 MiB suffice");
+    let mut previous: Option<Vec<f64>> = None;
+    for prompt in prompts() {
+        let last = prompt.tokens.len() - 1;
+        let mut on_device = Vec::new();
+        let mut keep = |_, row: Vec<f32>| on_device = widen(&row);
+        prompt::logits(&mut engine, &mut caches, &prompt.tokens, last..last + 1, 64, &mut keep).expect("fits");
+        let expected = &reference.logits(&prompt.tokens, &[last])[0];
+        let (golden, own) = (prompt.divergence(expected), kl_divergence(expected, &on_device));
+        let n = prompt.tokens.len();
+        println!("{n} tokens: reference to PyTorch {golden:.1e}, device to reference {own:.1e} nats");
+        assert!(golden <= 1e-6, "{n} tokens: the reference is {golden:e} nats from PyTorch");
+        assert_eq!(argmax(expected), prompt.top_ids[0] as usize, "{n} tokens: PyTorch's top-1");
+        assert!(prompt.divergence(&on_device) <= 1e-4, "{n} tokens: the device is too far from PyTorch");
+        assert!(own <= 1e-4, "{n} tokens: the device is {own:e} nats from the reference");
+        assert!(agree_top1(expected, &on_device), "{n} tokens: same top-1");
+        if let Some(other) = previous.replace(on_device) {
+            assert!(prompt.divergence(&other) > 1e-2, "another prompt's logits should not pass");
+        }
+    }
+    assert_eq!(caches.pool.report().pages_in_use_bytes, Bytes::ZERO, "every page should be back");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn perplexity_agrees_with_pytorch_gpu() {
+    let model = common::model();
+    let golden: serde_json::Value = serde_json::from_slice(&read("perplexity.json")).expect("the golden is JSON");
+    let text = String::from_utf8(read("essay.txt")).expect("the essay is UTF-8");
+    let tokens = model.tokenizer.encode(&text, false).expect("the essay has tokens");
+    assert_eq!(golden["tokens"].as_u64(), Some(tokens.len() as u64), "tokens of the essay");
+    let windows = perplexity::windows(&tokens, 256, 4).expect("four windows");
+    let (mut engine, mut caches) =
+        Engine::new(common::device(), &model.weights, &common::config(128)).expect("128 MiB suffice");
+    let got = perplexity::on_engine(&mut engine, &mut caches, &windows, 64, &mut |_, _| ()).expect("it should run");
+    let want = golden["perplexity"].as_f64().expect("a number");
+    println!("perplexity {:.4}, PyTorch {want:.4}", got.perplexity);
+    assert!((got.perplexity / want - 1.0).abs() < 0.005, "{} against {want}", got.perplexity);
+    let each = golden["per_window_nll"].as_array().expect("a list");
+    for (got, want) in got.window_nll.iter().zip(each) {
+        assert!((got - want.as_f64().expect("a number")).abs() < 1e-3, "{got} against {want}");
+    }
+}
