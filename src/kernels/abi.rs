@@ -60,7 +60,7 @@ immediates! {
         /// `sm_scale * log2(e)`.
         scale_log2: f32,
     }
-    /// Immediate data of merge_states.
+    /// Immediate data of `merge_states`.
     struct MergeParams {
         /// First vec4 of the work list in `step`.
         items: u32,
@@ -95,7 +95,7 @@ immediates! {
         /// Rows of the embedding.
         vocab: u32,
     }
-    /// Immediate data of rms_norm.
+    /// Immediate data of `rms_norm`.
     struct RmsNormParams {
         /// First u32 of the list of source rows in `step`.
         rows: u32,
@@ -121,7 +121,7 @@ immediates! {
         /// `head_dim / 2`.
         half_dim: u32,
     }
-    /// Immediate data of gated_activation.
+    /// Immediate data of `gated_activation`.
     struct GatedActivationParams {
         /// Rows.
         n_rows: u32,
