@@ -58,7 +58,14 @@ fn plan(c: &mut Criterion) {
         }
         let segments: Vec<_> = (0..)
             .zip(&tables)
-            .map(|(row_lo, table)| Segment { table, row_lo, n_rows: 1, first_index: 15_999, decode: true, attend: true })
+            .map(|(row_lo, table)| Segment {
+                table,
+                row_lo,
+                n_rows: 1,
+                first_index: 15_999,
+                decode: true,
+                attend: true,
+            })
             .collect();
         c.bench_function(&format!("plan: decode of 16 sessions x 16K tokens, 32 layers, {name}"), |b| {
             b.iter(|| AttentionPlan::new(&PrefillSpec { shape }, 32, black_box(&segments)));

@@ -62,6 +62,8 @@ pub mod kernels;
 pub mod model;
 pub mod pool;
 pub mod reference;
+#[cfg(feature = "model")]
+pub mod report;
 pub mod schedule;
 pub mod theory;
 pub mod weights;

@@ -9,9 +9,8 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use concertina::kernels::abi::{
-    AppendItem, AppendParams, DecodeItem, DecodeParams, EmbedParams, GatedActivationParams, Immediates, MatmulParams,
-    MergeItem, MergeParams, PrefillItem, PrefillParams, RmsNormParams, RopeParams, SampleItem, SampleParams,
-    VEC4_WORDS,
+    AppendItem, AppendParams, AttentionParams, DecodeItem, EmbedParams, GatedActivationParams, Immediates,
+    MatmulParams, MergeItem, MergeParams, PrefillItem, RmsNormParams, RopeParams, SampleItem, SampleParams, VEC4_WORDS,
 };
 use concertina::kernels::link;
 use concertina::kernels::registry::all_specs;
@@ -32,12 +31,11 @@ fn host<T: Immediates>() -> Layout {
 fn host_layouts() -> BTreeMap<String, Layout> {
     let all = [
         host::<AppendParams>(),
-        host::<DecodeParams>(),
+        host::<AttentionParams>(),
         host::<EmbedParams>(),
         host::<GatedActivationParams>(),
         host::<MatmulParams>(),
         host::<MergeParams>(),
-        host::<PrefillParams>(),
         host::<RmsNormParams>(),
         host::<RopeParams>(),
         host::<SampleParams>(),

@@ -9,29 +9,6 @@ const CELLS = HEAD_DIM / 8u;
 const HEAD_VECS = (GROUP_SIZE + 3u) / 4u;
 const TILE = WORKGROUP_SIZE * TOKENS_PER_LANE;
 const STRIPES = WORKGROUP_SIZE / CELLS;
-// Finite, so that no infinity meets a zero.
-const MASKED = -1e30;
-
-struct DecodeParams {
-  items: u32,       // first vec4 of the work list in `step`
-  n_items: u32,
-  layer: u32,
-  q_stride: u32,    // f32 values between query rows
-  scale_log2: f32,  // sm_scale * log2(e)
-}
-
-struct Channels {
-  c0: vec4<f32>, c1: vec4<f32>, c2: vec4<f32>, c3: vec4<f32>,
-  c4: vec4<f32>, c5: vec4<f32>, c6: vec4<f32>, c7: vec4<f32>,
-}
-
-var<immediate> par: DecodeParams;
-@group(0) @binding(0) var<storage, read> step: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> tables: array<u32>;
-@group(0) @binding(2) var<storage, read> arena: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> q: array<f32>;
-@group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
-@group(0) @binding(5) var<storage, read_write> state_ml: array<vec2<f32>>;
 
 var<workgroup> q_tile: array<vec4<f32>, HEAD_DIM * HEAD_VECS>;  // [channel][head vec]
 var<workgroup> p_tile: array<vec4<f32>, TILE * HEAD_VECS>;      // [token][head vec]
@@ -39,7 +16,8 @@ var<workgroup> o_tile: array<vec4<f32>, WORKGROUP_SIZE * 8u>;   // [lane][channe
 
 fn load_query(head: u32, row: u32, kv_head: u32, channel: u32) -> f32 {
   if (head >= GROUP_SIZE) { return 0.0; }
-  return q[row * par.q_stride + (kv_head * GROUP_SIZE + head) * HEAD_DIM + channel] * par.scale_log2;
+  let at = row * par.q_stride + (kv_head * GROUP_SIZE + head) * HEAD_DIM + channel;
+  return q[at / 4u][at % 4u] * par.scale_log2;
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
@@ -100,8 +78,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
       let fade = exp2(m[h] - higher);
       m[h] = higher;
       l[h] *= fade;
-      acc[h].c0 *= fade; acc[h].c1 *= fade; acc[h].c2 *= fade; acc[h].c3 *= fade;
-      acc[h].c4 *= fade; acc[h].c5 *= fade; acc[h].c6 *= fade; acc[h].c7 *= fade;
+      acc[h] = faded(acc[h], fade);
       for (var i = 0u; i < TOKENS_PER_LANE; i++) {
         let place = i * WORKGROUP_SIZE + li;
         let at = place * HEAD_VECS + h;
@@ -119,9 +96,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
         let page = tables[pages + token / PAGE_SIZE];
         let v = codec_decode(arena[codec_v_index(page, token % PAGE_SIZE, cell)]);
         for (var h = 0u; h < HEAD_VECS; h++) {
-          let p = p_tile[place * HEAD_VECS + h];
-          acc[h].c0 += p * v.low.x; acc[h].c1 += p * v.low.y; acc[h].c2 += p * v.low.z; acc[h].c3 += p * v.low.w;
-          acc[h].c4 += p * v.high.x; acc[h].c5 += p * v.high.y; acc[h].c6 += p * v.high.z; acc[h].c7 += p * v.high.w;
+          acc[h] = weighted(acc[h], p_tile[place * HEAD_VECS + h], v);
         }
       }
     }

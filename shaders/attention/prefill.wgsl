@@ -12,28 +12,6 @@ const TOKEN_LANES = WORKGROUP_SIZE / QUADS;
 const LANE_TOKENS = TILE_TOKENS / TOKEN_LANES;
 const QUAD_GROUPS = WORKGROUP_SIZE / CELLS;
 const LANE_QUADS = (QUADS + QUAD_GROUPS - 1u) / QUAD_GROUPS;
-const MASKED = -1e30;
-
-struct PrefillParams {
-  items: u32,       // first vec4 of the work list in `step`
-  n_items: u32,
-  layer: u32,
-  q_stride: u32,    // f32 values between query rows
-  scale_log2: f32,  // sm_scale * log2(e)
-}
-
-struct Channels {
-  c0: vec4<f32>, c1: vec4<f32>, c2: vec4<f32>, c3: vec4<f32>,
-  c4: vec4<f32>, c5: vec4<f32>, c6: vec4<f32>, c7: vec4<f32>,
-}
-
-var<immediate> par: PrefillParams;
-@group(0) @binding(0) var<storage, read> step: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> tables: array<u32>;
-@group(0) @binding(2) var<storage, read> arena: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> q: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
-@group(0) @binding(5) var<storage, read_write> state_ml: array<vec2<f32>>;
 
 var<workgroup> q_tile: array<vec4<f32>, TILE_ROWS * HEAD_DIM / 4u>;  // [row][channel / 4]
 var<workgroup> p_tile: array<vec4<f32>, QUADS * TILE_TOKENS>;        // [quad][token], four rows each
@@ -125,17 +103,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let end = min(TILE_TOKENS, n_tokens - tile);
     if (quad_group < QUAD_GROUPS) {
       for (var i = 0u; i < LANE_QUADS; i++) {
-        let f = fade[min(quad_group + i * QUAD_GROUPS, QUADS - 1u)];
-        acc[i].c0 *= f; acc[i].c1 *= f; acc[i].c2 *= f; acc[i].c3 *= f;
-        acc[i].c4 *= f; acc[i].c5 *= f; acc[i].c6 *= f; acc[i].c7 *= f;
+        acc[i] = faded(acc[i], fade[min(quad_group + i * QUAD_GROUPS, QUADS - 1u)]);
       }
       for (var place = 0u; place < end; place++) {
         let token = tile + place;
         let v = codec_decode(arena[codec_v_index(tables[pages + token / PAGE_SIZE], token % PAGE_SIZE, cell)]);
         for (var i = 0u; i < LANE_QUADS; i++) {
-          let p = p_tile[min(quad_group + i * QUAD_GROUPS, QUADS - 1u) * TILE_TOKENS + place];
-          acc[i].c0 += p * v.low.x; acc[i].c1 += p * v.low.y; acc[i].c2 += p * v.low.z; acc[i].c3 += p * v.low.w;
-          acc[i].c4 += p * v.high.x; acc[i].c5 += p * v.high.y; acc[i].c6 += p * v.high.z; acc[i].c7 += p * v.high.w;
+          let quad_here = min(quad_group + i * QUAD_GROUPS, QUADS - 1u);
+          acc[i] = weighted(acc[i], p_tile[quad_here * TILE_TOKENS + place], v);
         }
       }
     }

@@ -5,53 +5,9 @@
 // accumulators is left in memory by drivers that bound loops. Each output is one chain over k in order, so a row's
 // result does not depend on the rows beside it.
 
-struct MatmulParams {
-  x_row: u32,    // first row of x
-  y_row: u32,    // first row of y
-  n_rows: u32,
-  cols: u32,     // rows of W
-  cells: u32,    // columns of W / 8
-}
-
-struct Cell {
-  low: vec4<f32>,
-  high: vec4<f32>,
-}
-
 struct Row {
   low: vec4<f32>,   // columns 0 to 3 of the lane
   high: vec4<f32>,  // columns 4 to 7
-}
-
-var<immediate> par: MatmulParams;
-@group(0) @binding(0) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;  // [k / 8][column] cells
-@group(0) @binding(2) var<storage, read_write> y: array<f32>;
-
-fn weight(at: u32) -> Cell {
-  let bits = w[at];
-  return Cell(
-    vec4<f32>(unpack2x16float(bits.x), unpack2x16float(bits.y)),
-    vec4<f32>(unpack2x16float(bits.z), unpack2x16float(bits.w)));
-}
-
-fn dot8(a: Cell, b: Cell) -> f32 {
-  return dot(a.low, b.low) + dot(a.high, b.high);
-}
-
-fn row_base(row: u32) -> u32 {
-  return (par.x_row + min(row, par.n_rows - 1u)) * par.cells * 2u;
-}
-
-fn input(base: u32, c: u32) -> Cell {
-  return Cell(x[base + c * 2u], x[base + c * 2u + 1u]);
-}
-
-fn put(row: u32, col: u32, value: f32) {
-  if (row < par.n_rows && col < par.cols) {
-    let at = (par.y_row + row) * par.cols + col;
-    if (ACCUMULATE) { y[at] += value; } else { y[at] = value; }
-  }
 }
 
 fn put_row(row: u32, col: u32, r: Row) {
@@ -76,29 +32,29 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let w0 = weight(at + n0); let w1 = weight(at + n1); let w2 = weight(at + n2); let w3 = weight(at + n3);
     let w4 = weight(at + n4); let w5 = weight(at + n5); let w6 = weight(at + n6); let w7 = weight(at + n7);
     let x0 = input(b0, c);
-    r0.low += vec4<f32>(dot8(x0, w0), dot8(x0, w1), dot8(x0, w2), dot8(x0, w3));
-    r0.high += vec4<f32>(dot8(x0, w4), dot8(x0, w5), dot8(x0, w6), dot8(x0, w7));
+    r0.low += dot8x4(x0, w0, w1, w2, w3);
+    r0.high += dot8x4(x0, w4, w5, w6, w7);
     let x1 = input(b1, c);
-    r1.low += vec4<f32>(dot8(x1, w0), dot8(x1, w1), dot8(x1, w2), dot8(x1, w3));
-    r1.high += vec4<f32>(dot8(x1, w4), dot8(x1, w5), dot8(x1, w6), dot8(x1, w7));
+    r1.low += dot8x4(x1, w0, w1, w2, w3);
+    r1.high += dot8x4(x1, w4, w5, w6, w7);
     let x2 = input(b2, c);
-    r2.low += vec4<f32>(dot8(x2, w0), dot8(x2, w1), dot8(x2, w2), dot8(x2, w3));
-    r2.high += vec4<f32>(dot8(x2, w4), dot8(x2, w5), dot8(x2, w6), dot8(x2, w7));
+    r2.low += dot8x4(x2, w0, w1, w2, w3);
+    r2.high += dot8x4(x2, w4, w5, w6, w7);
     let x3 = input(b3, c);
-    r3.low += vec4<f32>(dot8(x3, w0), dot8(x3, w1), dot8(x3, w2), dot8(x3, w3));
-    r3.high += vec4<f32>(dot8(x3, w4), dot8(x3, w5), dot8(x3, w6), dot8(x3, w7));
+    r3.low += dot8x4(x3, w0, w1, w2, w3);
+    r3.high += dot8x4(x3, w4, w5, w6, w7);
     let x4 = input(b4, c);
-    r4.low += vec4<f32>(dot8(x4, w0), dot8(x4, w1), dot8(x4, w2), dot8(x4, w3));
-    r4.high += vec4<f32>(dot8(x4, w4), dot8(x4, w5), dot8(x4, w6), dot8(x4, w7));
+    r4.low += dot8x4(x4, w0, w1, w2, w3);
+    r4.high += dot8x4(x4, w4, w5, w6, w7);
     let x5 = input(b5, c);
-    r5.low += vec4<f32>(dot8(x5, w0), dot8(x5, w1), dot8(x5, w2), dot8(x5, w3));
-    r5.high += vec4<f32>(dot8(x5, w4), dot8(x5, w5), dot8(x5, w6), dot8(x5, w7));
+    r5.low += dot8x4(x5, w0, w1, w2, w3);
+    r5.high += dot8x4(x5, w4, w5, w6, w7);
     let x6 = input(b6, c);
-    r6.low += vec4<f32>(dot8(x6, w0), dot8(x6, w1), dot8(x6, w2), dot8(x6, w3));
-    r6.high += vec4<f32>(dot8(x6, w4), dot8(x6, w5), dot8(x6, w6), dot8(x6, w7));
+    r6.low += dot8x4(x6, w0, w1, w2, w3);
+    r6.high += dot8x4(x6, w4, w5, w6, w7);
     let x7 = input(b7, c);
-    r7.low += vec4<f32>(dot8(x7, w0), dot8(x7, w1), dot8(x7, w2), dot8(x7, w3));
-    r7.high += vec4<f32>(dot8(x7, w4), dot8(x7, w5), dot8(x7, w6), dot8(x7, w7));
+    r7.low += dot8x4(x7, w0, w1, w2, w3);
+    r7.high += dot8x4(x7, w4, w5, w6, w7);
   }
   put_row(row, col, r0); put_row(row + 1u, col, r1); put_row(row + 2u, col, r2); put_row(row + 3u, col, r3);
   put_row(row + 4u, col, r4); put_row(row + 5u, col, r5); put_row(row + 6u, col, r6); put_row(row + 7u, col, r7);

@@ -3,58 +3,10 @@
 // Workgroup of 16 column lanes x 4 slices of k = ROWS rows (1 or 4) by 64 columns; a lane keeps ROWS rows by 4 columns.
 // The slices are added in a fixed order, so a row's result does not depend on how many rows are computed.
 
-struct MatmulParams {
-  x_row: u32,    // first row of x
-  y_row: u32,    // first row of y
-  n_rows: u32,
-  cols: u32,     // rows of W
-  cells: u32,    // columns of W / 8
-}
-
-struct Cell {
-  low: vec4<f32>,
-  high: vec4<f32>,
-}
-
 const COL_LANES = 16u;
 const SLICES = 4u;
 
-var<immediate> par: MatmulParams;
-@group(0) @binding(0) var<storage, read> x: array<vec4<f32>>;
-@group(0) @binding(1) var<storage, read> w: array<vec4<u32>>;  // [k / 8][column] cells
-@group(0) @binding(2) var<storage, read_write> y: array<f32>;
-
 var<workgroup> part: array<vec4<f32>, ROWS * 64u>;  // [row][slice][column lane], four columns each
-
-fn weight(at: u32) -> Cell {
-  let bits = w[at];
-  return Cell(
-    vec4<f32>(unpack2x16float(bits.x), unpack2x16float(bits.y)),
-    vec4<f32>(unpack2x16float(bits.z), unpack2x16float(bits.w)));
-}
-
-fn dot8(a: Cell, b: Cell) -> f32 {
-  return dot(a.low, b.low) + dot(a.high, b.high);
-}
-
-fn row_base(row: u32) -> u32 {
-  return (par.x_row + min(row, par.n_rows - 1u)) * par.cells * 2u;
-}
-
-fn input(base: u32, c: u32) -> Cell {
-  return Cell(x[base + c * 2u], x[base + c * 2u + 1u]);
-}
-
-fn product(v: Cell, w0: Cell, w1: Cell, w2: Cell, w3: Cell) -> vec4<f32> {
-  return vec4<f32>(dot8(v, w0), dot8(v, w1), dot8(v, w2), dot8(v, w3));
-}
-
-fn put(row: u32, col: u32, value: f32) {
-  if (row < par.n_rows && col < par.cols) {
-    let at = (par.y_row + row) * par.cols + col;
-    if (ACCUMULATE) { y[at] += value; } else { y[at] = value; }
-  }
-}
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) li: u32) {
@@ -72,11 +24,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   for (var c = slice; c < par.cells; c += SLICES) {
     let at = c * par.cols;
     let w0 = weight(at + n0); let w1 = weight(at + n1); let w2 = weight(at + n2); let w3 = weight(at + n3);
-    r0 += product(input(b0, c), w0, w1, w2, w3);
+    r0 += dot8x4(input(b0, c), w0, w1, w2, w3);
     if (ROWS > 1u) {
-      r1 += product(input(b1, c), w0, w1, w2, w3);
-      r2 += product(input(b2, c), w0, w1, w2, w3);
-      r3 += product(input(b3, c), w0, w1, w2, w3);
+      r1 += dot8x4(input(b1, c), w0, w1, w2, w3);
+      r2 += dot8x4(input(b2, c), w0, w1, w2, w3);
+      r3 += dot8x4(input(b3, c), w0, w1, w2, w3);
     }
   }
   part[li] = r0;

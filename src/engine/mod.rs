@@ -31,7 +31,7 @@ use crate::weights::Weights;
 use layers::{Layers, RowCounts};
 use paged_attention::slab_bytes;
 use scratch::{Scratch, ScratchSizes};
-use step::{StepRows, inverse_frequencies};
+use step::{StepOffsets, StepRows, inverse_frequencies};
 use weights::DeviceWeights;
 
 /// What can go wrong while executing.
@@ -236,76 +236,31 @@ impl<'d> Engine<'d> {
         }
     }
 
-    /// Computes the gathered rows in one submission and leaves `read_bytes` of `source` in the read-back buffer.
+    /// Computes the gathered rows in one submission and returns what `want` names.
     fn submit(&mut self, plan: &StepPlan, caches: &mut Caches, want: Want) -> Result<Vec<u8>, EngineError> {
         let started = Instant::now();
-        let mut regions = Vec::new();
-        let mut table_words = Vec::new();
-        for rows in &plan.segments {
-            let table = caches.tables.get_mut(&rows.session).expect("a planned session has a table");
-            if table.is_dirty() {
-                let from = table_words.len();
-                let region = table.write_region(&mut table_words);
-                regions.push((region, from, table_words.len() - from));
-            }
-        }
-        let mut row_lo = 0;
-        let segments: Vec<_> = (plan.segments.iter())
-            .map(|rows| {
-                let table = &caches.tables[&rows.session];
-                let n_rows = rows.n_rows();
-                let first_index = rows.first_index;
-                let segment = Segment { table, row_lo, n_rows, first_index, decode: rows.decode, attend: true };
-                row_lo += n_rows;
-                segment
-            })
-            .collect();
-        let attention_plan = AttentionPlan::new(self.attention.prefill_spec(), self.geometry.num_layers, &segments);
-        self.attention.check(&attention_plan)?;
+        let tables = DirtyTables::collect(plan, caches);
+        let attention_plan = self.plan_attention(plan, caches)?;
         let offsets = self.rows.write(&self.frequencies, &attention_plan, &mut self.words);
         let step_bytes = self.words.len() as u64 * WORD_BYTES;
         if step_bytes > self.scratch.step.size() {
             let (bytes, limit) = (Bytes(step_bytes), Bytes(self.scratch.step.size()));
             return Err(DeviceError::TooLarge { label: "the work lists of a step".to_owned(), bytes, limit }.into());
         }
-        let pieces: [&[u8]; 2] = [bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&table_words)];
+        let pieces: [&[u8]; 2] = [bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&tables.words)];
         self.uploader.write(self.device, &pieces)?;
-
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         encoder.copy_buffer_to_buffer(self.uploader.source(), 0, &self.scratch.step, 0, step_bytes);
-        for (region, from, n) in regions {
-            let (to, from) = (u64::from(region) * WORD_BYTES, step_bytes + from as u64 * WORD_BYTES);
-            encoder.copy_buffer_to_buffer(
-                self.uploader.source(),
-                from,
-                &self.buffers.tables,
-                to,
-                n as u64 * WORD_BYTES,
-            );
-        }
-        let mut recorder = Recorder::new(self.timer.begin(&mut encoder));
-        let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };
-        self.layers.embed(&mut recorder, offsets.tokens, rows.all);
-        for layer in 0..self.geometry.num_layers {
-            self.layers.before_attention(&mut recorder, layer as usize, offsets.angles, rows);
-            self.attention.record(&mut recorder, &attention_plan, &offsets.lists, layer);
-            self.layers.after_attention(&mut recorder, layer as usize, rows);
-        }
-        let n_logits = u32::try_from(self.rows.logit_rows.len()).expect("rows of a step are counted in 32 bits");
-        self.layers.logits(&mut recorder, offsets.logit_rows, n_logits, want == Want::LogitsOfMany);
-        let (source, read_bytes) = match want {
-            Want::Tokens => {
-                self.layers.sample(&mut recorder, offsets.samples, n_logits);
-                (&self.scratch.tokens, u64::from(n_logits) * WORD_BYTES)
-            }
-            Want::Logits | Want::LogitsOfMany => {
-                let row = u64::from(self.geometry.vocab_size) * WORD_BYTES;
-                (&self.scratch.logits, u64::from(n_logits) * row)
-            }
-        };
-        let dispatches = recorder.dispatches();
-        drop(recorder);
+        tables.record(&mut encoder, self.uploader.source(), step_bytes, &self.buffers.tables);
+        let recorder = Recorder::new(self.timer.begin(&mut encoder));
+        let dispatches = self.record(recorder, plan, &attention_plan, &offsets, want);
         self.timer.resolve(&mut encoder);
+        let n_logits = self.rows.logit_rows.len() as u64;
+        let (source, row_words) = match want {
+            Want::Tokens => (&self.scratch.tokens, 1),
+            Want::Logits | Want::LogitsOfMany => (&self.scratch.logits, u64::from(self.geometry.vocab_size)),
+        };
+        let read_bytes = n_logits * row_words * WORD_BYTES;
         if read_bytes > 0 {
             encoder.copy_buffer_to_buffer(source, 0, self.back.target(), 0, read_bytes);
         }
@@ -317,6 +272,44 @@ impl<'d> Engine<'d> {
         self.back.read(self.device, length, &mut bytes)?;
         self.stats = StepStats { dispatches, device: self.timer.elapsed(self.device)?, host };
         Ok(bytes)
+    }
+
+    fn plan_attention(&self, plan: &StepPlan, caches: &Caches) -> Result<AttentionPlan, EngineError> {
+        let mut row_lo = 0;
+        let mut segments = Vec::with_capacity(plan.segments.len());
+        for rows in &plan.segments {
+            let (table, n_rows) = (&caches.tables[&rows.session], rows.n_rows());
+            let (first_index, decode) = (rows.first_index, rows.decode);
+            segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend: true });
+            row_lo += n_rows;
+        }
+        let planned = AttentionPlan::new(self.attention.prefill_spec(), self.geometry.num_layers, &segments);
+        self.attention.check(&planned)?;
+        Ok(planned)
+    }
+
+    /// Records the whole forward pass; the number of dispatches.
+    fn record(
+        &self,
+        mut recorder: Recorder<'_>,
+        plan: &StepPlan,
+        attention: &AttentionPlan,
+        offsets: &StepOffsets,
+        want: Want,
+    ) -> u32 {
+        let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };
+        self.layers.embed(&mut recorder, offsets.tokens, rows.all);
+        for layer in 0..self.geometry.num_layers {
+            self.layers.before_attention(&mut recorder, layer as usize, offsets.angles, rows);
+            self.attention.record(&mut recorder, attention, &offsets.lists, layer);
+            self.layers.after_attention(&mut recorder, layer as usize, rows);
+        }
+        let n_logits = u32::try_from(self.rows.logit_rows.len()).expect("rows of a step are counted in 32 bits");
+        self.layers.logits(&mut recorder, offsets.logit_rows, n_logits, want == Want::LogitsOfMany);
+        if want == Want::Tokens {
+            self.layers.sample(&mut recorder, offsets.samples, n_logits);
+        }
+        recorder.dispatches()
     }
 
     /// Computes the plan and returns the logits `[vocab_size]` of each sampling segment instead of a token.
@@ -354,6 +347,36 @@ impl<'d> Engine<'d> {
         }
         let values: Vec<f32> = bytemuck::pod_collect_to_vec(&self.submit(plan, caches, want)?);
         Ok(values.chunks_exact(vocab).map(<[f32]>::to_vec).collect())
+    }
+}
+
+/// Page tables that changed since they were uploaded.
+struct DirtyTables {
+    words: Vec<u32>,
+    /// First entry in the table buffer, first word here, words.
+    regions: Vec<(u32, usize, usize)>,
+}
+
+impl DirtyTables {
+    fn collect(plan: &StepPlan, caches: &mut Caches) -> Self {
+        let mut dirty = Self { words: Vec::new(), regions: Vec::new() };
+        for rows in &plan.segments {
+            let table = caches.tables.get_mut(&rows.session).expect("a planned session has a table");
+            if table.is_dirty() {
+                let from = dirty.words.len();
+                let region = table.write_region(&mut dirty.words);
+                dirty.regions.push((region, from, dirty.words.len() - from));
+            }
+        }
+        dirty
+    }
+
+    /// Copies every region from the staging half, in which the words begin at `offset` bytes.
+    fn record(&self, encoder: &mut wgpu::CommandEncoder, source: &wgpu::Buffer, offset: u64, tables: &wgpu::Buffer) {
+        for (region, from, n) in &self.regions {
+            let (from, to) = (offset + *from as u64 * WORD_BYTES, u64::from(*region) * WORD_BYTES);
+            encoder.copy_buffer_to_buffer(source, from, tables, to, *n as u64 * WORD_BYTES);
+        }
     }
 }
 

@@ -34,21 +34,8 @@ macro_rules! immediates {
 }
 
 immediates! {
-    /// Immediate data of decode.
-    struct DecodeParams {
-        /// First vec4 of the work list in `step`.
-        items: u32,
-        /// Items in it.
-        n_items: u32,
-        /// Layer whose pages are read.
-        layer: u32,
-        /// f32 values between query rows.
-        q_stride: u32,
-        /// `sm_scale * log2(e)`.
-        scale_log2: f32,
-    }
-    /// Immediate data of prefill.
-    struct PrefillParams {
+    /// Immediate data of decode and prefill.
+    struct AttentionParams {
         /// First vec4 of the work list in `step`.
         items: u32,
         /// Items in it.

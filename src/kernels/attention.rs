@@ -3,7 +3,17 @@
 use crate::compression::hidden::HiddenCodec;
 use crate::device::Tier;
 use crate::geometry::{CELL_CHANNELS, HeadGeometry, PageGeometry};
-use crate::kernels::{Constant, Module, modules};
+use crate::kernels::{Access, Binding, Constant, Module, modules};
+
+/// Bindings of decode and prefill.
+pub(super) const ATTENTION_BINDINGS: &[Binding] = &[
+    ("step", Access::Read),
+    ("tables", Access::Read),
+    ("arena", Access::Read),
+    ("q", Access::Read),
+    ("state_o", Access::ReadWrite),
+    ("state_ml", Access::ReadWrite),
+];
 
 /// The shape of a cache as kernels see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -23,19 +23,10 @@
 //!
 //! Method: FlashDecoding (Dao et al., 2023) and FlashInfer (arXiv:2501.01005); group packing as in both.
 
-use super::abi::{DecodeItem, DecodeParams, Immediates as _};
-use super::attention::{CacheShape, lanes_module};
-use super::{Access, Binding, Constant, KernelSpec, Work, modules};
+use super::abi::{AttentionParams, DecodeItem, Immediates as _};
+use super::attention::{ATTENTION_BINDINGS, CacheShape, lanes_module};
+use super::{Constant, KernelSpec, Work, modules};
 use crate::device::Tier;
-
-const BINDINGS: &[Binding] = &[
-    ("step", Access::Read),
-    ("tables", Access::Read),
-    ("arena", Access::Read),
-    ("q", Access::Read),
-    ("state_o", Access::ReadWrite),
-    ("state_ml", Access::ReadWrite),
-];
 
 const WORKGROUP_SIZE: u32 = 64;
 
@@ -65,9 +56,9 @@ impl DecodeSpec {
         KernelSpec {
             name: "decode",
             constants,
-            modules: vec![lanes_module(self.tier), self.shape.codec_module(), &modules::DECODE],
-            bindings: BINDINGS,
-            immediate_bytes: DecodeParams::BYTES,
+            modules: vec![lanes_module(self.tier), self.shape.codec_module(), &modules::ATTENTION_SHARED, &modules::DECODE],
+            bindings: ATTENTION_BINDINGS,
+            immediate_bytes: AttentionParams::BYTES,
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::abi::{AppendParams, DecodeParams, MergeParams, PrefillParams};
+use super::abi::{AppendParams, AttentionParams, MergeParams};
 use super::attention::CacheShape;
 use super::decode::DecodeSpec;
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
@@ -178,12 +178,12 @@ impl AttentionKernels {
         }
         for (arena, range) in &layer_plan.decode {
             let (items, n_items) = place(lists.decode, 2, range);
-            let params = DecodeParams { items, n_items, layer, q_stride: self.stride, scale_log2 };
+            let params = AttentionParams { items, n_items, layer, q_stride: self.stride, scale_log2 };
             recorder.dispatch(&self.decode, &self.decode_groups[usize::from(*arena)], &params, flat_grid(n_items));
         }
         for (arena, range) in &layer_plan.prefill {
             let (items, n_items) = place(lists.prefill, 3, range);
-            let params = PrefillParams { items, n_items, layer, q_stride: self.stride, scale_log2 };
+            let params = AttentionParams { items, n_items, layer, q_stride: self.stride, scale_log2 };
             recorder.dispatch(&self.prefill, &self.prefill_groups[usize::from(*arena)], &params, flat_grid(n_items));
         }
         let (items, n_items) = place(lists.merge, 1, &layer_plan.merge);

@@ -42,7 +42,7 @@ pub fn matmul(output: Output) -> KernelSpec {
     KernelSpec {
         name: "matmul",
         constants: vec![("ACCUMULATE", Constant::Bool(output == Output::Accumulate))],
-        modules: vec![&modules::MATMUL],
+        modules: vec![&modules::PRODUCT, &modules::MATMUL],
         bindings: BINDINGS,
         immediate_bytes: MatmulParams::BYTES,
     }
@@ -57,7 +57,7 @@ pub fn matvec(output: Output, rows: u32) -> KernelSpec {
     KernelSpec {
         name: "matvec",
         constants: vec![("ACCUMULATE", Constant::Bool(output == Output::Accumulate)), ("ROWS", Constant::U32(rows))],
-        modules: vec![&modules::MATVEC],
+        modules: vec![&modules::PRODUCT, &modules::MATVEC],
         bindings: BINDINGS,
         immediate_bytes: MatmulParams::BYTES,
     }

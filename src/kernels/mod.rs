@@ -72,6 +72,10 @@ pub mod modules {
         LANES_SUBGROUP = "common/lanes_subgroup.wgsl";
         /// The f16 page codec.
         CODEC_F16 = "codec/f16.wgsl";
+        /// What decode and prefill share.
+        ATTENTION_SHARED = "attention/shared.wgsl";
+        /// What matmul and matvec share.
+        PRODUCT = "model/product.wgsl";
         /// Split-KV decode.
         DECODE = "attention/decode.wgsl";
         /// Chunked causal prefill.

@@ -20,18 +20,9 @@
 //!
 //! Method: FlashAttention (arXiv:2205.14135), online softmax in base 2.
 
-use super::abi::{Immediates as _, PrefillParams};
-use super::attention::CacheShape;
-use super::{Access, Binding, Constant, KernelSpec, modules};
-
-const BINDINGS: &[Binding] = &[
-    ("step", Access::Read),
-    ("tables", Access::Read),
-    ("arena", Access::Read),
-    ("q", Access::Read),
-    ("state_o", Access::ReadWrite),
-    ("state_ml", Access::ReadWrite),
-];
+use super::abi::{AttentionParams, Immediates as _};
+use super::attention::{ATTENTION_BINDINGS, CacheShape};
+use super::{Constant, KernelSpec, modules};
 
 const WORKGROUP_SIZE: u32 = 64;
 
@@ -66,9 +57,9 @@ impl PrefillSpec {
         KernelSpec {
             name: "prefill",
             constants,
-            modules: vec![self.shape.codec_module(), &modules::PREFILL],
-            bindings: BINDINGS,
-            immediate_bytes: PrefillParams::BYTES,
+            modules: vec![self.shape.codec_module(), &modules::ATTENTION_SHARED, &modules::PREFILL],
+            bindings: ATTENTION_BINDINGS,
+            immediate_bytes: AttentionParams::BYTES,
         }
     }
 }

@@ -1,0 +1,160 @@
+//! Arguments that several commands share.
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use concertina::compression::Compression;
+use concertina::device::{AdapterChoice, AdapterRequest};
+use concertina::geometry::{Bytes, ModelGeometry};
+use concertina::kernels::registry::{DEFAULT_PAGE_SIZE, PAGE_SIZES};
+use concertina::kernels::sample::Sampling;
+
+use super::failure::usage;
+
+/// Rows of a step where nothing else is said.
+pub(super) const DEFAULT_CHUNK: u32 = 128;
+/// Largest budget: far beyond any device, and far from where sizes overflow.
+const BUDGET_MAX: Bytes = Bytes(1 << 40);
+
+/// Options of every command.
+#[derive(Args, Clone, Debug)]
+pub(super) struct Global {
+    /// Adapter to use: auto, an index of `concertina devices`, or a part of its name
+    ///
+    /// `auto` prefers discrete to integrated to virtual adapters, and those to software.
+    #[arg(
+        long,
+        global = true,
+        value_name = "auto|INDEX|NAME",
+        default_value = "auto",
+        help_heading = "Global options"
+    )]
+    device: String,
+
+    /// Consider only adapters of this graphics API
+    #[arg(long, global = true, value_enum, value_name = "API", help_heading = "Global options")]
+    backend: Option<Backend>,
+
+    /// Write the results to this file as JSON; `-` writes them to the standard output instead of the tables
+    ///
+    /// The file is written whole at the end or not at all. Names in it end in their unit: _bytes, _tokens, _s, _ms.
+    #[arg(long, global = true, value_name = "FILE", help_heading = "Global options")]
+    pub(super) json: Option<String>,
+}
+
+/// A graphics API.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Backend {
+    /// Vulkan.
+    Vulkan,
+    /// Metal.
+    Metal,
+    /// Direct3D 12.
+    Dx12,
+}
+
+impl Global {
+    /// The backend's name, where one was given.
+    pub(super) fn backend(&self) -> Option<String> {
+        self.backend.map(|backend| format!("{backend:?}").to_lowercase())
+    }
+
+    /// What to look for among the adapters.
+    pub(super) fn adapter(&self) -> Result<AdapterRequest> {
+        if self.device.trim().is_empty() {
+            return Err(usage("--device is empty; give auto, an index of `concertina devices` or a part of a name"));
+        }
+        let choice = self.device.parse::<AdapterChoice>().unwrap_or_else(|never| match never {});
+        Ok(AdapterRequest { choice, backend: self.backend(), tier: None })
+    }
+}
+
+/// The model.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ModelArg {
+    /// GGUF file, or a Hugging Face repository: owner/name or owner/name/file.gguf
+    ///
+    /// Files from a repository are fetched once and kept in the cache of the Hugging Face tools (`HF_HOME`).
+    #[arg(long, value_name = "PATH|owner/name")]
+    pub(super) model: String,
+}
+
+/// How a cache is kept.
+#[derive(Args, Clone, Debug)]
+pub(super) struct CacheArgs {
+    /// Tokens of one page of the cache: 16, 32, 64 or 128
+    #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PAGE_SIZE, value_parser = page_size)]
+    pub(super) page_size: u32,
+
+    /// What is done to the cache, as dimension=method pairs; `full` keeps everything
+    #[arg(long, value_name = "METHODS", default_value = "full")]
+    pub(super) compress: Compression,
+}
+
+/// How tokens are chosen.
+#[derive(Args, Clone, Debug)]
+pub(super) struct SamplingArgs {
+    /// Divide logits by this; 0 always takes the most probable token
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    temperature: f32,
+
+    /// Choose among so many of the most probable tokens; 0 keeps all
+    #[arg(long, default_value_t = 0)]
+    top_k: u32,
+
+    /// Choose among the most probable tokens until their mass reaches this; 1 keeps all
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    top_p: f32,
+
+    /// Seed of the choice: the same seed gives the same text
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    /// The choice, its ranges checked.
+    pub(super) fn sampling(&self) -> Result<Sampling> {
+        let Self { temperature, top_k, top_p, seed } = *self;
+        let sampling = Sampling { temperature, top_k, top_p, seed };
+        sampling.check().map_err(usage)?;
+        Ok(sampling)
+    }
+}
+
+/// Reads a page size that there are kernels for.
+fn page_size(text: &str) -> Result<u32, String> {
+    let sizes = || PAGE_SIZES.map(|size| size.to_string()).join(", ");
+    let size = text.parse().ok().filter(|size| PAGE_SIZES.contains(size));
+    size.ok_or_else(|| format!("pages have {} tokens", sizes()))
+}
+
+/// Reads a budget.
+pub(super) fn budget(text: &str) -> Result<Bytes, String> {
+    let bytes: Bytes = text.parse().map_err(|e: concertina::geometry::ParseBytesError| e.to_string())?;
+    if bytes > BUDGET_MAX {
+        return Err(format!("a budget is at most {BUDGET_MAX}"));
+    }
+    Ok(bytes)
+}
+
+/// Reads a number of tokens, rows or sessions: at least 1, and small enough for products of two to stay far from
+/// overflow.
+pub(super) fn small_count(text: &str) -> Result<u32, String> {
+    const MAX: u32 = 16_384;
+    text.parse().ok().filter(|n| (1..=MAX).contains(n)).ok_or_else(|| format!("expected a number from 1 to {MAX}"))
+}
+
+/// Reads a number of tokens that is only bounded by the context.
+pub(super) fn token_count(text: &str) -> Result<u32, String> {
+    const MAX: u32 = 1 << 24;
+    text.parse().ok().filter(|n| (1..=MAX).contains(n)).ok_or_else(|| format!("expected a number from 1 to {MAX}"))
+}
+
+/// The context to use: the model's, or a shorter one.
+pub(super) fn context(asked: Option<u32>, model: &ModelGeometry) -> Result<u32> {
+    let longest = model.context_length;
+    match asked {
+        None => Ok(longest),
+        Some(asked) if asked <= longest => Ok(asked),
+        Some(asked) => Err(usage(format!("--context {asked} is longer than the model's context of {longest} tokens"))),
+    }
+}

@@ -1,0 +1,114 @@
+//! Getting texts, models and engines ready.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow};
+use concertina::engine::{Engine, EngineConfig};
+use concertina::geometry::{Bytes, ModelGeometry};
+use concertina::model::{ChatTemplate, GgufFile, Message, ModelError, Role, Tokenizer, locate};
+use concertina::report::ModelReport;
+use concertina::schedule::{Caches, ScheduleConfig};
+use concertina::weights::Weights;
+
+use super::progress;
+
+/// A model file whose header has been read.
+#[derive(Debug)]
+pub(super) struct Model {
+    path: PathBuf,
+    gguf: GgufFile,
+    pub(super) tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+}
+
+impl Model {
+    /// Finds the file and reads all but its weights.
+    pub(super) fn open(spec: &str) -> Result<Self> {
+        let path = locate(spec)?;
+        let named = |error: ModelError| name_file(&path, error);
+        let gguf = GgufFile::open(&path).map_err(named)?;
+        let tokenizer = Tokenizer::from_gguf(&gguf).map_err(named)?;
+        let template = ChatTemplate::from_gguf(&gguf).map_err(named)?;
+        Ok(Self { gguf, tokenizer, template, path })
+    }
+
+    /// The model's shape.
+    pub(super) const fn geometry(&self) -> &ModelGeometry {
+        self.gguf.geometry()
+    }
+
+    /// For reports.
+    pub(super) fn report(&self, weights: Option<Bytes>) -> ModelReport {
+        let name = self.path.file_name().unwrap_or(self.path.as_os_str());
+        ModelReport::new(name.to_string_lossy().into_owned(), self.geometry(), weights)
+    }
+
+    /// Reads the weights, with a progress bar.
+    pub(super) fn weights(&self) -> Result<Weights> {
+        let bar = progress::bytes("loading weights");
+        let result = self.gguf.weights(&mut |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
+        result.map_err(|error| name_file(&self.path, error))
+    }
+
+    /// The prompt that asks for an answer to `text`, through the chat template where there is one.
+    pub(super) fn chat(&self, text: &str) -> Result<Vec<u32>> {
+        match &self.template {
+            Some(template) => {
+                let messages = [Message::new(Role::User, text)];
+                Ok(template.prompt_tokens(&self.tokenizer, &messages).map_err(|e| name_file(&self.path, e))?)
+            }
+            None => self.raw(&format!("{text}\n")),
+        }
+    }
+
+    /// The text itself as a prompt, after the token that begins a sequence where the model expects one.
+    pub(super) fn raw(&self, text: &str) -> Result<Vec<u32>> {
+        let bos = self.tokenizer.bos_id().filter(|_| self.tokenizer.add_bos());
+        let tokens = self.tokenizer.encode(text, false).map_err(|e| name_file(&self.path, e))?;
+        Ok(bos.into_iter().chain(tokens).collect())
+    }
+}
+
+/// Puts the file's name before a message that lacks it.
+fn name_file(path: &Path, error: ModelError) -> anyhow::Error {
+    match error {
+        ModelError::Io { .. } | ModelError::NotFound { .. } => error.into(),
+        error => anyhow!("'{}': {error}", path.display()),
+    }
+}
+
+/// Reads a text; `what` names it in messages.
+pub(super) fn read_text(what: &str, path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).map_err(|e| anyhow!("can not read {what} '{}': {e}", path.display()))?;
+    let n_bytes = bytes.len();
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        anyhow!("{what} '{}' is not UTF-8 text: byte {at} of {n_bytes} does not belong there", path.display())
+    })?;
+    if text.trim().is_empty() {
+        return Err(anyhow!("{what} '{}' is empty: {n_bytes} bytes without a letter", path.display()));
+    }
+    Ok(text)
+}
+
+/// The schedule that goes with an engine.
+pub(super) const fn schedule_config(config: &EngineConfig) -> ScheduleConfig {
+    let EngineConfig { max_rows, max_sessions, context_length, .. } = *config;
+    ScheduleConfig { max_rows, max_sessions, context_length }
+}
+
+/// Uploads the weights and compiles the kernels, with a sign of life.
+pub(super) fn engine<'d>(
+    device: &'d concertina::device::Device,
+    weights: &Weights,
+    config: &EngineConfig,
+) -> Result<(Engine<'d>, Caches)> {
+    let spinner = progress::spinner("preparing the device");
+    let result = Engine::new(device, weights, config);
+    spinner.finish_and_clear();
+    Ok(result?)
+}

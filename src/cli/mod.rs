@@ -1,0 +1,105 @@
+//! The command line: arguments, commands, progress.
+//!
+//! Results go to the standard output, progress and messages to the standard error. A command checks what it was given
+//! in order of cost: the arguments, the files, the header of the model, the device, and only then loads weights.
+//!
+//! | exit code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | something failed: no adapter, an unreadable file, a failed check |
+//! | 2 | the command line can not be carried out as it is written |
+//! | 130 | interrupted; `run` and `generate` print what there is |
+//! | 141 | the reader of the standard output has closed it |
+
+mod args;
+mod devices;
+mod documents;
+mod eval;
+mod failure;
+mod generate;
+mod interrupt;
+mod load;
+mod output;
+mod progress;
+mod run;
+mod run_progress;
+mod tokenize;
+mod verify;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use args::Global;
+
+/// Attention over many long documents at once, within one byte budget of GPU memory
+///
+/// Concertina runs language models whose KV caches live in pages of a fixed budget of device memory, and schedules
+/// sessions over long documents in it: those that fit compute together, the others wait. It runs on Vulkan, Metal
+/// and Direct3D 12.
+#[derive(Debug, Parser)]
+#[command(name = "concertina", version, arg_required_else_help = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  concertina devices
+  concertina run --model model.gguf --document a.txt b.txt --ask 'What is this about?' --kv-budget 64MiB
+  concertina generate --model model.gguf --prompt 'Write a haiku about rivers.'
+  concertina verify --quick
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Devices(devices::DevicesArgs),
+    Run(run::RunArgs),
+    Generate(generate::GenerateArgs),
+    Tokenize(tokenize::TokenizeArgs),
+    Eval(eval::EvalArgs),
+    Verify(verify::VerifyArgs),
+}
+
+/// Parses the command line and runs the command.
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return failure::report_clap(&error),
+    };
+    let global = &cli.global;
+    let result = match &cli.command {
+        Command::Devices(_) => devices::run(global),
+        Command::Run(args) => run::run(args, global),
+        Command::Generate(args) => generate::run(args, global),
+        Command::Tokenize(args) => tokenize::run(args, global),
+        Command::Eval(args) => eval::run(args, global),
+        Command::Verify(args) => verify::run(args, global),
+    };
+    result.unwrap_or_else(|error| failure::report(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_long_help_and_examples() {
+        for command in Cli::command().get_subcommands().filter(|c| c.get_name() != "help") {
+            let name = command.get_name();
+            assert!(command.get_long_about().is_some(), "{name} should explain itself");
+            let after = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(after.contains(&format!("concertina {name}")), "{name} should have an example");
+        }
+    }
+}

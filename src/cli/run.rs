@@ -1,0 +1,250 @@
+//! `concertina run`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, anyhow};
+use clap::Args;
+use concertina::device::Device;
+use concertina::engine::{Engine, EngineConfig};
+use concertina::geometry::Bytes;
+use concertina::report::{DeviceReport, Meter, Program, RunReport, RunSettings, SessionReport};
+use concertina::schedule::{Request, Scheduler, SessionId};
+
+use super::args::{self, CacheArgs, Global, ModelArg, SamplingArgs};
+use super::documents::{self, Inquiry, Prompt};
+use super::failure::{INTERRUPTED, usage};
+use super::interrupt;
+use super::load::{self, Model};
+use super::output::Output;
+use super::run_progress::SessionBars;
+
+/// Ask questions about many documents at once, within one byte budget
+///
+/// Each document becomes a session: a prompt of the document and its question, and the model's answer. Sessions share
+/// the budget: one begins when the pool can promise all pages that its prompt and answer can need, and those that hold
+/// pages compute together, their prompts cut into chunks that fit beside the decode rows. The others wait in the order
+/// given. At the end every page is back; if not, the command fails.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  concertina run --model model.gguf --document a.txt b.txt c.txt --ask 'What is this about?'
+  concertina run --model model.gguf --document a.txt --ask 'Who?' --document b.txt --ask 'When?'
+  concertina run --model owner/name --document *.txt --ask 'Summarise.' --document-tokens 1000 --kv-budget 64MiB
+  concertina run --model model.gguf --document a.txt --ask 'Why?' --json - | jq .metrics")]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    model: ModelArg,
+
+    /// Documents, UTF-8 text: one session each
+    #[arg(long, value_name = "PATH", num_args = 1.., required = true)]
+    document: Vec<PathBuf>,
+
+    /// The question about each document, in order; a single one serves all
+    #[arg(long, value_name = "TEXT", num_args = 1.., required = true)]
+    ask: Vec<String>,
+
+    /// Use only so many of the first tokens of each document
+    #[arg(long, value_name = "TOKENS", value_parser = args::token_count)]
+    document_tokens: Option<u32>,
+
+    /// Device bytes for caches, tables, scratch and staging; weights are apart
+    #[arg(long, value_name = "SIZE", default_value = "48MiB", value_parser = args::budget)]
+    kv_budget: Bytes,
+
+    /// Tokens to produce per session at most
+    #[arg(long, value_name = "TOKENS", default_value = "64", value_parser = args::token_count)]
+    max_new: u32,
+
+    /// Longest context, prompt and answer together; the model's where not given
+    #[arg(long, value_name = "TOKENS", value_parser = args::token_count)]
+    context: Option<u32>,
+
+    /// Sessions that may hold pages at once
+    #[arg(long, value_name = "N", default_value = "8", value_parser = args::small_count)]
+    max_sessions: u32,
+
+    /// Rows of one step: decode rows of all sessions and prompt tokens beside them
+    #[arg(long, value_name = "ROWS", default_value_t = args::DEFAULT_CHUNK, value_parser = args::small_count)]
+    chunk: u32,
+
+    #[command(flatten)]
+    cache: CacheArgs,
+
+    #[command(flatten)]
+    sampling: SamplingArgs,
+}
+
+/// Everything of a run that is known before the first step.
+struct Job {
+    inquiries: Vec<Inquiry>,
+    prompts: Vec<Prompt>,
+    settings: RunSettings,
+    config: EngineConfig,
+}
+
+/// Runs sessions.
+pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
+    let output = Output::open(global.json.as_deref())?;
+    let request = global.adapter()?;
+    let (job, model) = prepare(args)?;
+    let device = Device::open(&request)?;
+    let weights = model.weights()?;
+    let (mut engine, caches) = load::engine(&device, &weights, &job.config)?;
+    drop(weights);
+    let device_report = DeviceReport::new(&device, Some(engine.clock()));
+    let model_report = model.report(Some(engine.weight_bytes()));
+    output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
+
+    let mut scheduler = Scheduler::new(load::schedule_config(&job.config), caches);
+    let mut meter = Meter::default();
+    let ids = submit(&job, &model, &mut scheduler, &mut meter)?;
+    interrupt::install()?;
+    let cached = steps(&job, &ids, &mut engine, &mut scheduler, &mut meter)?;
+
+    let interrupted = interrupt::requested();
+    let report = RunReport {
+        program: Program::THIS,
+        device: device_report,
+        model: model_report,
+        compression: job.config.compression.to_string(),
+        sessions: session_reports(&job, &model, &ids, &scheduler, &cached),
+        settings: job.settings,
+        metrics: meter.metrics(&scheduler),
+        pool: scheduler.report(),
+        elapsed_s: scheduler.now().as_secs_f64(),
+        interrupted,
+    };
+    output.text(&report)?;
+    let pool = &report.pool;
+    if pool.pages_in_use_bytes + pool.committed_bytes > Bytes::ZERO {
+        let (held, promised) = (pool.pages_in_use_bytes, pool.committed_bytes);
+        return Err(anyhow!("{held} of pages are in use and {promised} promised after the last session: a defect"));
+    }
+    output.json(&report)?;
+    if interrupted {
+        let cancelled = report.sessions.iter().filter(|s| s.ended_by == "cancelled").count();
+        eprintln!("interrupted: {cancelled} of {} sessions were cancelled", report.sessions.len());
+        return Ok(INTERRUPTED.into());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Reads and checks everything that needs neither a device nor weights.
+fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
+    let sampling = args.sampling.sampling()?;
+    let inquiries = documents::inquiries(&args.document, &args.ask)?;
+    let n_documents = u32::try_from(inquiries.len()).unwrap_or(u32::MAX);
+    // More are never admitted, and scratch grows with them.
+    let max_sessions = args.max_sessions.min(n_documents);
+    if args.chunk < max_sessions {
+        let chunk = args.chunk;
+        return Err(usage(format!("--chunk {chunk} has no row for each of {max_sessions} sessions at once")));
+    }
+    let model = Model::open(&args.model.model)?;
+    let context_length = args::context(args.context, model.geometry())?;
+    let limit = args.document_tokens.map(|n| n as usize);
+    let mut prompts = Vec::with_capacity(inquiries.len());
+    for inquiry in &inquiries {
+        let prompt = documents::prompt(&model, inquiry, limit)?;
+        documents::check_length(inquiry, &prompt, args.max_new, context_length)?;
+        prompts.push(prompt);
+    }
+    let config = EngineConfig {
+        budget: args.kv_budget,
+        max_rows: args.chunk,
+        max_sessions,
+        max_logit_rows: max_sessions,
+        context_length,
+        page_size: args.cache.page_size,
+        compression: args.cache.compress,
+        max_arena: None,
+    };
+    let settings = RunSettings {
+        kv_budget_bytes: args.kv_budget,
+        max_new_tokens: args.max_new,
+        context_tokens: context_length,
+        document_tokens: limit,
+        max_sessions,
+        chunk_tokens: args.chunk,
+        page_tokens: args.cache.page_size,
+        sampling,
+    };
+    Ok((Job { inquiries, prompts, settings, config }, model))
+}
+
+/// Queues every session.
+fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter) -> Result<Vec<SessionId>> {
+    let mut ids = Vec::new();
+    for (inquiry, prompt) in job.inquiries.iter().zip(&job.prompts) {
+        let request = Request {
+            prompt: prompt.tokens.clone(),
+            max_new: job.settings.max_new_tokens,
+            sampling: job.settings.sampling,
+            stop: model.tokenizer.eos_ids().to_vec(),
+        };
+        meter.session(scheduler, request.max_tokens());
+        ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);
+    }
+    Ok(ids)
+}
+
+/// Steps until every session has ended, or an interrupt cancels those that have not; the tokens that each had cached at
+/// its end.
+fn steps(
+    job: &Job,
+    ids: &[SessionId],
+    engine: &mut Engine<'_>,
+    scheduler: &mut Scheduler,
+    meter: &mut Meter,
+) -> Result<Vec<u32>> {
+    let bars = SessionBars::new(ids.iter().copied().zip(job.inquiries.iter().map(|i| i.document.as_str())));
+    let mut cached = vec![0; ids.len()];
+    while !scheduler.is_idle() && !interrupt::requested() {
+        bars.update(scheduler);
+        let step = scheduler.step(engine)?;
+        if step.prefill_rows + step.decode_rows == 0 {
+            return Err(anyhow!("no session can take a step, though {} wait: a defect", scheduler.waiting().len()));
+        }
+        meter.step(scheduler, &step, engine.last_step().device);
+        for (id, cached) in ids.iter().zip(&mut cached) {
+            match scheduler.caches().tables.get(id) {
+                Some(table) => *cached = table.n_tokens(),
+                // It ended in this step and its table is gone. All of its tokens but the last one were cached.
+                None if step.finished.iter().any(|(finished, _)| finished == id) => {
+                    let session = scheduler.session(*id).expect("a submitted session is known");
+                    *cached = session.request.max_tokens() - session.request.max_new
+                        + u32::try_from(session.produced.len()).expect("tokens are counted in 32 bits");
+                }
+                None => {}
+            }
+        }
+    }
+    for id in ids {
+        scheduler.cancel(*id)?;
+    }
+    bars.clear();
+    Ok(cached)
+}
+
+fn session_reports(
+    job: &Job,
+    model: &Model,
+    ids: &[SessionId],
+    scheduler: &Scheduler,
+    cached: &[u32],
+) -> Vec<SessionReport> {
+    let shape = scheduler.caches().shape;
+    let all = ids.iter().zip(cached).zip(job.inquiries.iter().zip(&job.prompts));
+    all.map(|((id, cached), (inquiry, prompt))| {
+        let session = scheduler.session(*id).expect("a submitted session is known");
+        let (document, question) = (inquiry.document.clone(), inquiry.question.clone());
+        SessionReport {
+            answer: model.tokenizer.decode(&session.produced),
+            document_tokens: prompt.document_tokens,
+            used_tokens: prompt.used_tokens,
+            ..SessionReport::new(document, question, session, *cached, shape)
+        }
+    })
+    .collect()
+}

@@ -1,0 +1,233 @@
+//! The four challenges of long context (arXiv:2405.08944), measured over the steps of a run: concurrency, prefill,
+//! decode, context switch.
+//!
+//! A step that holds prompt rows counts as prefill, whatever decode rows share it, since it takes about as long as
+//! the prompt rows alone; every other step counts as decode. So decode is measured undisturbed, and no time counts
+//! twice.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::geometry::Bytes;
+use crate::schedule::{Scheduler, StepReport};
+
+/// Sums over steps of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Totals {
+    steps: u64,
+    prompt_rows: u64,
+    decode_rows: u64,
+    elapsed: Duration,
+    device: Duration,
+}
+
+/// Adds up steps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Meter {
+    prefill: Totals,
+    decode: Totals,
+    resident_max: usize,
+    largest: Bytes,
+}
+
+impl Meter {
+    /// Hears of a session before it runs.
+    pub fn session(&mut self, scheduler: &Scheduler, max_tokens: u32) {
+        self.largest = self.largest.max(scheduler.caches().shape.bytes_for(max_tokens));
+    }
+
+    /// Hears of a step after it ran; `device` is its time on the device.
+    pub fn step(&mut self, scheduler: &Scheduler, step: &StepReport, device: Duration) {
+        if step.prefill_rows + step.decode_rows == 0 {
+            return;
+        }
+        let totals = if step.prefill_rows > 0 { &mut self.prefill } else { &mut self.decode };
+        totals.steps += 1;
+        totals.prompt_rows += u64::from(step.prefill_rows);
+        totals.decode_rows += u64::from(step.decode_rows);
+        totals.elapsed += step.elapsed;
+        totals.device += device;
+        // Sessions that ended in this step held their pages during it.
+        self.resident_max = self.resident_max.max(scheduler.n_admitted() + step.finished.len());
+    }
+
+    /// Sums as rates.
+    pub fn metrics(&self, scheduler: &Scheduler) -> FourMetrics {
+        let pool = scheduler.report();
+        let (prefill, decode) = (&self.prefill, &self.decode);
+        let waited: Vec<Duration> = scheduler.sessions().filter_map(|(_, s)| s.times.admitted).collect();
+        FourMetrics {
+            concurrency: ConcurrencyMetric {
+                sessions: scheduler.sessions().count(),
+                resident_max: self.resident_max,
+                fit: pool.arenas_bytes.0.checked_div(self.largest.0).unwrap_or(0),
+                largest_session_bytes: self.largest,
+                capacity_bytes: pool.arenas_bytes,
+            },
+            prefill: PrefillMetric {
+                prompt_tokens: prefill.prompt_rows,
+                decode_tokens: prefill.decode_rows,
+                steps: prefill.steps,
+                elapsed_s: prefill.elapsed.as_secs_f64(),
+                device_s: prefill.device.as_secs_f64(),
+                tokens_per_s: ratio(prefill.prompt_rows, prefill.elapsed),
+            },
+            decode: DecodeMetric {
+                decode_tokens: decode.decode_rows,
+                steps: decode.steps,
+                elapsed_s: decode.elapsed.as_secs_f64(),
+                device_s: decode.device.as_secs_f64(),
+                step_ms: (decode.steps > 0).then(|| decode.elapsed.as_secs_f64() * 1e3 / decode.steps as f64),
+                tokens_per_s: ratio(decode.decode_rows, decode.elapsed),
+            },
+            context_switch: ContextSwitchMetric {
+                switches: 0,
+                switched_bytes: Bytes::ZERO,
+                sessions_waited: waited.iter().filter(|t| !t.is_zero()).count(),
+                waited_s: waited.iter().sum::<Duration>().as_secs_f64(),
+            },
+        }
+    }
+}
+
+/// `count` per second, where there was any time.
+fn ratio(count: u64, time: Duration) -> Option<f64> {
+    (!time.is_zero()).then(|| count as f64 / time.as_secs_f64())
+}
+
+/// One metric per challenge.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct FourMetrics {
+    /// How many sessions fit; bounded by device memory.
+    pub concurrency: ConcurrencyMetric,
+    /// How long a prompt takes; bounded by arithmetic.
+    pub prefill: PrefillMetric,
+    /// How long a token takes; bounded by memory bandwidth.
+    pub decode: DecodeMetric,
+    /// What changing sessions costs; bounded by the link to the host.
+    pub context_switch: ContextSwitchMetric,
+}
+
+/// Sessions that held pages at once.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ConcurrencyMetric {
+    /// Sessions in all.
+    pub sessions: usize,
+    /// Most sessions that held pages at once.
+    pub resident_max: usize,
+    /// Sessions as large as the largest that the pool can hold: `capacity_bytes / largest_session_bytes`.
+    pub fit: u64,
+    /// Bytes of pages that the largest session can need.
+    pub largest_session_bytes: Bytes,
+    /// Bytes of the pool for pages.
+    pub capacity_bytes: Bytes,
+}
+
+/// Steps with prompt rows.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct PrefillMetric {
+    /// Prompt tokens computed.
+    pub prompt_tokens: u64,
+    /// Tokens that other sessions decoded in the same steps.
+    pub decode_tokens: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Their time on the clock of the schedule, which is host time.
+    pub elapsed_s: f64,
+    /// Of this, time on the device.
+    pub device_s: f64,
+    /// `prompt_tokens / elapsed_s`.
+    pub tokens_per_s: Option<f64>,
+}
+
+/// Steps without prompt rows.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DecodeMetric {
+    /// Tokens decoded, over all sessions.
+    pub decode_tokens: u64,
+    /// Steps.
+    pub steps: u64,
+    /// Their time on the clock of the schedule, which is host time.
+    pub elapsed_s: f64,
+    /// Of this, time on the device.
+    pub device_s: f64,
+    /// `elapsed_s / steps`: the time between two tokens of one session.
+    pub step_ms: Option<f64>,
+    /// `decode_tokens / elapsed_s`.
+    pub tokens_per_s: Option<f64>,
+}
+
+/// Sessions that changed places. Caches do not move to the host yet: a session that does not fit waits.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ContextSwitchMetric {
+    /// Sessions moved between device and host.
+    pub switches: u64,
+    /// Bytes moved.
+    pub switched_bytes: Bytes,
+    /// Sessions that ran and had to wait for that.
+    pub sessions_waited: usize,
+    /// How long they waited, added up.
+    pub waited_s: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::sample::Sampling;
+    use crate::pool::page_table::TableShape;
+    use crate::pool::{PagePool, PoolLayout};
+    use crate::schedule::simulation::Simulation;
+    use crate::schedule::{Caches, Request, ScheduleConfig};
+
+    /// A pool of two pages and one list per session, so that two sessions of one page fit.
+    fn scheduler() -> Scheduler {
+        let page = Bytes(256);
+        let layout = PoolLayout {
+            budget: Bytes(256 + 2 * 264),
+            staging: Bytes::ZERO,
+            scratch: Bytes::ZERO,
+            max_binding: Bytes(1 << 20),
+            slab: page,
+            smallest_page: page,
+        };
+        let pool = PagePool::new(&layout).expect("room for two slabs");
+        let shape = TableShape { num_layers: 1, num_kv_heads: 1, page_size: 16, page };
+        let config = ScheduleConfig { max_rows: 8, max_sessions: 4, context_length: 100 };
+        Scheduler::new(config, Caches::new(pool, shape))
+    }
+
+    #[test]
+    fn steps_count_once_and_waiting_sessions_are_seen() {
+        let mut scheduler = scheduler();
+        let mut meter = Meter::default();
+        for _ in 0..3 {
+            let request = Request { prompt: vec![1; 8], max_new: 3, sampling: Sampling::GREEDY, stop: Vec::new() };
+            meter.session(&scheduler, request.max_tokens());
+            scheduler.submit(request).expect("a session of one page");
+        }
+        let mut simulation = Simulation::new(1, 10);
+        while !scheduler.is_idle() {
+            let step = scheduler.step(&mut simulation).expect("a simulated step");
+            meter.step(&scheduler, &step, step.elapsed / 2);
+        }
+        let metrics = meter.metrics(&scheduler);
+        let concurrency = &metrics.concurrency;
+        assert_eq!((concurrency.sessions, concurrency.resident_max, concurrency.fit), (3, 2, 2), "two of three fit");
+        assert_eq!(metrics.prefill.prompt_tokens, 24, "three prompts");
+        let decoded = metrics.prefill.decode_tokens + metrics.decode.decode_tokens;
+        assert_eq!(decoded, 6, "each first token comes from the prompt");
+        let total = metrics.prefill.elapsed_s + metrics.decode.elapsed_s;
+        assert!((total - scheduler.now().as_secs_f64()).abs() < 1e-9, "{total} s should be all the time there was");
+        assert!((metrics.decode.device_s - metrics.decode.elapsed_s / 2.0).abs() < 1e-9, "device time");
+        assert_eq!(metrics.context_switch.sessions_waited, 1, "one waited");
+        assert!(metrics.context_switch.waited_s > 0.0, "and for some time");
+    }
+
+    #[test]
+    fn nothing_measured_is_no_rate() {
+        let metrics = Meter::default().metrics(&scheduler());
+        assert_eq!((metrics.prefill.tokens_per_s, metrics.decode.step_ms), (None, None), "no time, no rate");
+        assert_eq!(metrics.concurrency.fit, 0, "no session to compare with");
+    }
+}

@@ -1,0 +1,28 @@
+//! Reports: what a command did and found.
+//!
+//! One structure per command. `--json` writes the structure itself, so the documentation of its fields is the
+//! documentation of the file; [`std::fmt::Display`] writes the tables that people see. Names of numbers end in their
+//! unit: `_bytes`, `_tokens`, `_s`, `_ms`. A number that does not exist (a time of a session that never ran) is `null`.
+//!
+//! | command | structure |
+//! |---|---|
+//! | `devices` | [`DevicesReport`] |
+//! | `run` | [`RunReport`], collected from the steps by a [`Meter`] |
+//! | `generate` | [`GenerateReport`] |
+//! | `tokenize` | [`TokenizeReport`] |
+//! | `eval perplexity` | [`PerplexityReport`] |
+//! | `verify` | [`VerifyReport`] |
+
+mod checks;
+mod device;
+mod meter;
+mod run;
+mod run_tables;
+mod table;
+mod text;
+
+pub use checks::{PerplexityReport, VerifyReport};
+pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
+pub use meter::{ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, PrefillMetric};
+pub use run::{RunReport, RunSettings, SessionReport, finish_name};
+pub use text::{GenerateReport, TokenReport, TokenizeReport};
