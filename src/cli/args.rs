@@ -122,9 +122,8 @@ impl SamplingArgs {
 
 /// Reads a page size that there are kernels for.
 fn page_size(text: &str) -> Result<u32, String> {
-    let sizes = || PAGE_SIZES.map(|size| size.to_string()).join(", ");
     let size = text.parse().ok().filter(|size| PAGE_SIZES.contains(size));
-    size.ok_or_else(|| format!("pages have {} tokens", sizes()))
+    size.ok_or_else(|| format!("there are pages of {} tokens", PAGE_SIZES.map(|size| size.to_string()).join(", ")))
 }
 
 /// Reads a budget.

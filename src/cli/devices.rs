@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use concertina::device::{DeviceError, list_adapters};
+use concertina::device::{DeviceError, default_adapter, list_adapters};
 use concertina::report::{DevicesReport, Program};
 
 use super::args::Global;
@@ -27,11 +27,12 @@ pub(super) fn run(global: &Global) -> Result<ExitCode> {
     let output = Output::open(global.json.as_deref())?;
     let backend = global.backend();
     let adapters = list_adapters(backend.as_deref())?;
-    if adapters.is_empty() {
+    let Some(default) = default_adapter(adapters.iter()) else {
         let backends = backend.unwrap_or_else(|| "vulkan, metal, dx12".to_owned());
         return Err(DeviceError::NoAdapter { backends }.into());
-    }
-    let report = DevicesReport { program: Program::THIS, adapters };
+    };
+    let default_adapter = adapters[default].name.clone();
+    let report = DevicesReport { program: Program::THIS, adapters, default_adapter };
     output.text(&report)?;
     output.json(&report)?;
     Ok(ExitCode::SUCCESS)

@@ -117,10 +117,9 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
 }
 
 fn refused(path: &Path, error: &io::Error) -> anyhow::Error {
-    // Without the path of the file beside, which nobody asked for.
-    let reason =
-        error.raw_os_error().map_or_else(|| error.to_string(), |code| io::Error::from_raw_os_error(code).to_string());
-    anyhow!("can not write the JSON report to '{}': {reason}", path.display())
+    // The path of the file beside, which nobody asked for, is around the cause.
+    let cause = error.get_ref().and_then(|e| e.source()).map_or_else(|| error.to_string(), ToString::to_string);
+    anyhow!("can not write the JSON report to '{}': {cause}", path.display())
 }
 
 /// A closed pipe is told from other errors by its kind.

@@ -1,7 +1,6 @@
 //! One bar per session.
 
 use concertina::geometry::Bytes;
-use concertina::pool::PoolReport;
 use concertina::report::finish_name;
 use concertina::schedule::{Phase, Scheduler, Session, SessionId};
 use indicatif::{MultiProgress, ProgressBar};
@@ -38,16 +37,27 @@ impl SessionBars {
         Self { multi, bars }
     }
 
-    /// Shows where every session stands.
+    /// Shows where every session stands before the next step.
     pub(super) fn update(&self, scheduler: &Scheduler) {
         let pool = scheduler.report();
+        let mut free = pool.arenas_bytes.saturating_sub(pool.pages_in_use_bytes + pool.committed_bytes);
+        let mut nobody_waits = true;
         for (id, bar) in &self.bars {
             let Some(session) = scheduler.session(*id) else { continue };
             let (position, length) = position(session);
             bar.set_length(length);
             bar.set_position(position);
-            let needed = scheduler.caches().shape.bytes_for(session.request.max_tokens());
-            bar.set_message(describe(session, needed, &pool));
+            bar.set_message(match session.phase {
+                Phase::Waiting => {
+                    let needed = scheduler.caches().shape.bytes_for(session.request.max_tokens());
+                    // Sessions begin in order, when the step begins; the first that does not fit holds up the others.
+                    nobody_waits &= needed <= free;
+                    let shown = free;
+                    free = if nobody_waits { free.saturating_sub(needed) } else { free };
+                    waiting(needed, shown, nobody_waits)
+                }
+                _ => describe(session),
+            });
         }
     }
 
@@ -69,22 +79,38 @@ fn position(session: &Session) -> (u64, u64) {
     }
 }
 
-/// One line about a session.
-fn describe(session: &Session, needed: Bytes, pool: &PoolReport) -> String {
+/// One line about a session that has no pages yet.
+fn waiting(needed: Bytes, free: Bytes, begins: bool) -> String {
+    match (begins, needed > free) {
+        (true, _) => "begins".to_owned(),
+        (false, true) => format!("waits: needs {needed}, {free} free"),
+        (false, false) => format!("waits for its turn: needs {needed}, {free} free"),
+    }
+}
+
+/// One line about a session that has, or had, pages.
+fn describe(session: &Session) -> String {
     let produced = session.produced.len();
     match session.phase {
-        Phase::Waiting => {
-            let free = pool.arenas_bytes.saturating_sub(pool.pages_in_use_bytes + pool.committed_bytes);
-            if needed > free {
-                format!("waits: needs {needed}, {free} free")
-            } else {
-                format!("waits for its turn: needs {needed}, {free} free")
-            }
-        }
+        Phase::Waiting => String::new(),
         Phase::Prefill(done) => format!("prefill {done} of {} tokens", session.request.prompt.len()),
         Phase::Decode => format!("decode {produced} of at most {} tokens", session.request.max_new),
         Phase::Finished(_) => {
-            format!("{produced} token{}, {}", if produced == 1 { "" } else { "s" }, finish_name(session.phase))
+            let s = if produced == 1 { "" } else { "s" };
+            format!("done: {produced} token{s}, ended by {}", finish_name(session.phase))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waiting_session_says_what_it_waits_for() {
+        let said = |needed, free, begins| waiting(Bytes::mib(needed), Bytes::mib(free), begins);
+        assert_eq!(said(4, 1, false), "waits: needs 4.00 MiB, 1.00 MiB free", "for bytes");
+        assert_eq!(said(1, 2, false), "waits for its turn: needs 1.00 MiB, 2.00 MiB free", "for others");
+        assert_eq!(said(1, 2, true), "begins", "for nothing");
     }
 }

@@ -14,7 +14,7 @@ use super::output::Output;
 
 /// Show the tokens of a text, and what so many cost in KV bytes
 ///
-/// Needs no GPU and reads no weights. A marker such as <|im_end|> in the text is ordinary text, as it is in documents
+/// Needs no GPU and reads no weights. A marker such as `<|im_end|>` in the text is ordinary text, as it is in documents
 /// and questions, unless --special makes it the control token.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\

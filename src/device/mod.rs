@@ -16,15 +16,19 @@ pub mod timing;
 
 use crate::geometry::Bytes;
 
-pub use select::{AdapterChoice, AdapterRequest, AdapterSummary, list_adapters};
+pub use select::{AdapterChoice, AdapterRequest, AdapterSummary, default_adapter, list_adapters};
 
 /// What went wrong between the host and the device.
 #[derive(Debug, thiserror::Error)]
 pub enum DeviceError {
     /// The machine offers no adapter of the wanted backends.
     #[error(
-        "no GPU adapter found ({backends}); install a Vulkan driver (for a software one on Debian or Ubuntu: \
-         apt-get install mesa-vulkan-drivers)"
+        "no GPU adapter found ({backends}){}",
+        if backends.contains("vulkan") {
+            "; install a Vulkan driver (for a software one on Debian or Ubuntu: apt-get install mesa-vulkan-drivers)"
+        } else {
+            "; try another --backend, or none"
+        }
     )]
     NoAdapter {
         /// The backends that were asked.

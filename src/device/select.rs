@@ -132,6 +132,12 @@ pub fn list_adapters(backend: Option<&str>) -> Result<Vec<AdapterSummary>, Devic
     Ok(enumerate(backends(backend)?).into_iter().map(|(_, summary)| summary).collect())
 }
 
+/// Position of the adapter that `auto` takes: discrete before integrated before virtual before software.
+pub fn default_adapter<'a>(summaries: impl Iterator<Item = &'a AdapterSummary>) -> Option<usize> {
+    let rank = |kind: &str| ["discrete", "integrated", "virtual", "other", "cpu"].iter().position(|k| *k == kind);
+    summaries.enumerate().min_by_key(|(i, s)| (rank(&s.kind), *i)).map(|(i, _)| i)
+}
+
 pub(super) fn find(request: &AdapterRequest) -> Result<(wgpu::Adapter, AdapterSummary), DeviceError> {
     let wanted = backends(request.backend.as_deref())?;
     let mut adapters = enumerate(wanted);
@@ -139,9 +145,8 @@ pub(super) fn find(request: &AdapterRequest) -> Result<(wgpu::Adapter, AdapterSu
         let backends = request.backend.clone().unwrap_or_else(|| "vulkan, metal, dx12".to_owned());
         return Err(DeviceError::NoAdapter { backends });
     }
-    let rank = |kind: &str| ["discrete", "integrated", "virtual", "other", "cpu"].iter().position(|k| *k == kind);
     let position = match &request.choice {
-        AdapterChoice::Auto => (0..adapters.len()).min_by_key(|&i| (rank(&adapters[i].1.kind), i)),
+        AdapterChoice::Auto => default_adapter(adapters.iter().map(|(_, summary)| summary)),
         AdapterChoice::Index(index) => (*index < adapters.len()).then_some(*index),
         AdapterChoice::Name(name) => {
             let name = name.to_lowercase();

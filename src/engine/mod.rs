@@ -114,8 +114,10 @@ impl<'d> Engine<'d> {
         let codec = config.compression.hidden;
         let shape = CacheShape { heads: geometry.heads, page_size: config.page_size, codec };
         let page = codec.page_bytes(shape.page());
-        let (layout, sizes) = Self::layout(device, &geometry, &shape, config);
-        let pool = PagePool::new(&layout)?;
+        let timer = StepTimer::new(device)?;
+        let plan = |config: &EngineConfig| Self::layout(device, &geometry, &shape, config, timer.bytes());
+        let (layout, sizes, upload) = plan(config);
+        let pool = PagePool::new(&layout).map_err(|e| Self::advise(config, &|c| plan(c).0, e))?;
         let buffers = PoolBuffers::new(device, &pool)?;
         let scratch = Scratch::new(device, &sizes)?;
         let weights = DeviceWeights::upload(device, weights)?;
@@ -131,7 +133,6 @@ impl<'d> Engine<'d> {
         };
         let limits = (sizes.max_states, config.max_rows);
         let attention = AttentionKernels::new(device, &mut cache, shape, &buffers, &scratch.step, &rows, limits)?;
-        let upload = Self::upload_bytes(&sizes, pool.tables());
         let table_shape = TableShape {
             num_layers: geometry.num_layers,
             num_kv_heads: heads.num_kv_heads,
@@ -148,7 +149,7 @@ impl<'d> Engine<'d> {
             attention,
             uploader: Uploader::new(device, "step staging", upload)?,
             back: ReadBack::new(device, "token read-back", Self::back_bytes(config, &sizes))?,
-            timer: StepTimer::new(device)?,
+            timer,
             scratch,
             rows: StepRows::default(),
             words: Vec::new(),
@@ -157,22 +158,23 @@ impl<'d> Engine<'d> {
         Ok((engine, Caches::new(pool, table_shape)))
     }
 
-    /// Splits the budget. Several arenas need more scratch, and more scratch can mean fewer arenas; the larger number
+    /// Splits the budget: the pool's layout, the scratch, and the bytes of one upload half. Several arenas need more scratch, and more scratch can mean fewer arenas; the larger number
     /// of arenas is assumed.
     fn layout(
         device: &Device,
         geometry: &ModelGeometry,
         shape: &CacheShape,
         config: &EngineConfig,
-    ) -> (PoolLayout, ScratchSizes) {
+        timer: Bytes,
+    ) -> (PoolLayout, ScratchSizes, Bytes) {
         let page = shape.codec.page_bytes(shape.page());
         let max_binding = config.max_arena.map_or(device.max_binding(), |a| a.min(device.max_binding()));
         let arenas = config.budget.0.div_ceil(max_binding.0.max(1)).max(1);
         let sizes = ScratchSizes::new(geometry, shape, config, u32::try_from(arenas).unwrap_or(u32::MAX));
-        // Tables are uploaded from the same staging as the step; an upper bound of their size is two entries per page.
+        // Tables are uploaded from the same staging as the step; two entries per page bound their size.
         let tables = Bytes(config.budget.0 / page.0 * 2 * WORD_BYTES);
-        let upload = Self::upload_bytes(&sizes, tables);
-        let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + Bytes(64);
+        let upload = (sizes.step + tables).align_up(256);
+        let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + timer;
         let layout = PoolLayout {
             budget: config.budget,
             staging,
@@ -181,11 +183,27 @@ impl<'d> Engine<'d> {
             slab: slab_bytes(page),
             smallest_page: page,
         };
-        (layout, sizes)
+        (layout, sizes, upload)
     }
 
-    fn upload_bytes(sizes: &ScratchSizes, tables: Bytes) -> Bytes {
-        (sizes.step + tables).align_up(256)
+    /// Makes the budget that a refusal advises one that suffices: staging grows with the budget, so the first answer
+    /// of the pool can still be too small.
+    fn advise(config: &EngineConfig, layout: &dyn Fn(&EngineConfig) -> PoolLayout, mut error: PoolError) -> PoolError {
+        // Each round adds what the round before has grown by, a small fraction of it.
+        for _ in 0..8 {
+            let PoolError::BudgetTooSmall { fixed, slab, .. } = error else { break };
+            let advised = EngineConfig { budget: fixed + slab, ..*config };
+            match layout(&advised).split() {
+                Ok(_) => break,
+                Err(next) => error = next,
+            }
+        }
+        match error {
+            PoolError::BudgetTooSmall { fixed, slab, .. } => {
+                PoolError::BudgetTooSmall { budget: config.budget, fixed, slab }
+            }
+            other => other,
+        }
     }
 
     fn back_bytes(config: &EngineConfig, sizes: &ScratchSizes) -> Bytes {
@@ -203,9 +221,10 @@ impl<'d> Engine<'d> {
         self.weights.bytes
     }
 
-    /// Bytes of arenas and tables that exist on the device.
-    pub fn pool_bytes(&self) -> Bytes {
-        self.buffers.bytes()
+    /// Bytes of every buffer on the device but the weights: what the pool's report calls allocated.
+    pub fn held_bytes(&self) -> Bytes {
+        let staging = self.uploader.total() + self.back.capacity() + self.timer.bytes();
+        self.buffers.bytes() + self.scratch.bytes() + self.attention.held_bytes() + staging
     }
 
     /// The clock of [`StepStats::device`].

@@ -122,4 +122,20 @@ impl Scratch {
             step: device.storage("step", sizes.step)?,
         })
     }
+
+    /// Bytes of all of them.
+    pub(super) fn bytes(&self) -> Bytes {
+        let buffers = [
+            &self.x,
+            &self.h,
+            &self.qkv,
+            &self.attention,
+            &self.gate_up,
+            &self.activated,
+            &self.logits,
+            &self.tokens,
+            &self.step,
+        ];
+        Bytes(buffers.iter().map(|b| b.size()).sum())
+    }
 }

@@ -56,7 +56,12 @@ impl DecodeSpec {
         KernelSpec {
             name: "decode",
             constants,
-            modules: vec![lanes_module(self.tier), self.shape.codec_module(), &modules::ATTENTION_SHARED, &modules::DECODE],
+            modules: vec![
+                lanes_module(self.tier),
+                self.shape.codec_module(),
+                &modules::ATTENTION_SHARED,
+                &modules::DECODE,
+            ],
             bindings: ATTENTION_BINDINGS,
             immediate_bytes: AttentionParams::BYTES,
         }

@@ -79,6 +79,7 @@ pub struct AttentionKernels {
     k_offset: u32,
     v_offset: u32,
     max_states: u32,
+    held: Bytes,
     /// Log-sum-exp of the last layer, `[rows][num_qo_heads]` f32, base 2.
     pub(crate) lse: wgpu::Buffer,
 }
@@ -143,6 +144,7 @@ impl AttentionKernels {
             k_offset: rows.k_offset,
             v_offset: rows.v_offset,
             max_states,
+            held: Bytes(state_o.size() + state_ml.size() + lse.size()),
             lse,
         })
     }
@@ -150,6 +152,11 @@ impl AttentionKernels {
     /// What plans need to know.
     pub const fn prefill_spec(&self) -> &PrefillSpec {
         &self.prefill_spec
+    }
+
+    /// Bytes of the attention states and the log-sum-exp.
+    pub const fn held_bytes(&self) -> Bytes {
+        self.held
     }
 
     /// Whether the plan's states fit.

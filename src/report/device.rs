@@ -30,6 +30,8 @@ pub struct DevicesReport {
     pub program: Program,
     /// Every adapter of the backends that were asked.
     pub adapters: Vec<AdapterSummary>,
+    /// The name of the one that `--device auto` takes.
+    pub default_adapter: String,
 }
 
 impl fmt::Display for DevicesReport {
@@ -58,7 +60,8 @@ impl fmt::Display for DevicesReport {
                 if a.timestamps { "yes" } else { "no" }.to_owned(),
             ]
         });
-        f.write_str(&table(&columns, rows))
+        f.write_str(&table(&columns, rows))?;
+        writeln!(f, "\ndefault adapter: {}", self.default_adapter)
     }
 }
 

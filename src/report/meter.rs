@@ -56,7 +56,9 @@ impl Meter {
     pub fn metrics(&self, scheduler: &Scheduler) -> FourMetrics {
         let pool = scheduler.report();
         let (prefill, decode) = (&self.prefill, &self.decode);
-        let waited: Vec<Duration> = scheduler.sessions().filter_map(|(_, s)| s.times.admitted).collect();
+        // A session that was cancelled before it began has waited until then.
+        let waited: Vec<Duration> =
+            scheduler.sessions().filter_map(|(_, s)| s.times.admitted.or(s.times.finished)).collect();
         FourMetrics {
             concurrency: ConcurrencyMetric {
                 sessions: scheduler.sessions().count(),
@@ -165,7 +167,7 @@ pub struct ContextSwitchMetric {
     pub switches: u64,
     /// Bytes moved.
     pub switched_bytes: Bytes,
-    /// Sessions that ran and had to wait for that.
+    /// Sessions that had to wait for room, those included that were cancelled while they did.
     pub sessions_waited: usize,
     /// How long they waited, added up.
     pub waited_s: f64,

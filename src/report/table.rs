@@ -81,7 +81,7 @@ mod tests {
     #[test]
     fn columns_are_aligned_and_lines_end_without_spaces() {
         let text = table(&[("name", Align::Left), ("n", Align::Right)], [vec!["a".into(), "100".into()]]);
-        assert_eq!(text, " name    n\n────────────\n a     100\n", "a table");
+        assert_eq!(text, " name     n\n────────────\n a      100\n", "a table");
         assert_eq!(block("t", &[("a", "x".into()), ("long", "y".into())]), "t\n  a     x\n  long  y\n", "a block");
     }
 }

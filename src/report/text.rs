@@ -96,7 +96,7 @@ impl fmt::Display for TokenizeReport {
         f.write_str(&table(&columns, rows))?;
         writeln!(
             f,
-            "\n{} x {} = {} of KV cache ({})",
+            "\n{} x {} = {} of KV cache ({} bytes)",
             counted(self.count_tokens as u64, "token"),
             self.model.kv_per_token_bytes,
             self.kv_bytes,

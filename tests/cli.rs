@@ -1,0 +1,389 @@
+//! The command line as a user meets it: the program itself is run, with good and with bad input.
+//!
+//! Whatever is wrong ends in one sentence on the standard error, the right exit code, and no half-written file.
+#![cfg(feature = "model")]
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use concertina::model::reference_model_path;
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The program, whose failures are to be of one line whatever the environment asks for.
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_concertina"));
+    // Mesa complains about a missing runtime folder, in the name of every program.
+    command.env("RUST_BACKTRACE", "1").env("XDG_RUNTIME_DIR", std::env::temp_dir()).stdin(Stdio::null());
+    command
+}
+
+fn concertina(args: &[impl AsRef<OsStr>]) -> Output {
+    program().args(args).output().expect("the program should start")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).expect("messages are UTF-8")
+}
+
+/// Checks a refusal: the exit code, one sentence, and what it says. Returns the sentence.
+fn refusal(output: &Output, code: i32, says: &[&str]) -> String {
+    let message = stderr(output);
+    assert_eq!(output.status.code(), Some(code), "exit code with: {message}");
+    assert!(message.starts_with("error: "), "an error should say so: {message}");
+    assert_eq!(message.lines().count(), 1, "an error should be one sentence: {message}");
+    for part in says {
+        assert!(message.contains(part), "'{part}' should be in: {message}");
+    }
+    assert!(!message.contains("panicked") && !message.contains("RUST_BACKTRACE"), "an error, not a panic: {message}");
+    message
+}
+
+fn refused(args: &[impl AsRef<OsStr>], code: i32, says: &[&str]) -> String {
+    refusal(&concertina(args), code, says)
+}
+
+/// Arguments, and more of them.
+fn join(args: &[&str], more: &[&str]) -> Vec<String> {
+    args.iter().chain(more).map(|&arg| arg.to_owned()).collect()
+}
+
+fn json(text: &[u8]) -> Value {
+    serde_json::from_slice(text).expect("--json writes JSON")
+}
+
+/// Runs with `--json -` and returns what it wrote.
+fn report(args: &[&str]) -> Value {
+    let output = concertina(&[args, &["--json", "-"]].concat());
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    json(&output.stdout)
+}
+
+/// The reference model, which the repository's tests need anyway.
+fn model() -> String {
+    let path = reference_model_path();
+    assert!(path.exists(), "{} is needed; get it with: cargo xtask model", path.display());
+    path.to_str().expect("a UTF-8 path").to_owned()
+}
+
+/// A folder with files.
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.0.path().join(name).to_str().expect("a UTF-8 path").to_owned()
+    }
+
+    fn file(&self, name: &str, contents: impl AsRef<[u8]>) -> String {
+        let path = self.path(name);
+        fs::write(&path, contents).expect("a file should be written");
+        path
+    }
+
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.0.path()).expect("a readable folder");
+        let mut names: Vec<_> =
+            entries.map(|e| e.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+}
+
+/// Two documents of some seventy tokens.
+fn two_documents(files: &Files) -> [String; 2] {
+    let text = |name: &str| format!("{name} is a small town by the sea. ").repeat(7);
+    [files.file("a.txt", text("Avonlea")), files.file("b.txt", text("Brightsea"))]
+}
+
+/// A GGUF file with one metadata entry, and no tensors.
+fn gguf(architecture: &str) -> Vec<u8> {
+    let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+    bytes.extend([0_u64.to_le_bytes(), 1_u64.to_le_bytes()].concat());
+    let key = b"general.architecture";
+    bytes.extend((key.len() as u64).to_le_bytes());
+    bytes.extend(key);
+    bytes.extend(8_u32.to_le_bytes());
+    bytes.extend((architecture.len() as u64).to_le_bytes());
+    bytes.extend(architecture.as_bytes());
+    bytes
+}
+
+#[test]
+fn wrong_usage_is_refused_with_exit_code_2() {
+    let files = Files::new();
+    let document = &files.file("d.txt", "text");
+    let run = |more: &[&str]| join(&["run", "--model", "m.gguf", "--document", document, "--ask", "q"], more);
+    for (args, says) in [
+        (join(&["frobnicate"], &[]), ["frobnicate", "unrecognized"]),
+        (join(&["run"], &[]), ["--model", "--document"]),
+        (join(&["devices"], &["--backend", "glide"]), ["glide", "vulkan, metal, dx12"]),
+        (join(&["devices"], &["--jason", "x"]), ["--jason", "'--json'"]),
+        (run(&["--ask", "q", "--ask", "q"]), ["3 questions", "1 document"]),
+        (run(&["--kv-budget", "48parsecs"]), ["48parsecs", "48MiB"]),
+        (run(&["--kv-budget", "2000GiB"]), ["2000GiB", "1024.00 GiB"]),
+        (run(&["--compress", "hidden=kivi4"]), ["hidden=kivi4", "f16"]),
+        (run(&["--page-size", "24"]), ["24", "16, 32, 64, 128"]),
+        (run(&["--max-new", "0"]), ["'0'", "1 to"]),
+        (run(&["--chunk", "100000"]), ["100000", "16384"]),
+        (run(&["--max-sessions", "many"]), ["many", "16384"]),
+        (run(&["--temperature", "-1"]), ["-1", "at least 0"]),
+        (run(&["--temperature", "NaN"]), ["NaN", "at least 0"]),
+        (run(&["--top-p", "1.5"]), ["1.5", "at most 1"]),
+        (run(&["--device", " "]), ["--device", "auto"]),
+    ] {
+        refused(&args, 2, &says);
+    }
+    assert_eq!(files.names(), ["d.txt"], "nothing was written");
+}
+
+#[test]
+fn help_explains_every_command() {
+    for command in ["", "devices", "run", "generate", "tokenize", "eval perplexity", "verify"] {
+        let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
+        let output = concertina(&args);
+        assert_eq!(output.status.code(), Some(0), "{command} --help");
+        let text = String::from_utf8(output.stdout).expect("help is UTF-8");
+        assert!(text.contains("Examples:") && text.contains("--json <FILE>"), "{command}: {text}");
+    }
+    let bare = concertina(&join(&[], &[]));
+    assert_eq!(bare.status.code(), Some(2), "no command is no usage");
+    assert!(stderr(&bare).contains("Usage:"), "it is shown the help");
+}
+
+#[test]
+fn without_an_adapter_there_is_advice() {
+    let files = Files::new();
+    let report = files.path("report.json");
+    let document = files.file("d.txt", "A text.");
+    let model = model();
+    for args in [
+        vec!["devices"],
+        vec!["verify", "--quick"],
+        vec!["run", "--model", &model, "--document", &document, "--ask", "q"],
+        vec!["generate", "--model", &model, "--prompt", "q"],
+    ] {
+        let mut command = program();
+        command.args(&args).args(["--backend", "vulkan", "--json", &report]);
+        command.env("VK_DRIVER_FILES", "/nonexistent").env("VK_ICD_FILENAMES", "/nonexistent");
+        let output = command.output().expect("the program should start");
+        refusal(&output, 1, &["no GPU adapter", "vulkan", "install"]);
+        assert!(output.stdout.is_empty(), "{args:?}: nothing to show");
+    }
+    assert_eq!(files.names(), ["d.txt"], "no report");
+}
+
+#[test]
+fn documents_that_can_not_be_read_are_named() {
+    let files = Files::new();
+    let good = files.file("good.txt", "A text.");
+    let run = |path: &str, says: &[&str]| {
+        let report = files.path("report.json");
+        let args = ["run", "--model", "./no.gguf", "--document", &good, path, "--ask", "q", "--json", &report];
+        refused(&args, 1, &[says, &[path]].concat());
+    };
+    run(&files.path("missing.txt"), &["can not read", "No such file"]);
+    run(&files.file("empty.txt", ""), &["is empty", "0 bytes"]);
+    run(&files.file("blank.txt", " \n\t "), &["is empty", "4 bytes"]);
+    run(&files.file("latin1.txt", b"caf\xe9 au lait"), &["not UTF-8", "byte 3 of 12"]);
+    assert_eq!(files.names(), ["blank.txt", "empty.txt", "good.txt", "latin1.txt"], "no report");
+}
+
+#[test]
+fn models_that_can_not_be_read_are_named() {
+    let files = Files::new();
+    let head = {
+        use std::io::Read as _;
+        let mut head = Vec::new();
+        let file = fs::File::open(model()).expect("readable");
+        file.take(8 << 20).read_to_end(&mut head).expect("readable");
+        head
+    };
+    let report = files.path("report.json");
+    let tokenize = |path: &str, says: &[&str]| {
+        refused(&["tokenize", "--model", path, "text", "--json", &report], 1, &[says, &[path]].concat());
+    };
+    tokenize(&files.path("missing.gguf"), &["no such file"]);
+    tokenize(&files.file("cut.gguf", &head), &["truncated", "8388608 bytes"]);
+    tokenize(&files.file("short.gguf", &head[..1000]), &["truncated", "1000 bytes"]);
+    tokenize(&files.file("empty.gguf", ""), &["truncated", "0 bytes"]);
+    tokenize(&files.file("noise.gguf", [0x5a; 4096]), &["not a valid GGUF", "0x5a5a5a5a"]);
+    let mut huge = head;
+    huge[16..24].copy_from_slice(&u64::MAX.to_le_bytes());
+    tokenize(&files.file("huge.gguf", &huge), &["18446744073709551615", "at most"]);
+    tokenize(&files.file("other.gguf", gguf("mamba")), &["not supported", "mamba"]);
+    assert!(!Path::new(&report).exists(), "no report");
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_refused_with_the_numbers() {
+    let files = Files::new();
+    let document = files.file("long.txt", "one two three four five ".repeat(60));
+    let model = model();
+    let run = |more: &[&str]| join(&["run", "--model", &model, "--document", &document, "--ask", "How many?"], more);
+    let message = refused(&run(&["--context", "200", "--max-new", "10"]), 1, &["context is 200 tokens", "long.txt"]);
+    let fits = message.split("--document-tokens ").nth(1).and_then(|rest| rest.split(' ').next());
+    let fits: u32 = fits.and_then(|n| n.parse().ok()).expect("the message advises a length");
+    assert!((100..190).contains(&fits), "{message}");
+    refused(&run(&["--context", "99999999"]), 2, &["99999999"]);
+    refused(&run(&["--context", "9000"]), 2, &["9000", "8192"]);
+    refused(&run(&["--max-new", "9000"]), 1, &["9000", "8192"]);
+    refused(&["generate", "--model", &model, "--prompt", "q", "--max-new", "9000"], 1, &["9000", "8192"]);
+    // The advice holds: what is refused next is the device, which does not exist.
+    let advised = ["--context", "200", "--max-new", "10", "--document-tokens", &fits.to_string()];
+    refused(&[run(&advised), join(&["--device", "no such device"], &[])].concat(), 2, &["no such device"]);
+}
+
+#[test]
+fn texts_too_short_to_evaluate_are_refused() {
+    let files = Files::new();
+    let (model, text) = (model(), files.file("t.txt", "Too short a text."));
+    let eval = |more: &[&str]| join(&["eval", "perplexity", "--model", &model, "--text", &text], more);
+    refused(&eval(&[]), 1, &["t.txt", "window of 256"]);
+    refused(&eval(&["--window", "3"]), 2, &["3 tokens", "at least"]);
+    refused(&eval(&["--window", "9000"]), 2, &["9000", "8192"]);
+}
+
+#[test]
+fn reports_are_written_whole_or_not_at_all() {
+    let files = Files::new();
+    let model = model();
+    let tokenize = |report: &str| ["tokenize", "--model", &model, "Hello, world", "--json", report].map(str::to_owned);
+    let report = files.file("report.json", "the old report");
+    assert!(concertina(&tokenize(&report)).status.success(), "an old report is replaced");
+    assert_eq!(json(&fs::read(&report).expect("readable"))["count_tokens"], 3, "the new report");
+    assert_eq!(files.names(), ["report.json"], "and nothing beside it");
+
+    refusal(&concertina(&tokenize(&files.path("no/such/folder.json"))), 1, &["can not write", "No such file"]);
+    refusal(&concertina(&tokenize(&files.path(""))), 1, &["can not write", "directory"]);
+    assert_eq!(files.names(), ["report.json"], "nothing was written");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_and_a_closed_pipe_are_no_panics() {
+    let files = Files::new();
+    let model = model();
+    refused(&["tokenize", "--model", &model, "text", "--json", "/dev/full"], 1, &["/dev/full", "No space left"]);
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has /dev/full");
+    let mut command = program();
+    let output = command.args(["tokenize", "--model", &model, "text"]).stdout(full).output().expect("it starts");
+    refusal(&output, 1, &["standard output", "No space left"]);
+
+    let long = files.file("long.txt", "word ".repeat(50_000));
+    let mut command = program();
+    command.args(["tokenize", "--model", &model, "--file", &long]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the program should start");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(141), ""), "as if ended by the signal");
+}
+
+#[test]
+fn tokenize_counts_tokens_and_bytes() {
+    let model = model();
+    let plain = report(&["tokenize", "--model", &model, "<|im_end|> one two"]);
+    let special = report(&["tokenize", "--model", &model, "--special", "<|im_end|> one two"]);
+    assert_eq!(special["tokens"][0]["marker"], true, "a marker where asked for");
+    assert_eq!(special["count_tokens"], 3, "three tokens");
+    assert!(plain["tokens"].as_array().expect("a list").iter().all(|t| t["marker"] == false), "text otherwise");
+    let per_token = special["model"]["kv_per_token_bytes"].as_u64().expect("a number");
+    assert_eq!(special["kv_bytes"], 3 * per_token, "bytes of three tokens");
+    let text = String::from_utf8(concertina(&["tokenize", "--model", &model, "one two"]).stdout).expect("UTF-8");
+    assert!(text.contains("\" two\"") && text.contains("KV cache"), "{text}");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn devices_lists_adapters_gpu() {
+    let report = report(&["devices"]);
+    let adapters = report["adapters"].as_array().expect("a list");
+    assert!(!adapters.is_empty(), "an adapter");
+    let name = adapters[0]["name"].as_str().expect("a name");
+    let text = String::from_utf8(concertina(&["devices"]).stdout).expect("UTF-8");
+    assert!(text.contains(name) && text.contains("workgroup"), "{text}");
+    refused(&["verify", "--quick", "--device", "99"], 2, &["'99'", name]);
+    refused(&["verify", "--quick", "--device", "no such name"], 2, &["'no such name'", name]);
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn generate_streams_text_gpu() {
+    let model = model();
+    let args = ["generate", "--model", &model, "--raw", "--prompt", "The capital of France is", "--max-new", "4"];
+    let output = concertina(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(stderr(&output).contains("tokens/s"), "times on the standard error: {}", stderr(&output));
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    let report = report(&args);
+    assert_eq!(format!("{}\n", report["text"].as_str().expect("a text")), text, "the same text in both forms");
+    assert!(text.contains("Paris"), "{text}");
+    assert_eq!((&report["new_tokens"], &report["ended_by"]), (&4.into(), &"length".into()), "four tokens");
+    assert_eq!(report["pool"]["pages_in_use_bytes"], 0, "all bytes are back");
+}
+
+/// The size after "at least" in a message.
+fn advised(message: &str) -> String {
+    let rest = message.split("at least ").nth(1).unwrap_or_else(|| panic!("no advice in: {message}"));
+    rest.split_whitespace().take(2).collect()
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn budgets_that_messages_advise_suffice_and_who_does_not_fit_waits_gpu() {
+    let files = Files::new();
+    let ([a, b], model, report) = (two_documents(&files), model(), files.path("report.json"));
+    let run = |budget: &str| {
+        let args = ["run", "--model", &model, "--document", &a, &b, "--ask", "Where is the town?", "--max-new", "3"];
+        concertina(&[&args[..], &["--kv-budget", budget, "--json", &report]].concat())
+    };
+    let message = refusal(&run("100KiB"), 1, &["budget of 100.0 KiB is too small"]);
+    let message = refusal(&run(&advised(&message)), 1, &["a.txt", "tokens needs", "for pages"]);
+    assert!(!Path::new(&report).exists(), "no report of a refused run");
+    let output = run(&advised(&message));
+    assert!(output.status.success(), "the advised budget should suffice: {}", stderr(&output));
+
+    let found = json(&fs::read(&report).expect("a report"));
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    assert!(text.contains("1 of 2 sessions at once") && text.contains("pages 0 B"), "{text}");
+    assert_eq!(found["metrics"]["concurrency"]["resident_max"], 1, "one at a time");
+    assert_eq!(found["metrics"]["context_switch"]["sessions_waited"], 1, "the other one waits");
+    let [first, second] = [&found["sessions"][0], &found["sessions"][1]];
+    let seconds = |v: &Value| v.as_f64().expect("a time");
+    assert_eq!(seconds(&first["waited_s"]), 0.0, "the first begins at once");
+    assert!(seconds(&second["waited_s"]) >= seconds(&first["first_token_s"]), "the second begins after it");
+    for session in [first, second] {
+        assert!(session["kv_bytes"].as_u64() > Some(0), "it held pages: {session}");
+        assert_ne!(session["ended_by"], "cancelled", "it ended by itself");
+    }
+    let pool = &found["pool"];
+    assert_eq!((&pool["pages_in_use_bytes"], &pool["committed_bytes"]), (&0.into(), &0.into()), "all bytes are back");
+    assert_eq!(files.names(), ["a.txt", "b.txt", "report.json"], "one report");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+#[cfg(unix)]
+fn an_interrupt_prints_what_there_is_gpu() {
+    use std::io::Read as _;
+    let model = model();
+    let args = ["generate", "--model", &model, "--prompt", "Count to a thousand.", "--max-new", "2000"];
+    let mut command = program();
+    command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("the program should start");
+    let mut stdout = child.stdout.take().expect("a pipe");
+    let mut first = [0];
+    stdout.read_exact(&mut first).expect("it should say something");
+    let id = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().expect("kill should start").success(), "sent");
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).expect("UTF-8");
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    assert!(rest.ends_with('\n') && stderr(&output).contains("cancelled"), "{rest}: {}", stderr(&output));
+}
