@@ -205,13 +205,6 @@ pub struct ModelGeometry {
 }
 
 impl ModelGeometry {
-    /// Bytes that one token of context needs in a cache of `bytes_per_value` bytes per element, over all layers
-    /// and heads, keys and values: `layers * num_kv_heads * head_dim * 2 * bytes` (arXiv:2405.08944, equation 1,
-    /// without the context length).
-    pub fn kv_bytes_per_token(&self, bytes_per_value: u64) -> Bytes {
-        Bytes(u64::from(self.num_layers) * u64::from(self.heads.kv_width()) * 2 * bytes_per_value)
-    }
-
     /// Lists `(layer, KV head)` pairs, each of which owns a page list: `num_layers * num_kv_heads`.
     pub const fn num_lists(&self) -> u32 {
         self.num_layers * self.heads.num_kv_heads
@@ -286,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn yi_34b_costs_240_kib_per_token() {
+    fn a_shape_that_no_model_has_is_refused() {
         let yi = ModelGeometry {
             num_layers: 60,
             hidden_size: 7168,
@@ -297,8 +290,11 @@ mod tests {
             rope_theta: 5e6,
             rms_norm_eps: 1e-5,
         };
-        assert_eq!(yi.kv_bytes_per_token(F16_BYTES), Bytes(240 * 1024), "framework table");
         assert_eq!(yi.check(), Ok(()), "a real model passes");
+        assert_eq!(yi.num_lists(), 480, "a page list per layer and KV head");
+        assert!(ModelGeometry { hidden_size: 7, ..yi.clone() }.check().is_err(), "not a multiple of 8");
+        assert!(ModelGeometry { num_layers: 0, ..yi.clone() }.check().is_err(), "no layers");
+        assert!(ModelGeometry { rope_theta: f32::NAN, ..yi }.check().is_err(), "not a number");
     }
 
     #[test]

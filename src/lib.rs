@@ -10,8 +10,10 @@
 //! # Example
 //!
 //! ```
-//! use concertina::geometry::{Bytes, F16_BYTES, HeadGeometry, ModelGeometry};
+//! use concertina::compression::Compression;
+//! use concertina::geometry::{Bytes, HeadGeometry, ModelGeometry};
 //! use concertina::pool::page_table::TableShape;
+//! use concertina::theory::predict::kv_bytes;
 //!
 //! // What does a context cost? SmolLM2-135M keeps 22.5 KiB per token.
 //! let model = ModelGeometry {
@@ -24,7 +26,7 @@
 //!     rope_theta: 100_000.0,
 //!     rms_norm_eps: 1e-5,
 //! };
-//! assert_eq!(model.kv_bytes_per_token(F16_BYTES), Bytes(23_040));
+//! assert_eq!(kv_bytes(&model, &Compression::default(), 1), Bytes(23_040));
 //! // In pages of 64 tokens per (layer, KV head), 1000 tokens round up to 16 pages in each of 90 lists.
 //! let table = TableShape { num_layers: 30, num_kv_heads: 3, page_size: 64, page: Bytes(16 << 10) };
 //! assert_eq!(table.bytes_for(1000), Bytes(90 * 16 * (16 << 10)));

@@ -20,6 +20,18 @@ fn schedule() -> ScheduleConfig {
 }
 
 #[test]
+fn a_token_outside_the_vocabulary_is_an_error_with_the_numbers() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(1);
+    let (mut engine, caches) = Engine::new(&device, &weights, &common::config(32)).expect("32 MiB suffice");
+    let mut s = Scheduler::new(schedule(), caches);
+    let prompt = vec![3, 200];
+    s.submit(Request { prompt, ..request(1, 1, 1, Sampling::GREEDY) }).expect("the scheduler knows no vocabulary");
+    let message = s.step(&mut engine).expect_err("token 200 of 200").to_string();
+    assert!(message.contains("token 200") && message.contains("size, 200"), "{message}");
+}
+
+#[test]
 fn a_whole_step_validates_without_a_gpu() {
     let device = Device::open_noop().expect("the noop backend is compiled into the tests");
     let weights = common::tiny_model(1);

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use concertina::geometry::{Bytes, F16_BYTES};
+use concertina::compression::Compression;
 use concertina::report::{Program, TokenReport, TokenizeReport};
+use concertina::theory::predict::kv_bytes;
 
 use super::args::{Global, ModelArg};
 use super::load::{Model, read_text};
@@ -63,7 +64,7 @@ pub(super) fn run(args: &TokenizeArgs, global: &Global) -> Result<ExitCode> {
         model: model.report(None),
         tokens,
         count_tokens: count,
-        kv_bytes: Bytes(model.geometry().kv_bytes_per_token(F16_BYTES).0 * count as u64),
+        kv_bytes: kv_bytes(model.geometry(), &Compression::default(), count as u64),
     };
     output.text(&report)?;
     output.json(&report)?;

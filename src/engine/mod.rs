@@ -238,7 +238,11 @@ impl<'d> Engine<'d> {
     }
 
     /// Gathers the rows of the plan; sampling segments get a row of logits each.
-    fn gather(&mut self, plan: &StepPlan) {
+    fn gather(&mut self, plan: &StepPlan) -> Result<(), EngineError> {
+        let vocab = self.geometry.vocab_size;
+        if let Some(token) = plan.segments.iter().flat_map(|s| &s.tokens).find(|t| **t >= vocab) {
+            return Err(EngineError::Input(format!("token {token} is not below the vocabulary's size, {vocab}")));
+        }
         let StepRows { tokens, positions, logit_rows, samples } = &mut self.rows;
         tokens.clear();
         positions.clear();
@@ -253,6 +257,7 @@ impl<'d> Engine<'d> {
                 logit_rows.push(u32::try_from(tokens.len() - 1).expect("rows of a step are counted in 32 bits"));
             }
         }
+        Ok(())
     }
 
     /// Computes the gathered rows in one submission and returns what `want` names.
@@ -336,7 +341,7 @@ impl<'d> Engine<'d> {
     /// # Errors
     /// [`EngineError`]; [`EngineError::Input`] when the engine was not made to read logits back.
     pub fn logits(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<Vec<Vec<f32>>, EngineError> {
-        self.gather(plan);
+        self.gather(plan)?;
         self.read_logits(plan, caches, Want::Logits)
     }
 
@@ -350,7 +355,7 @@ impl<'d> Engine<'d> {
         caches: &mut Caches,
         rows: &[u32],
     ) -> Result<Vec<Vec<f32>>, EngineError> {
-        self.gather(plan);
+        self.gather(plan)?;
         self.rows.samples.clear();
         self.rows.logit_rows.clear();
         self.rows.logit_rows.extend_from_slice(rows);
@@ -412,7 +417,7 @@ impl Backend for Engine<'_> {
 
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, EngineError> {
         let started = Instant::now();
-        self.gather(plan);
+        self.gather(plan)?;
         let bytes = self.submit(plan, caches, Want::Tokens)?;
         Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&bytes), elapsed: started.elapsed() })
     }

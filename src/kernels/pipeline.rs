@@ -173,9 +173,9 @@ fn trusted_module(
     descriptor: wgpu::ShaderModuleDescriptor<'_>,
     checks: wgpu::ShaderRuntimeChecks,
 ) -> wgpu::ShaderModule {
-    // SAFETY: only texts compiled into this crate come here. Every loop in them counts a variable up to a bound that
-    // does not change inside the loop, so none is infinite; every divisor is a constant or a parameter that the
-    // host asserts to be at least one. Bounds checks stay on. The same texts run fully checked in the tests.
+    // SAFETY: only texts compiled into this crate come here. Every loop in them moves one variable in fixed steps to a
+    // bound that does not change inside the loop, so none is infinite; every integer divisor is a constant of the
+    // prelude and not zero. Bounds checks stay on. The same texts run fully checked in the tests.
     unsafe { device.create_shader_module_trusted(descriptor, checks) }
 }
 

@@ -5,9 +5,11 @@ use std::fmt;
 use serde::Serialize;
 
 use super::table::{Align, table};
+use crate::compression::Compression;
 use crate::device::timing::Clock;
 use crate::device::{AdapterSummary, Device};
-use crate::geometry::{Bytes, F16_BYTES, ModelGeometry};
+use crate::geometry::{Bytes, ModelGeometry};
+use crate::theory::predict::kv_bytes;
 
 /// The program that wrote a report.
 #[derive(Clone, Debug, Serialize)]
@@ -116,7 +118,7 @@ impl ModelReport {
     pub fn new(name: String, geometry: &ModelGeometry, weights: Option<Bytes>) -> Self {
         Self {
             name,
-            kv_per_token_bytes: geometry.kv_bytes_per_token(F16_BYTES),
+            kv_per_token_bytes: kv_bytes(geometry, &Compression::default(), 1),
             geometry: geometry.clone(),
             weights_bytes: weights,
         }

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::geometry::Bytes;
 use crate::schedule::{Scheduler, StepReport};
+use crate::theory::predict::concurrency;
 
 /// Sums over steps of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -63,7 +64,7 @@ impl Meter {
             concurrency: ConcurrencyMetric {
                 sessions: scheduler.sessions().count(),
                 resident_max: self.resident_max,
-                fit: pool.arenas_bytes.0.checked_div(self.largest.0).unwrap_or(0),
+                fit: if self.largest == Bytes::ZERO { 0 } else { concurrency(pool.arenas_bytes, self.largest) },
                 largest_session_bytes: self.largest,
                 capacity_bytes: pool.arenas_bytes,
             },

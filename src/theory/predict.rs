@@ -1,20 +1,13 @@
 //! The paper's equations in exact integers where they are about bytes.
 
 use crate::compression::Compression;
-use crate::geometry::{Bytes, ModelGeometry, PageGeometry};
+use crate::geometry::{Bytes, ModelGeometry};
 
 /// Bytes of the cache of one session of `n_tokens` tokens, without paging:
 /// `n_tokens * layers * num_kv_heads * token_bytes` (equation 1, with the codec's bytes per token and KV head).
-pub fn kv_bytes(model: &ModelGeometry, compression: &Compression, n_tokens: u32) -> Bytes {
+pub fn kv_bytes(model: &ModelGeometry, compression: &Compression, n_tokens: u64) -> Bytes {
     let per_list = compression.hidden.token_bytes(model.heads.head_dim);
-    Bytes(u64::from(n_tokens) * u64::from(model.num_lists()) * per_list.0)
-}
-
-/// The same in whole pages of `page_size` tokens.
-pub fn paged_kv_bytes(model: &ModelGeometry, compression: &Compression, n_tokens: u32, page_size: u32) -> Bytes {
-    let page = PageGeometry { page_size, head_dim: model.heads.head_dim };
-    let pages = u64::from(page.pages_for(n_tokens)) * u64::from(model.num_lists());
-    Bytes(pages * compression.hidden.page_bytes(page).0)
+    Bytes(n_tokens * u64::from(model.num_lists()) * per_list.0)
 }
 
 /// Concurrency: sessions that fit in `memory`, `floor(memory / kv)` (section 2.2 of the paper; `memory` is what the
@@ -24,11 +17,6 @@ pub const fn concurrency(memory: Bytes, per_session: Bytes) -> u64 {
         Some(n) => n,
         None => u64::MAX,
     }
-}
-
-/// Bytes that a decode step must read at least: all weights once, and every session's cache once.
-pub fn decode_bytes(weights: Bytes, caches: Bytes) -> Bytes {
-    weights + caches
 }
 
 #[cfg(test)]
@@ -55,17 +43,10 @@ mod tests {
         let at = |tokens| kv_bytes(&yi_34b(), &full, tokens);
         assert_eq!(at(100_000), Bytes(24_576_000_000), "printed as 22.8 GB, which is GiB truncated");
         assert_eq!(at(4_000), Bytes(983_040_000), "printed as 0.91 GB");
+        assert_eq!(at(1), Bytes(240 << 10), "240 KiB per token");
         // 80 GB less 68 GB of weights: one 50K session does not quite fit, twelve of 4K do.
         let left = Bytes(12_000_000_000);
         assert_eq!((concurrency(left, at(50_000)), concurrency(left, at(4_000))), (0, 12), "users on one A100");
         assert_eq!(concurrency(left, Bytes::ZERO), u64::MAX, "nothing fits any number of times");
-    }
-
-    #[test]
-    fn pages_round_up() {
-        let full = Compression::default();
-        let paged = |tokens| paged_kv_bytes(&yi_34b(), &full, tokens, 64);
-        assert_eq!(paged(64), kv_bytes(&yi_34b(), &full, 64), "a full page has no waste");
-        assert_eq!(paged(65), kv_bytes(&yi_34b(), &full, 128), "one token opens a page in every list");
     }
 }
