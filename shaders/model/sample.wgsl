@@ -43,6 +43,8 @@ fn gumbel(seed: vec2<u32>, position: u32, token: u32) -> f32 {
 
 // The lane-wise best becomes the row's best; equal values go to the smaller index.
 fn fold_best(li: u32, value: f32, index: u32) -> u32 {
+  // A slower lane may still be reading the result of the call before this one.
+  workgroupBarrier();
   best_value[li] = value;
   best_index[li] = index;
   workgroupBarrier();

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use concertina::compression::Compression;
-use concertina::device::{AdapterChoice, AdapterRequest};
+use concertina::device::{AdapterChoice, AdapterRequest, Tier};
 use concertina::geometry::{Bytes, ModelGeometry};
 use concertina::kernels::registry::{DEFAULT_PAGE_SIZE, PAGE_SIZES};
 use concertina::kernels::sample::Sampling;
@@ -34,6 +34,10 @@ pub(super) struct Global {
     #[arg(long, global = true, value_enum, value_name = "API", help_heading = "Global options")]
     backend: Option<Backend>,
 
+    /// Use this tier of kernels; by default the best that the adapter can run
+    #[arg(long, global = true, value_enum, value_name = "TIER", help_heading = "Global options")]
+    tier: Option<TierArg>,
+
     /// Write the results to this file as JSON; `-` writes them to the standard output instead of the tables
     ///
     /// The file is written whole at the end or not at all. Names in it end in their unit: _bytes, _tokens, _s, _ms.
@@ -52,6 +56,15 @@ enum Backend {
     Dx12,
 }
 
+/// A tier of kernels.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TierArg {
+    /// Core WGSL only.
+    Portable,
+    /// Subgroup operations.
+    Subgroup,
+}
+
 impl Global {
     /// The backend's name, where one was given.
     pub(super) fn backend(&self) -> Option<String> {
@@ -64,7 +77,11 @@ impl Global {
             return Err(usage("--device is empty; give auto, an index of `concertina devices` or a part of a name"));
         }
         let choice = self.device.parse::<AdapterChoice>().unwrap_or_else(|never| match never {});
-        Ok(AdapterRequest { choice, backend: self.backend(), tier: None })
+        let tier = self.tier.map(|tier| match tier {
+            TierArg::Portable => Tier::Portable,
+            TierArg::Subgroup => Tier::Subgroup,
+        });
+        Ok(AdapterRequest { choice, backend: self.backend(), tier })
     }
 }
 
