@@ -263,6 +263,21 @@ impl PageGeometry {
     }
 }
 
+/// Yi-34B-200K, the running example of arXiv:2405.08944, for tests of several rooms.
+#[cfg(test)]
+pub(crate) fn yi_34b() -> ModelGeometry {
+    ModelGeometry {
+        num_layers: 60,
+        hidden_size: 7168,
+        intermediate_size: 20480,
+        heads: HeadGeometry { num_qo_heads: 56, num_kv_heads: 8, head_dim: 128 },
+        vocab_size: 64000,
+        context_length: 200_000,
+        rope_theta: 5e6,
+        rms_norm_eps: 1e-5,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -280,16 +295,7 @@ mod tests {
 
     #[test]
     fn a_shape_that_no_model_has_is_refused() {
-        let yi = ModelGeometry {
-            num_layers: 60,
-            hidden_size: 7168,
-            intermediate_size: 20480,
-            heads: HeadGeometry { num_qo_heads: 56, num_kv_heads: 8, head_dim: 128 },
-            vocab_size: 64000,
-            context_length: 200_000,
-            rope_theta: 5e6,
-            rms_norm_eps: 1e-5,
-        };
+        let yi = yi_34b();
         assert_eq!(yi.check(), Ok(()), "a real model passes");
         assert_eq!(yi.num_lists(), 480, "a page list per layer and KV head");
         assert!(ModelGeometry { hidden_size: 7, ..yi.clone() }.check().is_err(), "not a multiple of 8");

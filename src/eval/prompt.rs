@@ -23,38 +23,24 @@ pub fn logits(
     let n = u32::try_from(tokens.len()).map_err(|_| EngineError::Input("a prompt of 2^32 tokens".to_owned()))?;
     let table = PageTable::admit(&mut caches.pool, &mut caches.ranges, caches.shape, n)?;
     caches.tables.insert(PROBE, table);
-    let result = run(engine, caches, tokens, wanted, chunk.max(1), each);
+    let count = |n: usize| u32::try_from(n).expect("a prompt is counted in 32 bits");
+    let mut run = || -> Result<(), EngineError> {
+        for (index, rows) in tokens.chunks(chunk.max(1)).enumerate() {
+            let first = index * chunk.max(1);
+            let (first_index, tokens) = (count(first), rows.to_vec());
+            let planned = PlannedRows { session: PROBE, first_index, tokens, decode: false, sample: None };
+            let table = caches.tables.get_mut(&PROBE).expect("the probe was admitted");
+            table.grow(&mut caches.pool, count(rows.len()))?;
+            let here = wanted.start.max(first)..wanted.end.min(first + rows.len());
+            let list: Vec<u32> = here.clone().map(|p| count(p - first)).collect();
+            let rows = engine.logits_of_rows(&StepPlan { segments: vec![planned] }, caches, &list)?;
+            here.zip(rows).for_each(|(position, row)| each(position, row));
+        }
+        Ok(())
+    };
+    let result = run();
     if let Some(table) = caches.tables.remove(&PROBE) {
         table.release(&mut caches.pool, &mut caches.ranges)?;
     }
     result
-}
-
-fn run(
-    engine: &mut Engine<'_>,
-    caches: &mut Caches,
-    tokens: &[u32],
-    wanted: std::ops::Range<usize>,
-    chunk: usize,
-    each: &mut dyn FnMut(usize, Vec<f32>),
-) -> Result<(), EngineError> {
-    for (index, rows) in tokens.chunks(chunk).enumerate() {
-        let first = index * chunk;
-        let count = |n: usize| u32::try_from(n).expect("a prompt is counted in 32 bits");
-        let planned = PlannedRows {
-            session: PROBE,
-            first_index: count(first),
-            tokens: rows.to_vec(),
-            decode: false,
-            sample: None,
-        };
-        let plan = StepPlan { segments: vec![planned] };
-        let table = caches.tables.get_mut(&PROBE).expect("the probe was admitted");
-        table.grow(&mut caches.pool, count(rows.len()))?;
-        let here = wanted.start.max(first)..wanted.end.min(first + rows.len());
-        let list: Vec<u32> = here.clone().map(|p| count(p - first)).collect();
-        let rows = engine.logits_of_rows(&plan, caches, &list)?;
-        here.zip(rows).for_each(|(position, row)| each(position, row));
-    }
-    Ok(())
 }

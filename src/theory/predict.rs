@@ -22,20 +22,7 @@ pub const fn concurrency(memory: Bytes, per_session: Bytes) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::geometry::HeadGeometry;
-
-    fn yi_34b() -> ModelGeometry {
-        ModelGeometry {
-            num_layers: 60,
-            hidden_size: 7168,
-            intermediate_size: 20480,
-            heads: HeadGeometry { num_qo_heads: 56, num_kv_heads: 8, head_dim: 128 },
-            vocab_size: 64000,
-            context_length: 200_000,
-            rope_theta: 5e6,
-            rms_norm_eps: 1e-5,
-        }
-    }
+    use crate::geometry::yi_34b;
 
     #[test]
     fn the_running_example_of_the_paper() {
