@@ -1,17 +1,17 @@
 //! One dispatch of one kernel over operands given as bytes: for checking kernels one by one.
 
-use super::{Access, KernelError, KernelSpec, PipelineCache, Recorder, Slot};
+use super::{KernelError, KernelSpec, PipelineCache, Recorder, Slot};
 use crate::device::Device;
 use crate::device::staging::{Uploader, download};
 use crate::geometry::Bytes;
 
-/// Uploads `operands` in binding order, dispatches once, and returns the contents of the last binding.
+/// Uploads `operands` in binding order, dispatches once, and returns the contents of every binding.
 ///
 /// # Errors
 /// [`KernelError`].
 ///
 /// # Panics
-/// When the last binding is not the result, or the operands are not one per binding.
+/// When the operands are not one per binding.
 pub fn run_once<I: bytemuck::Pod>(
     device: &Device,
     cache: &mut PipelineCache,
@@ -19,8 +19,7 @@ pub fn run_once<I: bytemuck::Pod>(
     operands: &[&[u8]],
     immediates: &I,
     grid: [u32; 3],
-) -> Result<Vec<u8>, KernelError> {
-    assert_eq!(spec.bindings.last().map(|b| b.1), Some(Access::ReadWrite), "the last binding should be the result");
+) -> Result<Vec<Vec<u8>>, KernelError> {
     let pipeline = cache.get(device, spec)?;
     let mut uploader = Uploader::new(device, "staging", Bytes::mib(1))?;
     let mut buffers = Vec::with_capacity(operands.len());
@@ -36,6 +35,6 @@ pub fn run_once<I: bytemuck::Pod>(
     recorder.dispatch(&pipeline, &group, immediates, grid);
     drop(recorder);
     device.queue.submit([encoder.finish()]);
-    let last = operands.len() - 1;
-    Ok(download(device, &buffers[last], 0, operands[last].len())?)
+    let read = |(buffer, bytes): (&wgpu::Buffer, &&[u8])| download(device, buffer, 0, bytes.len());
+    Ok(buffers.iter().zip(operands).map(read).collect::<Result<_, _>>()?)
 }

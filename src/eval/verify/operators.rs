@@ -5,16 +5,19 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Check;
+use crate::compression::hidden::{HiddenCodec, f16 as codec};
 use crate::device::Device;
 use crate::engine::EngineError;
 use crate::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
 use crate::geometry::{Bytes, HeadGeometry};
-use crate::kernels::abi::{EmbedParams, GatedActivationParams, MatmulParams, RmsNormParams, RopeParams, SampleParams};
+use crate::kernels::abi::{
+    EmbedParams, GatedActivationParams, MatmulParams, MergeItem, MergeParams, RmsNormParams, RopeParams, SampleParams,
+};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::matmul::{self, Output};
 use crate::kernels::run_once::run_once;
 use crate::kernels::sample::Sampling;
-use crate::kernels::{KernelSpec, PipelineCache, elementwise, flat_grid, sample};
+use crate::kernels::{KernelSpec, PipelineCache, elementwise, flat_grid, merge_states, sample};
 use crate::reference::compare::Tolerance;
 use crate::reference::sampling::distribution;
 use crate::weights::Matrix;
@@ -25,7 +28,7 @@ const PRODUCT_ROWS: [u32; 4] = [1, 5, 64, 130];
 const DRAWS: u32 = 4096;
 
 const ROW_WISE: usize = 4;
-pub(super) const COUNT: usize = ROW_WISE + PRODUCT_ROWS.len() * 4 + SAMPLING.len() + 1;
+pub(super) const COUNT: usize = ROW_WISE + PRODUCT_ROWS.len() * 4 + SAMPLING.len() + 2;
 
 const SAMPLING: [(&str, Sampling); 5] = [
     ("greedy", Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 1 }),
@@ -51,6 +54,7 @@ pub(super) fn run(device: &Device, each: &mut dyn FnMut(Check)) -> Result<(), En
     for (name, sampling) in SAMPLING {
         each(draws(&mut bench, name, sampling)?);
     }
+    each(merge(&mut bench)?);
     each(rounding(&mut bench)?);
     Ok(())
 }
@@ -67,7 +71,18 @@ impl Bench<'_> {
         (0..n).map(|_| self.rng.random_range(-2.0_f32..2.0)).collect()
     }
 
-    /// Dispatches once over `inputs` in binding order; the contents of the last binding afterwards.
+    /// Dispatches once over `inputs` in binding order; the contents of every binding afterwards.
+    fn run_all<I: bytemuck::Pod>(
+        &mut self,
+        spec: &KernelSpec,
+        inputs: &[&[u8]],
+        params: &I,
+        grid: [u32; 3],
+    ) -> Result<Vec<Vec<u8>>, EngineError> {
+        Ok(run_once(self.device, &mut self.cache, spec, inputs, params, grid)?)
+    }
+
+    /// The same; the contents of the last binding, which is the result of most kernels.
     fn run<I: bytemuck::Pod>(
         &mut self,
         spec: &KernelSpec,
@@ -75,7 +90,7 @@ impl Bench<'_> {
         params: &I,
         grid: [u32; 3],
     ) -> Result<Vec<u8>, EngineError> {
-        Ok(run_once(self.device, &mut self.cache, spec, inputs, params, grid)?)
+        Ok(self.run_all(spec, inputs, params, grid)?.pop().unwrap_or_default())
     }
 }
 
@@ -277,6 +292,54 @@ fn draws(bench: &mut Bench<'_>, name: &str, sampling: Sampling) -> Result<Check,
     Ok(Check { kernel: "sample", case, compared: tokens.len(), error_over_bound, nmse: None })
 }
 
+/// States of several runs per (row, KV head), some of them empty, and a row that saw nothing at all.
+fn merge(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
+    let heads = HeadGeometry { num_qo_heads: 6, num_kv_heads: 2, head_dim: 24 };
+    let shape = CacheShape { heads, page_size: 16, codec: HiddenCodec::F16 };
+    let (rows, runs, group, dim) = (3_u32, 5_u32, 3_u32, 24_usize);
+    let n_states = (rows * 2 * runs * group) as usize;
+    let o = bench.values(n_states * dim);
+    let mut ml = Vec::new();
+    for state in 0..n_states {
+        let row = state / (2 * runs * group) as usize;
+        // Every fourth state is empty, and so are all of the last row.
+        let empty = state % 4 == 1 || row + 1 == rows as usize;
+        let (m, l) = (bench.rng.random_range(-40.0_f32..40.0), bench.rng.random_range(0.1_f32..9.0));
+        ml.push(if empty { [-1e30, 0.0] } else { [m, l] });
+    }
+    let o: Vec<f32> = o.iter().zip(0..).map(|(x, i)| if ml[i / dim][1] == 0.0 { 0.0 } else { *x }).collect();
+    let item = |q_row| MergeItem { q_row, state_lo: q_row * runs * group, n_states: runs, stride: group };
+    let items: Vec<_> = (0..rows * 2).map(item).collect();
+    let n = rows as usize * heads.q_width() as usize;
+    let params = MergeParams { items: 0, n_items: rows * 2, o_stride: heads.q_width() };
+    let (unwritten, no_lse) = (poison(n), poison(rows as usize * 6));
+    let spec = merge_states::kernel(&shape);
+    let operands = [bytes(&items), bytes(&o), bytes(&ml), bytes(&unwritten), bytes(&no_lse)];
+    let results = bench.run_all(&spec, &operands, &params, flat_grid(rows * 2))?;
+    let (got, lse) = (floats(&results[3]), floats(&results[4]));
+    let (mut want, mut scale, mut want_lse) = (Vec::new(), Vec::new(), Vec::new());
+    for head in 0..(rows * 6) as usize {
+        let (q_row, g) = (head / group as usize, head % group as usize);
+        let states: Vec<usize> = (0..runs as usize).map(|i| (q_row * runs as usize + i) * group as usize + g).collect();
+        let weight = |s: &usize| f64::from(ml[*s][0]).exp2();
+        let total: f64 = states.iter().map(|s| weight(s) * f64::from(ml[*s][1])).sum();
+        want_lse.push(if total > 0.0 { total.log2() } else { -1e30 });
+        for channel in 0..dim {
+            let terms = states.iter().map(|s| weight(s) * f64::from(o[s * dim + channel]));
+            let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + x.abs()));
+            want.push(if total > 0.0 { sum / total } else { 0.0 });
+            scale.push(if total > 0.0 { size / total } else { 0.0 });
+        }
+    }
+    // Each weight is one exp2 of at most 80, which WGSL grants 3 + 2 * 80 ULP.
+    let tolerance = Tolerance::dot(500);
+    let mut result =
+        check("merge_states", format!("{rows} rows, {runs} runs, some empty"), &got, &want, &scale, tolerance);
+    let sizes: Vec<f64> = want_lse.iter().map(|x| f64::max(x.abs(), 1.0)).collect();
+    result.error_over_bound = result.error_over_bound.max(tolerance.worst(&lse, &want_lse, &sizes));
+    Ok(result)
+}
+
 /// f32 to f16 at every edge: ties, subnormals, overflow, infinities, NaN, each beside its neighbours.
 fn rounding(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     let mut edges = Vec::new();
@@ -294,7 +357,7 @@ fn rounding(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     }
     edges.resize(edges.len().next_multiple_of(64), 0.0);
     let heads = HeadGeometry { num_qo_heads: 1, num_kv_heads: 1, head_dim: 64 };
-    let shape = CacheShape { heads, page_size: 16, codec: crate::compression::hidden::HiddenCodec::F16 };
+    let shape = CacheShape { heads, page_size: 16, codec: HiddenCodec::F16 };
     let rows = u32::try_from(edges.len() / 64).expect("a few thousand values");
     let config = PagedAttentionConfig { shape, budget: Bytes::mib(8), max_rows: rows, max_states: 1, max_arena: None };
     let mut attention = PagedAttention::new(bench.device, &mut bench.cache, config)?;
@@ -308,8 +371,8 @@ fn rounding(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
             let Some(expected) = edges.get(row * 64..(row + 1) * 64) else { continue };
             for (channel, expected) in (0..).zip(expected) {
                 let bits = f16::from_f32(*expected).to_bits();
-                let k = values[crate::compression::hidden::f16::k_index(shape.page(), token, channel)].to_bits();
-                let v = values[crate::compression::hidden::f16::v_index(shape.page(), token, channel)].to_bits();
+                let k = values[codec::k_index(shape.page(), token, channel)].to_bits();
+                let v = values[codec::v_index(shape.page(), token, channel)].to_bits();
                 // NaN stays NaN; which one is the device's choice once it has passed through a register.
                 let nan = expected.is_nan() && [k, v].iter().all(|b| f16::from_bits(*b).is_nan());
                 wrong += usize::from(!(nan || (k == bits && v == bits)));
