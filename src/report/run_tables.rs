@@ -81,7 +81,7 @@ fn sessions_table(sessions: &[SessionReport], names: &[String]) -> String {
     let mut text = table(&columns, rows);
     let cut = sessions.iter().filter(|s| s.used_tokens < s.document_tokens).count();
     if cut > 0 {
-        text.push_str(&format!(" {} cut: only its first tokens were read\n", counted(cut as u64, "document")));
+        text.push_str(&format!(" {} cut: only the first tokens were read\n", counted(cut as u64, "document")));
     }
     text
 }
