@@ -32,7 +32,7 @@ fn a_token_outside_the_vocabulary_is_an_error_with_the_numbers() {
 }
 
 #[test]
-fn a_whole_step_validates_without_a_gpu() {
+fn a_whole_step_validates_on_the_noop_backend() {
     let device = Device::open_noop().expect("the noop backend is compiled into the tests");
     let weights = common::tiny_model(1);
     let (mut engine, caches) = Engine::new(&device, &weights, &common::config(32)).expect("32 MiB suffice");
