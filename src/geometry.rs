@@ -19,6 +19,11 @@ pub const WORD_BYTES: u64 = 4;
 pub const CELL_BYTES: u64 = 16;
 /// Channels in one 16-byte cell of f16 values.
 pub const CELL_CHANNELS: u32 = 8;
+/// Query heads that can share a KV head.
+pub const GROUP_SIZE_MAX: u32 = 32;
+/// Channels that the query heads of one KV head can have together: what attention keeps of them, and of a tile of
+/// scores, fits in 32 KiB of workgroup memory.
+pub const GROUP_WIDTH_MAX: u32 = 2048;
 
 /// A number of bytes.
 ///
@@ -44,11 +49,6 @@ impl Bytes {
     /// `self - other`, or zero where `other` is larger.
     pub const fn saturating_sub(self, other: Self) -> Self {
         Self(self.0.saturating_sub(other.0))
-    }
-
-    /// The count as a float, for ratios and rates.
-    pub const fn as_f64(self) -> f64 {
-        self.0 as f64
     }
 }
 
@@ -167,17 +167,23 @@ impl HeadGeometry {
     /// Checks what the kernels rely on.
     ///
     /// # Errors
-    /// A sentence with the numbers when heads do not divide, or `head_dim` is not a multiple of 8 up to 256.
+    /// A sentence with the numbers when heads do not divide, `head_dim` is not a multiple of 8 up to 256, or the query
+    /// heads of a group together are wider than the kernels' workgroup memory holds.
     pub fn check(&self) -> Result<(), String> {
         let Self { num_qo_heads, num_kv_heads, head_dim } = *self;
         if num_kv_heads == 0 || num_qo_heads == 0 || num_qo_heads % num_kv_heads != 0 {
             return Err(format!("{num_qo_heads} query heads can not share {num_kv_heads} KV heads evenly"));
         }
-        if num_qo_heads / num_kv_heads > 32 {
-            return Err(format!("{} query heads per KV head; at most 32 are supported", num_qo_heads / num_kv_heads));
-        }
         if head_dim == 0 || head_dim % CELL_CHANNELS != 0 || head_dim > 256 {
             return Err(format!("head_dim {head_dim} is not a multiple of {CELL_CHANNELS} between 8 and 256"));
+        }
+        let group_size = self.group_size();
+        let width = u64::from(group_size) * u64::from(head_dim);
+        if group_size > GROUP_SIZE_MAX || width > u64::from(GROUP_WIDTH_MAX) {
+            return Err(format!(
+                "{group_size} query heads of {head_dim} channels share a KV head ({width} channels); at most \
+                 {GROUP_SIZE_MAX} heads and {GROUP_WIDTH_MAX} channels are supported"
+            ));
         }
         Ok(())
     }
@@ -307,7 +313,10 @@ mod tests {
     fn heads_that_do_not_divide_are_refused() {
         let odd = HeadGeometry { num_qo_heads: 9, num_kv_heads: 2, head_dim: 64 };
         assert!(odd.check().is_err(), "9 heads on 2");
-        let wide = HeadGeometry { num_qo_heads: 8, num_kv_heads: 2, head_dim: 20 };
-        assert!(wide.check().is_err(), "head_dim 20");
+        let ragged = HeadGeometry { num_qo_heads: 8, num_kv_heads: 2, head_dim: 20 };
+        assert!(ragged.check().is_err(), "head_dim 20");
+        let group = |num_qo_heads, head_dim| HeadGeometry { num_qo_heads, num_kv_heads: 1, head_dim }.check();
+        assert!(group(32, 64).is_ok() && group(16, 128).is_ok() && group(8, 256).is_ok(), "2048 channels");
+        assert!(group(33, 8).is_err() && group(17, 128).is_err() && group(9, 256).is_err(), "too many");
     }
 }

@@ -95,14 +95,14 @@ fn check(setup: &Setup, sequences: &[Sequence], plan: &AttentionPlan, layer: u32
     for (arena, range) in &layer_plan.decode {
         for item in &plan.decode[range.start as usize..range.end as usize] {
             on_arena(item.page_lo, item.layer_stride, item.n_tokens, *arena);
-            assert!(item.n_tokens > 0 && item.n_tokens <= DecodeSpec::kv_chunk(), "a run is not empty and not long");
+            assert!(item.n_tokens > 0 && item.n_tokens <= DecodeSpec::KV_CHUNK, "a run is not empty and not long");
             (0..group).for_each(|g| write(item.slot + g, item.q_row, item.n_tokens));
         }
     }
     for (arena, range) in &layer_plan.prefill {
         for item in &plan.prefill[range.start as usize..range.end as usize] {
             on_arena(item.page_lo, item.layer_stride, item.n_tokens, *arena);
-            assert!(item.n_rows * group <= setup.spec.tile_rows().max(group), "a tile holds its rows");
+            assert!(item.n_rows * group <= setup.spec.tile_rows(), "a tile holds its rows");
             for r in 0..item.n_rows {
                 let last = item.first_index + r;
                 let seen = (last + 1).saturating_sub(item.first_token).min(item.n_tokens);

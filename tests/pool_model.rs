@@ -505,7 +505,7 @@ proptest! {
             let wanted = n_tokens.div_ceil(16) as usize;
             for (layer, head) in (0..num_layers).flat_map(|l| (0..num_kv_heads).map(move |h| (l, h))) {
                 prop_assert_eq!(table.list(layer, head).len(), wanted, "every list has room for the tokens");
-                let run_pages: u32 = table.runs(layer, head).map(|(_, _, n)| n).sum();
+                let run_pages: u32 = table.runs(layer, head).iter().map(|run| run.pages).sum();
                 prop_assert_eq!(run_pages as usize, wanted, "the runs cover the list");
             }
             prop_assert_eq!(pool.report().pages_in_use_bytes, shape.bytes_for(n_tokens));

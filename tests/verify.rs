@@ -65,6 +65,9 @@ fn a_wide_group_and_a_long_context_stay_within_their_bounds_gpu() {
     let mut cache = PipelineCache::default();
     let long = check_shape(common::device(), &mut cache, shape(64, 4, 64), &[4097, 63], None);
     assert_passed(&long.expect("the device should run the shape"));
-    let wide = check_shape(common::device(), &mut cache, shape(64, 20, 64), &[97, 64], None);
-    assert_passed(&wide.expect("the device should run the shape"));
+    // Shapes beside the common ones: the widest groups, the narrowest head, and widths that leave lanes idle.
+    for (head_dim, group_size) in [(64, 32), (128, 16), (64, 20), (8, 32), (72, 5), (200, 2), (256, 8)] {
+        let odd = check_shape(common::device(), &mut cache, shape(head_dim, group_size, 64), &[97, 64], None);
+        assert_passed(&odd.expect("the device should run the shape"));
+    }
 }

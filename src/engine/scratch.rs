@@ -32,12 +32,14 @@ impl ScratchSizes {
         let rows = u64::from(config.max_rows);
         let heads = geometry.heads;
         let f32s = |width: u32| Bytes(rows * u64::from(width) * WORD_BYTES).align_up(16);
-        let splits = config.context_length.div_ceil(DecodeSpec::kv_chunk());
+        let splits = config.context_length.div_ceil(DecodeSpec::KV_CHUNK);
         // A list that spills changes arena a few times; each change adds a state per row.
         let pages = config.context_length.div_ceil(config.page_size);
         let changes = (2 * (arenas - 1)).min(pages).min(MAX_ARENA_CHANGES);
-        let max_states =
-            heads.num_qo_heads * (config.max_sessions * (splits + changes) + config.max_rows * (1 + changes));
+        let (sessions, wide) = (u64::from(config.max_sessions), u64::from(changes));
+        let rows_with_states = sessions * (u64::from(splits) + wide) + rows * (1 + wide);
+        // More than 32 bits count is also more than any budget holds, and is refused as such.
+        let max_states = u32::try_from(u64::from(heads.num_qo_heads) * rows_with_states).unwrap_or(u32::MAX);
         let logit_rows = u64::from(config.max_logit_rows);
         Self {
             hidden: f32s(geometry.hidden_size),

@@ -6,7 +6,7 @@
 //! q [rows][num_qo_heads][head_dim] f32      state_o [state][head_dim] f32      state_ml [state] (m, l), m base 2
 //! ```
 //!
-//! **Work.** One workgroup per [`DecodeItem`]: a (row, KV head) and a run of at most [`DecodeSpec::kv_chunk`] tokens
+//! **Work.** One workgroup per [`DecodeItem`](super::abi::DecodeItem): a (row, KV head) and a run of at most [`DecodeSpec::KV_CHUNK`] tokens
 //! whose pages lie in one arena. It writes `group_size` attention states from `slot` on; `merge_states` joins the runs.
 //! Where a sequence is split depends on its own length alone, never on what else is in the batch, so that a
 //! session's result does not change with its company (batch invariance).
@@ -23,9 +23,9 @@
 //!
 //! Method: FlashDecoding (Dao et al., 2023) and FlashInfer (arXiv:2501.01005); group packing as in both.
 
-use super::abi::{AttentionParams, DecodeItem, Immediates as _};
+use super::abi::{AttentionParams, Immediates as _};
 use super::attention::{ATTENTION_BINDINGS, CacheShape, lanes_module};
-use super::{Constant, KernelSpec, Work, modules};
+use super::{Constant, KernelSpec, modules};
 use crate::device::Tier;
 
 const WORKGROUP_SIZE: u32 = 64;
@@ -42,9 +42,7 @@ pub struct DecodeSpec {
 impl DecodeSpec {
     /// Tokens of a run at most: a multiple of every page size, long enough that an item's states are a small part of
     /// what it reads, short enough that one long sequence fills a device.
-    pub const fn kv_chunk() -> u32 {
-        512
-    }
+    pub const KV_CHUNK: u32 = 512;
 
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
@@ -64,18 +62,6 @@ impl DecodeSpec {
             ],
             bindings: ATTENTION_BINDINGS,
             immediate_bytes: AttentionParams::BYTES,
-        }
-    }
-
-    /// Bytes and FLOPs of a work list.
-    pub fn work(&self, items: &[DecodeItem]) -> Work {
-        let group = u64::from(self.shape.heads.group_size());
-        let head_dim = u64::from(self.shape.heads.head_dim);
-        let tokens: u64 = items.iter().map(|i| u64::from(i.n_tokens)).sum();
-        Work {
-            bytes_read: tokens * self.shape.codec.token_bytes(self.shape.heads.head_dim).0,
-            bytes_written: items.len() as u64 * group * (head_dim + 2) * 4,
-            flops: 4 * group * tokens * head_dim,
         }
     }
 }

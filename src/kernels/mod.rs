@@ -137,17 +137,6 @@ pub struct KernelSpec {
     pub immediate_bytes: u32,
 }
 
-/// What a kernel moves and computes at best, for rooflines: the same numbers that its plan was made with.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Work {
-    /// Bytes that must be read.
-    pub bytes_read: u64,
-    /// Bytes that must be written.
-    pub bytes_written: u64,
-    /// Floating-point operations; a fused multiply-add counts two.
-    pub flops: u64,
-}
-
 /// Workgroups of one dispatch are laid out in rows of this many, because WebGPU allows no more in one dimension.
 pub const GRID_WIDTH: u32 = 65_535;
 

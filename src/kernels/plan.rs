@@ -7,7 +7,7 @@
 //! Layers whose pages are spread over arenas in the same way share one set of work lists: items name the page of
 //! layer 0 and the distance between layers. With a single arena that is every layer.
 //!
-//! Decode splits a sequence at multiples of [`DecodeSpec::kv_chunk`] from its start, whatever else is in the batch.
+//! Decode splits a sequence at multiples of [`DecodeSpec::KV_CHUNK`] from its start, whatever else is in the batch.
 
 use std::ops::Range;
 
@@ -77,9 +77,9 @@ struct Run {
 
 fn runs(table: &PageTable, layer: u32, kv_head: u32, end: u32) -> impl Iterator<Item = Run> + '_ {
     let page_size = table.page_size();
-    table.runs(layer, kv_head).filter_map(move |(arena, first_page, pages)| {
-        let tokens = first_page * page_size..((first_page + pages) * page_size).min(end);
-        (!tokens.is_empty()).then_some(Run { arena, first_page, tokens })
+    table.runs(layer, kv_head).iter().filter_map(move |run| {
+        let tokens = run.first * page_size..((run.first + run.pages) * page_size).min(end);
+        (!tokens.is_empty()).then_some(Run { arena: run.arena, first_page: run.first, tokens })
     })
 }
 
@@ -118,16 +118,14 @@ impl AttentionPlan {
     pub fn new(prefill: &PrefillSpec, num_layers: u32, segments: &[Segment<'_>]) -> Self {
         let mut plan = Self::default();
         let heads = prefill.shape.heads;
-        let signature = |layer: u32| -> Vec<(u16, u32, u32)> {
-            let lists = segments.iter().flat_map(|s| (0..heads.num_kv_heads).map(move |h| (s.table, h)));
-            lists.flat_map(|(table, h)| table.runs(layer, h)).collect()
+        // Whether every list changes arena where it did in the layer before.
+        let spread_alike = |layer: u32| {
+            let alike = |s: &Segment<'_>, h| s.table.runs(layer, h) == s.table.runs(layer - 1, h);
+            segments.iter().all(|s| (0..heads.num_kv_heads).all(|h| alike(s, h)))
         };
-        let mut last = None;
         for layer in 0..num_layers {
-            let key = signature(layer);
-            if last.as_ref() != Some(&key) {
+            if layer == 0 || !spread_alike(layer) {
                 plan.add_layer(prefill, layer, segments);
-                last = Some(key);
             }
             plan.of_layer.push(plan.plans.len() - 1);
         }
@@ -224,7 +222,7 @@ impl List<'_, '_> {
 
     fn decode(&self, parts: &mut LayerParts, merge: &mut Vec<MergeItem>) {
         let page_size = self.table().page_size();
-        let chunk = DecodeSpec::kv_chunk();
+        let chunk = DecodeSpec::KV_CHUNK;
         let q_row = self.segment.row_lo * self.num_kv_heads + self.kv_head;
         let state_lo = parts.n_states;
         let mut n_states = 0;

@@ -34,26 +34,22 @@ pub struct PrefillSpec {
 }
 
 impl PrefillSpec {
-    /// Rows of a tile: (position, query head of the group) pairs.
-    pub const fn tile_rows(&self) -> u32 {
-        if self.shape.heads.head_dim > 128 { 16 } else { 32 }
+    /// Rows of a tile: (position, query head of the group) pairs; at least one position of the whole group.
+    pub fn tile_rows(&self) -> u32 {
+        let rows = if self.shape.heads.head_dim > 128 { 16 } else { 32 };
+        rows.max(self.shape.heads.group_size().next_multiple_of(16))
     }
 
     /// Query positions of a tile.
-    ///
-    /// At least one: [`HeadGeometry::check`](crate::geometry::HeadGeometry::check) admits 32 heads per group, and
-    /// [`Self::kernel`] widens the tile where a group exceeds it.
-    pub const fn tile_positions(&self) -> u32 {
-        let group = self.shape.heads.group_size();
-        if group > self.tile_rows() { 1 } else { self.tile_rows() / group }
+    pub fn tile_positions(&self) -> u32 {
+        self.tile_rows() / self.shape.heads.group_size()
     }
 
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
-        let rows = self.tile_rows().max(self.shape.heads.group_size().next_multiple_of(16));
         let mut constants = self.shape.constants();
         constants.push(("WORKGROUP_SIZE", Constant::U32(WORKGROUP_SIZE)));
-        constants.push(("TILE_ROWS", Constant::U32(rows)));
+        constants.push(("TILE_ROWS", Constant::U32(self.tile_rows())));
         KernelSpec {
             name: "prefill",
             constants,

@@ -62,6 +62,35 @@ impl TableRanges {
     }
 }
 
+/// Consecutive pages of a list that lie in one arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// The arena.
+    pub arena: u16,
+    /// First page.
+    pub first: u32,
+    /// Pages.
+    pub pages: u32,
+}
+
+/// The pages of one (layer, KV head), and their runs, kept as pages are added: a plan is made in every step, but a
+/// page is added only once per `page_size` tokens.
+#[derive(Clone, Debug, Default)]
+struct PageList {
+    pages: Vec<PageId>,
+    runs: Vec<PageRun>,
+}
+
+impl PageList {
+    fn push(&mut self, page: PageId) {
+        match self.runs.last_mut() {
+            Some(run) if run.arena == page.arena => run.pages += 1,
+            _ => self.runs.push(PageRun { arena: page.arena, first: to_u32(self.pages.len()), pages: 1 }),
+        }
+        self.pages.push(page);
+    }
+}
+
 /// The pages of one session.
 #[derive(Clone, Debug)]
 pub struct PageTable {
@@ -74,7 +103,7 @@ pub struct PageTable {
     page_size: u32,
     page: Bytes,
     /// `[layer][kv_head]` lists.
-    lists: Vec<Vec<PageId>>,
+    lists: Vec<PageList>,
     /// Tokens in each list.
     n_tokens: u32,
     /// Commitments left.
@@ -136,7 +165,7 @@ impl PageTable {
             num_kv_heads: shape.num_kv_heads,
             page_size: shape.page_size,
             page: shape.page,
-            lists: vec![Vec::with_capacity(list_capacity as usize); num_lists as usize],
+            lists: vec![PageList::default(); num_lists as usize],
             n_tokens: 0,
             committed: pages,
             dirty: false,
@@ -168,7 +197,7 @@ impl PageTable {
         for (index, list) in self.lists.iter_mut().enumerate() {
             let layer = index / self.num_kv_heads as usize;
             let preferred = layer * arenas / self.num_layers as usize;
-            while list.len() < wanted {
+            while list.pages.len() < wanted {
                 list.push(pool.take(self.page, preferred)?);
                 self.committed -= 1;
                 self.dirty = true;
@@ -183,7 +212,7 @@ impl PageTable {
     /// # Errors
     /// [`PoolError`] when the pool disagrees about any of them, which would be a defect.
     pub fn release(self, pool: &mut PagePool, ranges: &mut TableRanges) -> Result<(), PoolError> {
-        for page in self.lists.iter().flatten() {
+        for page in self.lists.iter().flat_map(|list| &list.pages) {
             pool.release(*page)?;
         }
         pool.uncommit(self.page, self.committed)?;
@@ -206,7 +235,7 @@ impl PageTable {
 
     /// Pages of a list.
     pub fn list(&self, layer: u32, kv_head: u32) -> &[PageId] {
-        &self.lists[(layer * self.num_kv_heads + kv_head) as usize]
+        &self.lists[(layer * self.num_kv_heads + kv_head) as usize].pages
     }
 
     /// Whether the device's copy of the region is out of date.
@@ -218,25 +247,16 @@ impl PageTable {
     pub fn write_region(&mut self, out: &mut Vec<u32>) -> u32 {
         for list in &self.lists {
             let start = out.len();
-            out.extend(list.iter().map(|page| page.cell));
+            out.extend(list.pages.iter().map(|page| page.cell));
             out.resize(start + self.list_capacity as usize, 0);
         }
         self.dirty = false;
         self.region
     }
 
-    /// Runs of consecutive pages of a list that lie in one arena: (arena, first page, pages).
-    pub fn runs(&self, layer: u32, kv_head: u32) -> impl Iterator<Item = (u16, u32, u32)> + '_ {
-        let list = self.list(layer, kv_head);
-        let mut at = 0;
-        std::iter::from_fn(move || {
-            let first = list.get(at)?;
-            let n = list[at..].iter().take_while(|p| p.arena == first.arena).count();
-            let run = (first.arena, at, n);
-            at += n;
-            Some(run)
-        })
-        .map(|(arena, at, n)| (arena, to_u32(at), to_u32(n)))
+    /// Runs of consecutive pages of a list that lie in one arena.
+    pub fn runs(&self, layer: u32, kv_head: u32) -> &[PageRun] {
+        &self.lists[(layer * self.num_kv_heads + kv_head) as usize].runs
     }
 }
 
