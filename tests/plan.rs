@@ -214,11 +214,17 @@ proptest! {
 fn a_split_depends_on_the_sequence_alone() {
     let long = Sequence { cached: 1100, rows: 1, decode: true };
     let other = Sequence { cached: 37, rows: 1, decode: true };
-    let lengths = |sequences: &[Sequence]| -> Vec<u32> {
+    // The runs of the sequence at `place`.
+    let lengths = |sequences: &[Sequence], place: u32| -> Vec<u32> {
         let setup = setup(sequences, 3, 64, 4096);
         let plan = AttentionPlan::new(&setup.spec, 1, &segments(sequences, &setup.tables));
-        plan.decode.iter().filter(|i| i.q_row == 0).map(|i| i.n_tokens).collect()
+        plan.decode.iter().filter(|i| i.q_row == place * 2).map(|i| i.n_tokens).collect()
     };
-    assert_eq!(lengths(std::slice::from_ref(&long)), [512, 512, 77], "runs of at most a chunk");
-    assert_eq!(lengths(&[long.clone(), other]), lengths(&[long]), "alone and in company");
+    assert_eq!(lengths(std::slice::from_ref(&long), 0), [512, 512, 77], "runs of at most a chunk");
+    for place in 0..4 {
+        let mut company = vec![other.clone(); 3];
+        company.insert(place, long.clone());
+        let place = u32::try_from(place).expect("small");
+        assert_eq!(lengths(&company, place), [512, 512, 77], "in company, at place {place}");
+    }
 }
