@@ -4,6 +4,7 @@ mod common;
 
 use std::path::Path;
 
+use concertina::compression::Compression;
 use concertina::compression::hidden::HiddenCodec;
 use concertina::engine::Engine;
 use concertina::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
@@ -104,12 +105,11 @@ fn the_attention_oracle_agrees_with_pytorch() {
 fn the_attention_kernels_agree_with_pytorch_gpu() {
     let mut cache = PipelineCache::default();
     for case in attention_cases() {
-        let shape = CacheShape { heads: case.heads, page_size: 16, codec: HiddenCodec::F16 };
-        let config =
-            PagedAttentionConfig { shape, budget: Bytes::mib(16), max_rows: 64, max_states: 4096, max_arena: None };
+        let shape = CacheShape { heads: case.heads, page_size: 16 };
+        let config = PagedAttentionConfig::new(shape, Bytes::mib(16), 64, 4096);
         let mut attention = PagedAttention::new(common::device(), &mut cache, config).expect("a small cache fits");
         attention.poison().expect("the device should be writable");
-        let sequence = attention.admit(64).expect("64 tokens fit");
+        let sequence = attention.admit(HiddenCodec::F16, 64).expect("64 tokens fit");
         let kv = case.heads.kv_width() as usize;
         let cached = (case.kv_len - case.n_q) * kv;
         let earlier = NewRows { sequence, q: &[], k: &case.k[..cached], v: &case.v[..cached], decode: false };
@@ -169,12 +169,14 @@ fn logits_agree_with_pytorch_and_with_the_reference_gpu() {
     let reference = ReferenceModel::new(&model.weights);
     let (mut engine, mut caches) =
         Engine::new(common::device(), &model.weights, &common::config(128)).expect("128 MiB suffice");
+    let full = Compression::default();
     let mut previous: Option<Vec<f64>> = None;
     for prompt in prompts() {
         let last = prompt.tokens.len() - 1;
         let mut on_device = Vec::new();
         let mut keep = |_, row: Vec<f32>| on_device = widen(&row);
-        prompt::logits(&mut engine, &mut caches, &prompt.tokens, last..last + 1, 64, &mut keep).expect("fits");
+        let wanted = last..last + 1;
+        prompt::logits(&mut engine, &mut caches, &full, &prompt.tokens, wanted, 64, &mut keep).expect("fits");
         let expected = &reference.logits(&prompt.tokens, &[last])[0];
         let (golden, own) = (prompt.divergence(expected), kl_divergence(expected, &on_device));
         let n = prompt.tokens.len();
@@ -202,7 +204,9 @@ fn perplexity_agrees_with_pytorch_gpu() {
     let windows = perplexity::windows(&tokens, 256, 4).expect("four windows");
     let (mut engine, mut caches) =
         Engine::new(common::device(), &model.weights, &common::config(128)).expect("128 MiB suffice");
-    let got = perplexity::on_engine(&mut engine, &mut caches, &windows, 64, &mut |_, _| ()).expect("it should run");
+    let full = Compression::default();
+    let got = perplexity::on_engine(&mut engine, &mut caches, &full, &windows, 64, &mut |_, _| ());
+    let got = got.expect("it should run");
     let want = golden["perplexity"].as_f64().expect("a number");
     println!("perplexity {:.4}, PyTorch {want:.4}", got.perplexity);
     assert!((got.perplexity / want - 1.0).abs() < 0.005, "{} against {want}", got.perplexity);

@@ -9,6 +9,7 @@ struct AttentionParams {
   layer: u32,
   q_stride: u32,    // f32 values between query rows
   scale_log2: f32,  // sm_scale * log2(e)
+  angles: u32,      // first vec4 of the rotary tables in `parameters`
 }
 
 // One cell of channels for four rows (or heads) at a time.
@@ -24,6 +25,101 @@ var<immediate> par: AttentionParams;
 @group(0) @binding(3) var<storage, read> q: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
 @group(0) @binding(5) var<storage, read_write> state_ml: array<vec2<f32>>;
+@group(0) @binding(6) var<storage, read> parameters: array<vec4<f32>>;
+
+fn arena_cell(at: u32) -> vec4<u32> {
+  return arena[at];
+}
+
+fn arena_word(at: u32) -> u32 {
+  return arena[at / 4u][at % 4u];
+}
+
+// Channels of the query that the eight slots of a cell of keys meet.
+struct Slots {
+  low: vec4<u32>,
+  high: vec4<u32>,
+}
+
+fn key_slots(page: u32, cell: u32) -> Slots {
+  if (KEY_PICKS) {
+    let at = (page + KEY_AT) * 4u + KEY_MASK + cell * 2u;
+    let shift = vec4<u32>(0u, 8u, 16u, 24u);
+    return Slots(
+      (vec4<u32>(arena_word(at)) >> shift) & vec4<u32>(255u), (vec4<u32>(arena_word(at + 1u)) >> shift) & vec4<u32>(255u));
+  }
+  let first = vec4<u32>(cell * 8u);
+  return Slots(first + vec4<u32>(0u, 1u, 2u, 3u), first + vec4<u32>(4u, 5u, 6u, 7u));
+}
+
+// Cells that a key's score is summed over.
+const KEY_CELLS = select(KEY_WIDTH, HEAD_DIM, KEY_LIFTS) / 8u;
+const VALUE_CELLS = VALUE_WIDTH / 8u;
+
+// First vec4 of a head's parameters, and of the bases in them: [HEAD_DIM][latents].
+const KEY_BASIS = 0u;
+const VALUE_BASIS = select(0u, HEAD_DIM * KEY_WIDTH / 4u, KEY_LIFTS);
+const HEAD_PARAMETERS = VALUE_BASIS + select(0u, HEAD_DIM * VALUE_WIDTH / 4u, VALUE_LIFTS);
+
+fn head_parameters(kv_head: u32) -> u32 {
+  return (par.layer * NUM_KV_HEADS + kv_head) * HEAD_PARAMETERS;
+}
+
+// Latents of one key.
+struct Latents {
+  z: array<vec4<f32>, KEY_WIDTH / 4u>,
+}
+
+fn load_latents(page: u32, token: u32) -> Latents {
+  var latents: Latents;
+  let row = key_codec_row(page, token, 0u);
+  for (var c = 0u; c < KEY_WIDTH / 8u; c++) {
+    let cell = key_codec_cell(page, token, c, row, key_codec_load(page, token, c));
+    latents.z[c * 2u] = cell.low;
+    latents.z[c * 2u + 1u] = cell.high;
+  }
+  return latents;
+}
+
+// One channel of a key before rotary positions.
+fn lift_key(latents: ptr<function, Latents>, basis: u32, channel: u32) -> f32 {
+  var sum = 0.0;
+  for (var i = 0u; i < KEY_WIDTH / 4u; i++) {
+    sum += dot((*latents).z[i], parameters[basis + channel * (KEY_WIDTH / 4u) + i]);
+  }
+  return sum;
+}
+
+// Cosine and sine of a rotary pair at a position: those of the page's start and of the place in it, joined.
+fn angle(position: u32, pair: u32) -> vec2<f32> {
+  let at = position / PAGE_SIZE * (HEAD_DIM / 2u) + pair;
+  let start = parameters[par.angles + PAGE_SIZE * (HEAD_DIM / 2u) / 2u + at / 2u];
+  let place_at = position % PAGE_SIZE * (HEAD_DIM / 2u) + pair;
+  let place = parameters[par.angles + place_at / 2u];
+  let a = select(start.xy, start.zw, at % 2u == 1u);
+  let b = select(place.xy, place.zw, place_at % 2u == 1u);
+  return vec2<f32>(a.x * b.x - a.y * b.y, a.y * b.x + a.x * b.y);
+}
+
+// Eight channels of a key from its latents, turned by its position.
+fn lifted_cell(latents: ptr<function, Latents>, basis: u32, position: u32, cell: u32) -> Cell {
+  var x: array<f32, 8>;
+  for (var i = 0u; i < 4u; i++) {
+    let a = lift_key(latents, basis, cell * 8u + 2u * i);
+    let b = lift_key(latents, basis, cell * 8u + 2u * i + 1u);
+    let turn = angle(position, cell * 4u + i);
+    x[2u * i] = a * turn.x - b * turn.y;
+    x[2u * i + 1u] = a * turn.y + b * turn.x;
+  }
+  return Cell(vec4<f32>(x[0], x[1], x[2], x[3]), vec4<f32>(x[4], x[5], x[6], x[7]));
+}
+
+// Where rotated channels change sign. Same as src/compression/hidden/rot.rs.
+fn rotation_sign(channel: u32) -> f32 {
+  var x = (channel + 1u) * 0x9e3779b1u;
+  x ^= x >> 15u;
+  return select(1.0, -1.0, (x * 0x85ebca6bu) >> 31u == 1u);
+}
 
 fn faded(acc: Channels, factor: vec4<f32>) -> Channels {
   return Channels(

@@ -1,4 +1,4 @@
-// New tokens' keys and values into pages.
+// New tokens' keys and values into open pages, which are f16: layout in src/compression/hidden/float16.rs.
 // Specification: src/kernels/append.rs. Workgroup = one work item = consecutive rows in one page of one KV head;
 // lane = one cell of one row.
 
@@ -37,7 +37,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let cell = i % CELLS;
     let token = place.y + r;
     let at = (item.x + r) * par.stride + item.z * HEAD_DIM + cell * 8u;
-    arena[codec_k_index(page, token, cell)] = encode(at + par.k_offset);
-    arena[codec_v_index(page, token, cell)] = encode(at + par.v_offset);
+    arena[page + cell * PAGE_SIZE + token] = encode(at + par.k_offset);
+    arena[page + CELLS * PAGE_SIZE + token * CELLS + cell] = encode(at + par.v_offset);
   }
 }

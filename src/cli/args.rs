@@ -3,8 +3,9 @@
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use concertina::compression::Compression;
+use concertina::compression::hidden::HiddenCodec;
 use concertina::device::{AdapterChoice, AdapterRequest, Tier};
-use concertina::geometry::{Bytes, ModelGeometry};
+use concertina::geometry::{Bytes, ModelGeometry, PageGeometry};
 use concertina::kernels::registry::{DEFAULT_PAGE_SIZE, PAGE_SIZES};
 use concertina::kernels::sample::Sampling;
 
@@ -101,8 +102,26 @@ pub(super) struct CacheArgs {
     /// Tokens of one page of the cache: 16, 32, 64 or 128
     #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PAGE_SIZE, value_parser = page_size)]
     pub(super) page_size: u32,
+}
 
-    /// What is done to the cache, as dimension=method pairs; `full` keeps everything
+impl CacheArgs {
+    /// The codecs of some compressions, each once; kernels are made for them.
+    ///
+    /// A codec that pages of this size can not have is wrong usage.
+    pub(super) fn codecs(&self, compressions: &[Compression], model: &ModelGeometry) -> Result<Vec<HiddenCodec>> {
+        let page = PageGeometry { page_size: self.page_size, head_dim: model.heads.head_dim };
+        let mut codecs: Vec<_> = compressions.iter().map(|c| c.hidden).filter(HiddenCodec::seals).collect();
+        codecs.sort_unstable();
+        codecs.dedup();
+        codecs.iter().try_for_each(|codec| codec.check(page)).map_err(usage)?;
+        Ok(codecs)
+    }
+}
+
+/// What is done to a cache.
+#[derive(Args, Clone, Debug)]
+pub(super) struct CompressArg {
+    /// What is done to the cache: a codec of `concertina codecs`, or dimension=method pairs; `full` keeps everything
     #[arg(long, value_name = "METHODS", default_value = "full")]
     pub(super) compress: Compression,
 }

@@ -13,7 +13,7 @@ use concertina::geometry::Bytes;
 use concertina::reference::transformer::ReferenceModel;
 use concertina::report::{DeviceReport, PerplexityReport, Program};
 
-use super::args::{CacheArgs, DEFAULT_CHUNK, Global, ModelArg, budget, token_count};
+use super::args::{CacheArgs, CompressArg, DEFAULT_CHUNK, Global, ModelArg, budget, token_count};
 use super::failure::usage;
 use super::load::{Model, engine, read_text};
 use super::output::Output;
@@ -73,6 +73,9 @@ struct PerplexityArgs {
 
     #[command(flatten)]
     cache: CacheArgs,
+
+    #[command(flatten)]
+    compression: CompressArg,
 }
 
 /// Evaluates.
@@ -100,6 +103,8 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
     let path = args.text.display();
     let windows = perplexity::windows(&tokens, args.window as usize, args.max_windows)
         .map_err(|sentence| anyhow!("'{path}': {sentence}"))?;
+    let compression = args.compression.compress;
+    let codecs = args.cache.codecs(&[compression], model.geometry())?;
     let device = Device::open(&request)?;
     let weights = model.weights()?;
     let chunk = DEFAULT_CHUNK.min(args.window);
@@ -111,7 +116,7 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         max_logit_rows: chunk,
         context_length: args.window,
         page_size: args.cache.page_size,
-        compression: args.cache.compress,
+        codecs,
         max_arena: None,
     };
     let (mut engine, mut caches) = engine(&device, &weights, &config)?;
@@ -121,7 +126,7 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
 
     let started = Instant::now();
     let bar = progress::counter("windows", windows.len() as u64);
-    let result = perplexity::on_engine(&mut engine, &mut caches, &windows, chunk as usize, &mut |_, nll| {
+    let result = perplexity::on_engine(&mut engine, &mut caches, &compression, &windows, chunk as usize, &mut |_, nll| {
         bar.set_message(format!("nll {nll:.4}"));
         bar.inc(1);
     });
@@ -138,7 +143,7 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         program: Program::THIS,
         device: device_report,
         model: model_report,
-        compression: config.compression.to_string(),
+        compression: compression.to_string(),
         text: path.to_string(),
         text_tokens: tokens.len(),
         relative_difference: reference.as_ref().map(|r| (on_engine.perplexity - r.perplexity).abs() / r.perplexity),

@@ -7,11 +7,11 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig};
-use concertina::geometry::Bytes;
+use concertina::geometry::{Bytes, ModelGeometry};
 use concertina::report::{DeviceReport, GenerateReport, Meter, Program, finish_name};
 use concertina::schedule::{Request, Scheduler, SessionId, SubmitError};
 
-use super::args::{self, CacheArgs, Global, ModelArg, SamplingArgs};
+use super::args::{self, CacheArgs, CompressArg, Global, ModelArg, SamplingArgs};
 use super::failure::INTERRUPTED;
 use super::interrupt;
 use super::load::{self, Model};
@@ -26,7 +26,8 @@ use super::progress;
 Examples:
   concertina generate --model model.gguf --prompt 'Write a haiku about rivers.'
   concertina generate --model model.gguf --raw --prompt 'Once upon a time' --temperature 0.8 --top-p 0.95 --seed 7
-  concertina generate --model model.gguf --file question.txt --max-new 200 > answer.txt")]
+  concertina generate --model model.gguf --file question.txt --max-new 200 > answer.txt
+  concertina generate --model model.gguf --file book.txt --compress kivi4")]
 pub(super) struct GenerateArgs {
     #[command(flatten)]
     model: ModelArg,
@@ -56,6 +57,9 @@ pub(super) struct GenerateArgs {
     cache: CacheArgs,
 
     #[command(flatten)]
+    compression: CompressArg,
+
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -70,7 +74,8 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     };
     let model = Model::open(&args.model.model)?;
     let prompt = if args.raw { model.raw(&text)? } else { model.chat(&text)? };
-    let config = engine_config(args, prompt.len(), model.geometry().context_length)?;
+    let compression = args.compression.compress;
+    let config = engine_config(args, prompt.len(), model.geometry())?;
     let device = Device::open(&adapter)?;
     let weights = model.weights()?;
     let (mut engine, caches) = load::engine(&device, &weights, &config)?;
@@ -79,9 +84,9 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     let mut scheduler = Scheduler::new(load::schedule_config(&config), caches);
     let prompt_tokens = prompt.len();
     let stop = model.tokenizer.eos_ids().to_vec();
-    let request = Request { prompt, max_new: args.max_new, sampling, stop };
+    let request = Request { prompt, max_new: args.max_new, sampling, stop, compression };
     let mut meter = Meter::default();
-    meter.session(&scheduler, request.max_tokens());
+    meter.session(&scheduler, &request);
     let id = scheduler.submit(request)?;
     interrupt::install()?;
     let text = stream(&model, &mut engine, &mut scheduler, &mut meter, id, &output)?;
@@ -92,7 +97,7 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
         program: Program::THIS,
         device: DeviceReport::new(&device, Some(engine.clock())),
         model: model.report(Some(engine.weight_bytes())),
-        compression: config.compression.to_string(),
+        compression: compression.to_string(),
         sampling,
         prompt_tokens,
         new_tokens: session.produced.len(),
@@ -109,7 +114,8 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
 }
 
 /// An engine for just this context, so that scratch does not grow with contexts that are not used.
-fn engine_config(args: &GenerateArgs, prompt: usize, longest: u32) -> Result<EngineConfig> {
+fn engine_config(args: &GenerateArgs, prompt: usize, model: &ModelGeometry) -> Result<EngineConfig> {
+    let longest = model.context_length;
     let (prompt, max_new) = (prompt as u64, args.max_new);
     let context_length = u32::try_from(prompt + u64::from(max_new)).ok().filter(|n| *n <= longest);
     let Some(context_length) = context_length else {
@@ -125,7 +131,7 @@ fn engine_config(args: &GenerateArgs, prompt: usize, longest: u32) -> Result<Eng
         max_logit_rows: 1,
         context_length,
         page_size: args.cache.page_size,
-        compression: args.cache.compress,
+        codecs: args.cache.codecs(&[args.compression.compress], model)?,
         max_arena: None,
     })
 }

@@ -97,7 +97,7 @@ pub(super) fn read_text(what: &str, path: &Path) -> Result<String> {
 
 /// The schedule that goes with an engine.
 pub(super) const fn schedule_config(config: &EngineConfig) -> ScheduleConfig {
-    let EngineConfig { max_rows, max_sessions, context_length, .. } = *config;
+    let &EngineConfig { max_rows, max_sessions, context_length, .. } = config;
     ScheduleConfig { max_rows, max_sessions, context_length }
 }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
+use concertina::compression::Compression;
 use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig};
 use concertina::geometry::Bytes;
@@ -31,6 +32,8 @@ Examples:
   concertina run --model model.gguf --document a.txt b.txt c.txt --ask 'What is this about?'
   concertina run --model model.gguf --document a.txt --ask 'Who?' --document b.txt --ask 'When?'
   concertina run --model owner/name --document *.txt --ask 'Summarise.' --document-tokens 1000 --kv-budget 64MiB
+  concertina run --model model.gguf --document *.txt --ask 'Summarise.' --compress kivi4 --kv-budget 64MiB
+  concertina run --model model.gguf --document a.txt b.txt --ask 'Why?' --compress full k:kivi2,v:rot4
   concertina run --model model.gguf --document a.txt --ask 'Why?' --json - | jq .metrics")]
 pub(super) struct RunArgs {
     #[command(flatten)]
@@ -71,12 +74,18 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     cache: CacheArgs,
 
+    /// What is done to each cache, in order, or once for all: a codec of `concertina codecs`, or dimension=method pairs;
+    /// `full` keeps everything
+    #[arg(long, value_name = "METHODS", num_args = 1.., default_value = "full")]
+    compress: Vec<Compression>,
+
     #[command(flatten)]
     sampling: SamplingArgs,
 }
 
 /// Everything of a run that is known before the first step.
 struct Job {
+    compressions: Vec<Compression>,
     inquiries: Vec<Inquiry>,
     prompts: Vec<Prompt>,
     settings: RunSettings,
@@ -107,7 +116,6 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         program: Program::THIS,
         device: device_report,
         model: model_report,
-        compression: job.config.compression.to_string(),
         sessions: session_reports(&job, &model, &ids, &scheduler, &cached),
         settings: job.settings,
         metrics: meter.metrics(&scheduler),
@@ -134,6 +142,7 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
 fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
     let sampling = args.sampling.sampling()?;
     let inquiries = documents::inquiries(&args.document, &args.ask)?;
+    let compressions = one_each(&args.compress, inquiries.len())?;
     let n_documents = u32::try_from(inquiries.len()).unwrap_or(u32::MAX);
     // More are never admitted, and scratch grows with them.
     let max_sessions = args.max_sessions.min(n_documents);
@@ -157,7 +166,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         max_logit_rows: max_sessions,
         context_length,
         page_size: args.cache.page_size,
-        compression: args.cache.compress,
+        codecs: args.cache.codecs(&compressions, model.geometry())?,
         max_arena: None,
     };
     let settings = RunSettings {
@@ -170,20 +179,34 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         page_tokens: args.cache.page_size,
         sampling,
     };
-    Ok((Job { inquiries, prompts, settings, config }, model))
+    Ok((Job { compressions, inquiries, prompts, settings, config }, model))
+}
+
+/// A compression per document: as many as there are documents, or one for all.
+fn one_each(compressions: &[Compression], documents: usize) -> Result<Vec<Compression>> {
+    match compressions {
+        [one] => Ok(vec![*one; documents]),
+        several if several.len() == documents => Ok(several.to_vec()),
+        several => Err(usage(format!(
+            "{} compressions for {documents} documents; give each document its --compress, or a single one for all",
+            several.len()
+        ))),
+    }
 }
 
 /// Queues every session.
 fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter) -> Result<Vec<SessionId>> {
     let mut ids = Vec::new();
-    for (inquiry, prompt) in job.inquiries.iter().zip(&job.prompts) {
+    let all = job.inquiries.iter().zip(&job.prompts).zip(&job.compressions);
+    for ((inquiry, prompt), compression) in all {
         let request = Request {
             prompt: prompt.tokens.clone(),
             max_new: job.settings.max_new_tokens,
             sampling: job.settings.sampling,
             stop: model.tokenizer.eos_ids().to_vec(),
+            compression: *compression,
         };
-        meter.session(scheduler, request.max_tokens());
+        meter.session(scheduler, &request);
         ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);
     }
     Ok(ids)
@@ -234,11 +257,11 @@ fn session_reports(
     scheduler: &Scheduler,
     cached: &[u32],
 ) -> Vec<SessionReport> {
-    let shape = scheduler.caches().shape;
     let all = ids.iter().zip(cached).zip(job.inquiries.iter().zip(&job.prompts));
     all.map(|((id, cached), (inquiry, prompt))| {
         let session = scheduler.session(*id).expect("a submitted session is known");
         let (document, question) = (inquiry.document.clone(), inquiry.question.clone());
+        let shape = scheduler.caches().shape(&session.request.compression);
         SessionReport {
             answer: model.tokenizer.decode(&session.produced),
             document_tokens: prompt.document_tokens,

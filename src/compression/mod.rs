@@ -10,16 +10,19 @@
 //! | token | [`token`] | which tokens of a head stay |
 //! | hidden | [`hidden`] | how one page of K and V becomes bytes |
 //!
-//! Each dimension knows its registry of methods; today every one of them holds the uncompressed choice. Anything
-//! else is refused when it is parsed, with a sentence that says what there is.
+//! Each dimension knows its registry of methods; layer, head and token hold only the uncompressed choice today. Anything
+//! else is refused when it is parsed, with a sentence that says what there is. A codec alone means the hidden
+//! dimension: `kivi4` is `hidden=kivi4`.
 //!
 //! ```
 //! use concertina::compression::Compression;
 //! let full: Compression = "hidden=f16".parse().unwrap();
 //! assert_eq!(full, Compression::default());
 //! assert_eq!("full".parse::<Compression>().unwrap(), full);
-//! let refused = "hidden=kivi4".parse::<Compression>().unwrap_err();
-//! assert!(refused.to_string().contains("f16"));
+//! let mixed: Compression = "hidden=k:kivi2,v:rot4".parse().unwrap();
+//! assert_eq!(mixed.hidden, "k:kivi2,v:rot4".parse().unwrap());
+//! let refused = "hidden=kivi3".parse::<Compression>().unwrap_err();
+//! assert!(refused.to_string().contains("kivi4"));
 //! ```
 
 pub mod head;
@@ -62,6 +65,9 @@ pub enum ParseCompressionError {
     /// A dimension is given twice.
     #[error("the dimension {0} is given twice")]
     Repeated(&'static str),
+    /// The codec does not exist, or its parameters do not fit.
+    #[error("{0}")]
+    Codec(String),
     /// The method is not in the dimension's registry.
     #[error("{dimension}={method} is not available: {dimension} knows {}", known.join(", "))]
     UnknownMethod {
@@ -77,7 +83,7 @@ pub enum ParseCompressionError {
 impl fmt::Display for Compression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { layer, head, token, hidden } = self;
-        write!(f, "layer={},head={},token={},hidden={}", layer.name(), head.name(), token.name(), hidden.name())
+        write!(f, "layer={},head={},token={},hidden={}", layer.name(), head.name(), token.name(), hidden)
     }
 }
 
@@ -95,6 +101,27 @@ fn lookup<T: Copy>(
     })
 }
 
+/// Cuts a text into dimensions and their methods. A part without a dimension continues the method before it, as in
+/// `hidden=k:kivi2,v:rot4`; a text without any is a codec.
+fn pairs(text: &str) -> Result<Vec<(&str, String)>, ParseCompressionError> {
+    let syntax = || ParseCompressionError::Syntax(text.to_owned());
+    if !text.contains('=') && text.parse::<HiddenCodec>().is_ok() {
+        return Ok(vec![("hidden", text.to_owned())]);
+    }
+    let mut pairs: Vec<(&str, String)> = Vec::new();
+    for part in text.split(',').map(str::trim) {
+        match part.split_once('=') {
+            Some((dimension, method)) => pairs.push((dimension, method.to_owned())),
+            None => {
+                let (_, method) = pairs.last_mut().ok_or_else(syntax)?;
+                method.push(',');
+                method.push_str(part);
+            }
+        }
+    }
+    Ok(pairs)
+}
+
 impl FromStr for Compression {
     type Err = ParseCompressionError;
 
@@ -104,9 +131,8 @@ impl FromStr for Compression {
             return Ok(compression);
         }
         let mut seen: Vec<&'static str> = Vec::new();
-        for part in text.split(',') {
-            let (dimension, method) =
-                part.trim().split_once('=').ok_or_else(|| ParseCompressionError::Syntax(text.to_owned()))?;
+        for (dimension, method) in pairs(text)? {
+            let method = method.as_str();
             let dimension = match dimension {
                 "layer" => {
                     compression.layer = lookup("layer", method, &LayerPolicy::ALL, LayerPolicy::name)?;
@@ -121,7 +147,7 @@ impl FromStr for Compression {
                     "token"
                 }
                 "hidden" => {
-                    compression.hidden = lookup("hidden", method, &HiddenCodec::ALL, HiddenCodec::name)?;
+                    compression.hidden = method.parse().map_err(ParseCompressionError::Codec)?;
                     "hidden"
                 }
                 other => return Err(ParseCompressionError::UnknownDimension(other.to_owned())),
@@ -145,12 +171,19 @@ mod tests {
         assert_eq!(full.to_string().parse(), Ok(full), "round trip");
         assert_eq!("full".parse(), Ok(full), "short form");
         assert_eq!("token=full,layer=full".parse(), Ok(full), "any order, any subset");
+        for codec in hidden::examples() {
+            let compression = Compression { hidden: codec, ..full };
+            assert_eq!(compression.to_string().parse(), Ok(compression), "{codec}");
+            assert_eq!(codec.to_string().parse(), Ok(compression), "{codec} alone");
+        }
+        assert_eq!("hidden=k:int8,v:kivi2,token=full".parse::<Compression>().map(|c| c.hidden), "k:int8,v:kivi2".parse().map_err(ParseCompressionError::Codec), "a comma inside a method");
     }
 
     #[test]
     fn what_does_not_exist_is_refused_with_a_sentence() {
         let refusal = |text: &str| text.parse::<Compression>().expect_err("should be refused").to_string();
-        assert_eq!(refusal("hidden=kivi4"), "hidden=kivi4 is not available: hidden knows f16");
+        assert!(refusal("hidden=kivi3").starts_with("hidden=kivi3 is not available: hidden knows f16"), "no such codec");
+        assert!(refusal("hidden=k:think:0.5,v:think:0.5").contains("values keep theirs"), "a reason");
         assert_eq!(refusal("token=snapkv:0.25"), "token=snapkv:0.25 is not available: token knows full");
         assert!(refusal("colour=red").contains("layer, head, token and hidden"), "unknown dimension");
         assert!(refusal("hidden=f16,hidden=f16").contains("twice"), "repeated dimension");

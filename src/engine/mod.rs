@@ -8,28 +8,30 @@
 
 mod layers;
 pub mod paged_attention;
+mod parameters;
 mod scratch;
 mod step;
 mod weights;
 
 use std::time::{Duration, Instant};
 
-use crate::compression::Compression;
+use crate::compression::hidden::HiddenCodec;
 use crate::device::staging::{ReadBack, Uploader};
 use crate::device::timing::{Clock, StepTimer};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
-use crate::kernels::executor::{AttentionKernels, RowBuffers};
+use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers};
+use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
-use crate::pool::page_table::TableShape;
+use crate::pool::page_table::{Sealing, TableShape, Window};
 use crate::pool::{PagePool, PoolError, PoolLayout};
-use crate::schedule::{Backend, Caches, StepPlan, StepResult};
+use crate::schedule::{Backend, Caches, PlannedRows, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
 use layers::{Layers, RowCounts};
-use paged_attention::slab_bytes;
+use paged_attention::page_sizes;
 use scratch::{Scratch, ScratchSizes};
 use step::{StepOffsets, StepRows, inverse_frequencies};
 use weights::DeviceWeights;
@@ -52,7 +54,7 @@ pub enum EngineError {
 }
 
 /// How large an [`Engine`] is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// Device bytes for pages, tables, scratch and staging; weights are apart.
     pub budget: Bytes,
@@ -66,10 +68,27 @@ pub struct EngineConfig {
     pub context_length: u32,
     /// Tokens of a page.
     pub page_size: u32,
-    /// What is done to the cache.
-    pub compression: Compression,
+    /// Codecs besides f16 that sessions may have; each costs its kernels, compiled at the start.
+    pub codecs: Vec<HiddenCodec>,
     /// Largest arena; the adapter's binding limit where `None`.
     pub max_arena: Option<Bytes>,
+}
+
+impl EngineConfig {
+    /// Whether any page is ever sealed.
+    fn seals(&self) -> bool {
+        self.codecs.iter().any(HiddenCodec::seals)
+    }
+
+    fn attention_sizes(&self, geometry: &ModelGeometry, max_states: u32) -> AttentionSizes<'_> {
+        AttentionSizes {
+            max_states,
+            max_rows: self.max_rows,
+            codecs: &self.codecs,
+            num_lists: geometry.num_lists(),
+            context_length: self.context_length,
+        }
+    }
 }
 
 /// Figures of the last step.
@@ -111,15 +130,18 @@ impl<'d> Engine<'d> {
     pub fn new(device: &'d Device, weights: &Weights, config: &EngineConfig) -> Result<(Self, Caches), EngineError> {
         let geometry = weights.geometry.clone();
         geometry.check().map_err(EngineError::Input)?;
-        let codec = config.compression.hidden;
-        let shape = CacheShape { heads: geometry.heads, page_size: config.page_size, codec };
-        let page = codec.page_bytes(shape.page());
+        let shape = CacheShape { heads: geometry.heads, page_size: config.page_size };
+        for codec in &config.codecs {
+            codec.check(shape.page()).map_err(EngineError::Input)?;
+        }
         let timer = StepTimer::new(device)?;
         let plan = |config: &EngineConfig| Self::layout(device, &geometry, &shape, config, timer.bytes());
         let (layout, sizes, upload) = plan(config);
         let pool = PagePool::new(&layout).map_err(|e| Self::advise(config, &|c| plan(c).0, e))?;
-        let buffers = PoolBuffers::new(device, &pool)?;
+        let window = Self::window(&shape, config);
+        let buffers = PoolBuffers::new(device, &pool, &window)?;
         let scratch = Scratch::new(device, &sizes)?;
+        let heads_of_codecs = parameters::of_weights(weights, &config.codecs);
         let weights = DeviceWeights::upload(device, weights)?;
         let mut cache = PipelineCache::default();
         let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch)?;
@@ -131,14 +153,20 @@ impl<'d> Engine<'d> {
             v_offset: heads.q_width() + heads.kv_width(),
             output: &scratch.attention,
         };
-        let limits = (sizes.max_states, config.max_rows);
-        let attention = AttentionKernels::new(device, &mut cache, shape, &buffers, &scratch.step, &rows, limits)?;
-        let table_shape = TableShape {
+        let attention_sizes = config.attention_sizes(&geometry, sizes.max_states);
+        let attention =
+            AttentionKernels::new(device, &mut cache, shape, &buffers, &scratch.step, &rows, &attention_sizes)?;
+        let full = TableShape {
             num_layers: geometry.num_layers,
             num_kv_heads: heads.num_kv_heads,
-            page_size: config.page_size,
-            page,
+            page: shape.page(),
+            codec: HiddenCodec::F16,
+            sealing: Sealing::WhenFull,
         };
+        let mut uploader = Uploader::new(device, "step staging", upload)?;
+        buffers.write_window(device, &mut uploader, &window)?;
+        let source = ParameterSource { heads: &heads_of_codecs, context_length: config.context_length };
+        attention.set_parameters(device, &mut uploader, &source)?;
         let engine = Self {
             device,
             frequencies: inverse_frequencies(&geometry),
@@ -147,7 +175,7 @@ impl<'d> Engine<'d> {
             buffers,
             layers,
             attention,
-            uploader: Uploader::new(device, "step staging", upload)?,
+            uploader,
             back: ReadBack::new(device, "token read-back", Self::back_bytes(config, &sizes))?,
             timer,
             scratch,
@@ -155,11 +183,15 @@ impl<'d> Engine<'d> {
             words: Vec::new(),
             stats: StepStats::default(),
         };
-        Ok((engine, Caches::new(pool, table_shape)))
+        Ok((engine, Caches::new(pool, full, window, config.codecs.clone())))
     }
 
-    /// Splits the budget: the pool's layout, the scratch, and the bytes of one upload half. Several arenas need more scratch, and more scratch can mean fewer arenas; the larger number
-    /// of arenas is assumed.
+    fn window(shape: &CacheShape, config: &EngineConfig) -> Window {
+        Window::new(shape.page(), shape.heads.num_kv_heads, config.max_rows, config.seals())
+    }
+
+    /// Splits the budget: the pool's layout, the scratch, and the bytes of one upload half. Several arenas need more
+    /// scratch, and more scratch can mean fewer arenas; the larger number of arenas is assumed.
     fn layout(
         device: &Device,
         geometry: &ModelGeometry,
@@ -167,21 +199,23 @@ impl<'d> Engine<'d> {
         config: &EngineConfig,
         timer: Bytes,
     ) -> (PoolLayout, ScratchSizes, Bytes) {
-        let page = shape.codec.page_bytes(shape.page());
+        let pages = page_sizes(shape, &config.codecs);
+        let window = Self::window(shape, config);
         let max_binding = config.max_arena.map_or(device.max_binding(), |a| a.min(device.max_binding()));
         let arenas = config.budget.0.div_ceil(max_binding.0.max(1)).max(1);
         let sizes = ScratchSizes::new(geometry, shape, config, u32::try_from(arenas).unwrap_or(u32::MAX));
         // Tables are uploaded from the same staging as the step; two entries per page bound their size.
-        let tables = Bytes(config.budget.0 / page.0 * 2 * WORD_BYTES);
+        let tables = Bytes(config.budget.0 / pages.smallest.0 * 2 * WORD_BYTES);
         let upload = (sizes.step + tables).align_up(256);
         let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + timer;
         let layout = PoolLayout {
             budget: config.budget,
             staging,
-            scratch: sizes.total(),
+            scratch: sizes.total() + PoolBuffers::window_bytes(&window),
             max_binding,
-            slab: slab_bytes(page),
-            smallest_page: page,
+            slab: pages.slab,
+            smallest_page: pages.smallest,
+            fixed_entries: window.entries(),
         };
         (layout, sizes, upload)
     }
@@ -192,7 +226,7 @@ impl<'d> Engine<'d> {
         // Each round adds what the round before has grown by, a small fraction of it.
         for _ in 0..8 {
             let PoolError::BudgetTooSmall { fixed, slab, .. } = error else { break };
-            let advised = EngineConfig { budget: fixed + slab, ..*config };
+            let advised = EngineConfig { budget: fixed + slab, ..config.clone() };
             match layout(&advised).split() {
                 Ok(_) => break,
                 Err(next) => error = next,
@@ -265,7 +299,9 @@ impl<'d> Engine<'d> {
         let started = Instant::now();
         let tables = DirtyTables::collect(plan, caches);
         let attention_plan = self.plan_attention(plan, caches)?;
-        let offsets = self.rows.write(&self.frequencies, &attention_plan, &mut self.words);
+        let (shape, theta) = (self.attention.shape(), self.geometry.rope_theta);
+        let lists = |plan: &AttentionPlan, words: &mut Vec<u32>| ListOffsets::write(plan, shape, theta, words);
+        let offsets = self.rows.write(&self.frequencies, &attention_plan, lists, &mut self.words);
         let step_bytes = self.words.len() as u64 * WORD_BYTES;
         if step_bytes > self.scratch.step.size() {
             let (bytes, limit) = (Bytes(step_bytes), Bytes(self.scratch.step.size()));
@@ -304,10 +340,10 @@ impl<'d> Engine<'d> {
         for rows in &plan.segments {
             let (table, n_rows) = (&caches.tables[&rows.session], rows.n_rows());
             let (first_index, decode) = (rows.first_index, rows.decode);
-            segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend: true });
+            segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend: n_rows > 0 });
             row_lo += n_rows;
         }
-        let planned = AttentionPlan::new(self.attention.prefill_spec(), self.geometry.num_layers, &segments);
+        let planned = AttentionPlan::new(self.attention.shape(), self.geometry.num_layers, &segments);
         self.attention.check(&planned)?;
         Ok(planned)
     }
@@ -322,6 +358,11 @@ impl<'d> Engine<'d> {
         want: Want,
     ) -> u32 {
         let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };
+        if rows.all == 0 {
+            // Nothing is computed; pages are sealed.
+            (0..self.geometry.num_layers).for_each(|l| self.attention.record(&mut recorder, attention, &offsets.lists, l));
+            return recorder.dispatches();
+        }
         self.layers.embed(&mut recorder, offsets.tokens, rows.all);
         for layer in 0..self.geometry.num_layers {
             self.layers.before_attention(&mut recorder, layer as usize, offsets.angles, rows);
@@ -360,6 +401,19 @@ impl<'d> Engine<'d> {
         self.rows.logit_rows.clear();
         self.rows.logit_rows.extend_from_slice(rows);
         self.read_logits(plan, caches, Want::LogitsOfMany)
+    }
+
+    /// Encodes the pages of a session for which [`PageTable::seal`](crate::pool::page_table::PageTable::seal) took sealed
+    /// ones, without computing any row.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn seal(&mut self, caches: &mut Caches, session: SessionId) -> Result<(), EngineError> {
+        let rows = PlannedRows { session, first_index: 0, tokens: Vec::new(), decode: false, sample: None };
+        let plan = StepPlan { segments: vec![rows] };
+        self.gather(&plan)?;
+        self.submit(&plan, caches, Want::Logits)?;
+        Ok(())
     }
 
     fn read_logits(&mut self, plan: &StepPlan, caches: &mut Caches, want: Want) -> Result<Vec<Vec<f32>>, EngineError> {

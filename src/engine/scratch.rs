@@ -1,11 +1,11 @@
 //! Activations, logits and the step buffer: everything between the weights and the pages, allocated once.
 
 use super::EngineConfig;
+use crate::compression::hidden::Transform;
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::decode::DecodeSpec;
-use crate::kernels::executor::AttentionKernels;
 use crate::kernels::prefill::PrefillSpec;
 
 /// Changes of arena along one list that scratch is made for. Layers keep to one arena while it has room, so a list changes
@@ -23,7 +23,7 @@ pub(super) struct ScratchSizes {
     pub(super) logits: Bytes,
     pub(super) tokens: Bytes,
     pub(super) step: Bytes,
-    pub(super) states: Bytes,
+    pub(super) attention_kernels: Bytes,
     pub(super) max_states: u32,
 }
 
@@ -36,7 +36,8 @@ impl ScratchSizes {
         // A list that spills changes arena a few times; each change adds a state per row.
         let pages = config.context_length.div_ceil(config.page_size);
         let changes = (2 * (arenas - 1)).min(pages).min(MAX_ARENA_CHANGES);
-        let (sessions, wide) = (u64::from(config.max_sessions), u64::from(changes));
+        // What is sealed, and what is open; the open part may lie in the window, an arena of its own.
+        let (sessions, wide) = (u64::from(config.max_sessions), u64::from(changes) + u64::from(config.seals()));
         let rows_with_states = sessions * (u64::from(splits) + wide) + rows * (1 + wide);
         // More than 32 bits count is also more than any budget holds, and is refused as such.
         let max_states = u32::try_from(u64::from(heads.num_qo_heads) * rows_with_states).unwrap_or(u32::MAX);
@@ -49,8 +50,8 @@ impl ScratchSizes {
             activated: f32s(geometry.intermediate_size),
             logits: Bytes(logit_rows * u64::from(geometry.vocab_size) * WORD_BYTES).align_up(16),
             tokens: Bytes(logit_rows * WORD_BYTES).align_up(16),
-            step: step_bytes(geometry, shape, config, (splits, changes), arenas),
-            states: AttentionKernels::scratch_bytes(shape, max_states, config.max_rows),
+            step: step_bytes(geometry, shape, config, (splits, changes + u32::from(config.seals())), arenas),
+            attention_kernels: config.attention_sizes(geometry, max_states).scratch_bytes(shape),
             max_states,
         }
     }
@@ -67,7 +68,7 @@ impl ScratchSizes {
             self.logits,
             self.tokens,
             self.step,
-            self.states,
+            self.attention_kernels,
         ]
         .into_iter()
         .sum()
@@ -85,12 +86,17 @@ fn step_bytes(
     let heads = geometry.heads;
     let (rows, sessions) = (u64::from(config.max_rows), u64::from(config.max_sessions));
     let (runs, changes) = (u64::from(splits + changes), u64::from(changes));
-    let tiles = rows / u64::from(PrefillSpec { shape: *shape }.tile_positions()) + sessions;
-    let append = (rows / u64::from(shape.page_size) + 2 * sessions) * 8;
-    let lists = append + sessions * runs * 8 + tiles * (1 + changes) * 12 + rows * 4;
+    let pages = rows / u64::from(shape.page_size) + 2 * sessions;
+    // Tiles of sealed sequences end at pages.
+    let tiles = rows / u64::from(PrefillSpec::tile_positions(shape)) + sessions + pages;
+    let append_and_seal = pages * (8 + 8);
+    let lists = append_and_seal + sessions * runs * 8 + tiles * (1 + changes) * 12 + rows * 4;
     let plans = if arenas == 1 { 1 } else { u64::from(geometry.num_layers) };
     let per_row = 1 + u64::from(heads.head_dim);
-    let words = rows * per_row + u64::from(config.max_logit_rows) * 9 + lists * u64::from(heads.num_kv_heads) * plans;
+    let turned = config.codecs.iter().any(|c| matches!(c.k.transform, Transform::LowRank { .. }));
+    let angles = if turned { pages * u64::from(shape.page_size) * u64::from(heads.head_dim) } else { 0 };
+    let words =
+        rows * per_row + u64::from(config.max_logit_rows) * 9 + angles + lists * u64::from(heads.num_kv_heads) * plans;
     Bytes((words + 64) * WORD_BYTES).align_up(256)
 }
 

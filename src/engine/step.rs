@@ -35,8 +35,14 @@ pub(super) struct StepRows {
 }
 
 impl StepRows {
-    /// Writes all parts into `words`, which keeps its allocation from step to step.
-    pub(super) fn write(&self, frequencies: &[f64], plan: &AttentionPlan, words: &mut Vec<u32>) -> StepOffsets {
+    /// Writes all parts into `words`, which keeps its allocation from step to step; `lists` writes the plan's.
+    pub(super) fn write(
+        &self,
+        frequencies: &[f64],
+        plan: &AttentionPlan,
+        lists: impl FnOnce(&AttentionPlan, &mut Vec<u32>) -> ListOffsets,
+        words: &mut Vec<u32>,
+    ) -> StepOffsets {
         words.clear();
         let tokens = at(words, 1);
         words.extend_from_slice(&self.tokens);
@@ -51,7 +57,7 @@ impl StepRows {
         words.extend_from_slice(&self.logit_rows);
         let samples = at(words, 4);
         words.extend_from_slice(bytemuck::cast_slice(&self.samples));
-        let lists = ListOffsets::write(plan, words);
+        let lists = lists(plan, words);
         StepOffsets { tokens, angles, logit_rows, samples, lists }
     }
 }

@@ -10,6 +10,7 @@
 use serde::Serialize;
 
 use super::prompt;
+use crate::compression::Compression;
 use crate::engine::{Engine, EngineError};
 use crate::reference::compare::{log_sum_exp, widen};
 use crate::reference::transformer::ReferenceModel;
@@ -66,6 +67,7 @@ fn nll(logits: &[f64], target: u32) -> f64 {
 pub fn on_engine(
     engine: &mut Engine<'_>,
     caches: &mut Caches,
+    compression: &Compression,
     windows: &[&[u32]],
     chunk: usize,
     each: &mut dyn FnMut(usize, f64),
@@ -76,7 +78,7 @@ pub fn on_engine(
         let n = wanted.len() as f64;
         let mut sum = 0.0;
         let mut add = |position: usize, row: Vec<f32>| sum += nll(&widen(&row), tokens[position + 1]);
-        prompt::logits(engine, caches, tokens, wanted, chunk, &mut add)?;
+        prompt::logits(engine, caches, compression, tokens, wanted, chunk, &mut add)?;
         result.push(sum / n);
         each(index, sum / n);
     }

@@ -46,6 +46,17 @@ immediates! {
         q_stride: u32,
         /// `sm_scale * log2(e)`.
         scale_log2: f32,
+        /// First vec4 of the rotary tables in `parameters`.
+        angles: u32,
+    }
+    /// Immediate data of seal.
+    struct SealParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layer whose pages are sealed.
+        layer: u32,
     }
     /// Immediate data of `merge_states`.
     struct MergeParams {
@@ -156,8 +167,10 @@ pub struct DecodeItem {
     pub slot: u32,
     /// Table entries between one layer's list and the next.
     pub layer_stride: u32,
+    /// Cache index of the run's first token.
+    pub first_token: u32,
     /// Unused.
-    pub pad: [u32; 3],
+    pub pad: [u32; 2],
 }
 
 /// Prefill: a tile of query rows of one KV head against one run of tokens.
@@ -218,6 +231,28 @@ pub struct AppendItem {
     pub slot_in_page: u32,
     /// Unused.
     pub pad: [u32; 2],
+}
+
+/// Seal: one full page of one KV head.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct SealItem {
+    /// Table entry of the open page in layer 0.
+    pub open_entry: u32,
+    /// Table entries between one layer's open page and the next.
+    pub open_stride: u32,
+    /// KV head.
+    pub kv_head: u32,
+    /// Unused.
+    pub pad: u32,
+    /// Table entry of the sealed page in layer 0.
+    pub sealed_entry: u32,
+    /// Table entries between one layer's sealed page and the next.
+    pub sealed_stride: u32,
+    /// First vec4 of (cos, sin) of the page's tokens in `step`, where the codec needs them.
+    pub angles: u32,
+    /// Unused.
+    pub pad_end: u32,
 }
 
 /// Sample: one row of logits.

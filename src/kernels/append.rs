@@ -21,11 +21,11 @@ const BINDINGS: &[Binding] =
 /// The append kernel of a cache shape.
 pub fn kernel(shape: &CacheShape) -> KernelSpec {
     let mut constants = shape.constants();
-    constants.push(("WORKGROUP_SIZE", Constant::U32(64)));
+    constants.push(("WORKGROUP_SIZE".into(), Constant::U32(64)));
     KernelSpec {
         name: "append",
         constants,
-        modules: vec![&modules::F16, shape.codec_module(), &modules::APPEND],
+        parts: vec![(&modules::F16).into(), (&modules::APPEND).into()],
         bindings: BINDINGS,
         immediate_bytes: AppendParams::BYTES,
     }

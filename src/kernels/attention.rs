@@ -1,19 +1,26 @@
-//! What decode, prefill and append share: the geometry of a paged cache and the page codec.
+//! What decode, prefill and seal share: the geometry of a paged cache, and a page codec as constants and files.
 
-use crate::compression::hidden::HiddenCodec;
+use std::borrow::Cow;
+
+use super::abi::{AttentionParams, Immediates as _};
+use crate::compression::hidden::{Codec, HiddenCodec, Quantizer, Side, Transform, affine, plane, rot};
 use crate::device::Tier;
-use crate::geometry::{CELL_CHANNELS, HeadGeometry, PageGeometry};
-use crate::kernels::{Access, Binding, Constant, Module, modules};
+use crate::geometry::{HeadGeometry, PageGeometry};
+use crate::kernels::{Access, Binding, Constant, KernelSpec, Module, Part, modules};
 
 /// Bindings of decode and prefill.
-pub(super) const ATTENTION_BINDINGS: &[Binding] = &[
+const ATTENTION_BINDINGS: &[Binding] = &[
     ("step", Access::Read),
     ("tables", Access::Read),
     ("arena", Access::Read),
     ("q", Access::Read),
     ("state_o", Access::ReadWrite),
     ("state_ml", Access::ReadWrite),
+    ("parameters", Access::Read),
 ];
+
+/// Constants of a prelude.
+pub(super) type Constants = Vec<(Cow<'static, str>, Constant)>;
 
 /// The shape of a cache as kernels see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,7 +29,14 @@ pub struct CacheShape {
     pub heads: HeadGeometry,
     /// Tokens of a page.
     pub page_size: u32,
-    /// How a page becomes bytes.
+}
+
+/// A cache whose pages have one codec: what a kernel reads, or what it makes of full pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Format {
+    /// The cache.
+    pub shape: CacheShape,
+    /// How its pages become bytes.
     pub codec: HiddenCodec,
 }
 
@@ -32,31 +46,129 @@ impl CacheShape {
         PageGeometry { page_size: self.page_size, head_dim: self.heads.head_dim }
     }
 
+    /// The same cache with pages of `codec`.
+    pub const fn format(self, codec: HiddenCodec) -> Format {
+        Format { shape: self, codec }
+    }
+
     /// Constants that every kernel over pages needs.
-    pub(crate) fn constants(&self) -> Vec<(&'static str, Constant)> {
-        vec![
-            ("HEAD_DIM", Constant::U32(self.heads.head_dim)),
-            ("GROUP_SIZE", Constant::U32(self.heads.group_size())),
-            ("NUM_KV_HEADS", Constant::U32(self.heads.num_kv_heads)),
-            ("PAGE_SIZE", Constant::U32(self.page_size)),
-        ]
+    pub(super) fn constants(&self) -> Constants {
+        let numbers = [
+            ("HEAD_DIM", self.heads.head_dim),
+            ("GROUP_SIZE", self.heads.group_size()),
+            ("NUM_KV_HEADS", self.heads.num_kv_heads),
+            ("PAGE_SIZE", self.page_size),
+            ("SPAN", rot::span(self.heads.head_dim)),
+        ];
+        let mut constants: Constants = numbers.map(|(name, value)| (name.into(), Constant::U32(value))).into();
+        constants.push(("NORMALISATION".into(), Constant::F32(rot::normalisation(self.heads.head_dim).to_bits())));
+        constants
     }
+}
 
-    /// The codec's WGSL.
-    pub(crate) fn codec_module(&self) -> &'static Module {
-        match self.codec {
-            HiddenCodec::F16 => &modules::CODEC_F16,
+impl Format {
+    /// Constants of one side, under the names that `prefix` begins.
+    pub(super) fn side_constants(&self, side: Side, prefix: &str, constants: &mut Constants) {
+        let page = self.shape.page();
+        let codec = self.codec.side(side);
+        let shape = codec.shape(side, page);
+        let (mut bits, mut group, mut factor) = (0, 0, 0.0);
+        let mut scales = codec.quantizer_words(side, page);
+        match codec.quantizer {
+            Quantizer::Int8 => {
+                factor = affine::reciprocal(255);
+                scales = plane::words(shape, 8);
+            }
+            Quantizer::Kivi { bits: b, group: g } => {
+                (bits, group, factor) = (b, g, affine::reciprocal((1 << b) - 1));
+                scales = plane::words(shape, b);
+            }
+            Quantizer::Gaussian { bits: b } => {
+                (bits, factor) = (b, rot::scale_factor(b, shape.width));
+                scales = rot::Gaussian { bits: b }.planes().iter().map(|p| plane::words(shape, *p)).sum();
+            }
+            Quantizer::F32 | Quantizer::F16 | Quantizer::Fp8 => {}
         }
+        let at = match side {
+            Side::Key => 0,
+            Side::Value => self.codec.k.words(Side::Key, page) / 4,
+        };
+        let mut put = |name: &str, value| constants.push((format!("{prefix}{name}").into(), value));
+        put("AT", Constant::U32(at));
+        put("WIDTH", Constant::U32(shape.width));
+        put("IS_KEY", Constant::Bool(side == Side::Key));
+        put("SCALES", Constant::U32(scales));
+        put("MASK", Constant::U32(codec.quantizer_words(side, page)));
+        put("ROTATES", Constant::Bool(codec.transform == Transform::Rotation));
+        put("PICKS", Constant::Bool(matches!(codec.transform, Transform::Pruning { .. })));
+        put(if prefix == "SIDE_" { "PROJECTS" } else { "LIFTS" }, Constant::Bool(projects(codec)));
+        let prefix = if prefix == "SIDE_" { "" } else { prefix };
+        let mut put = |name: &str, value| constants.push((format!("{prefix}CODEC_{name}").into(), value));
+        put("BITS", Constant::U32(bits));
+        put("GROUP", Constant::U32(group));
+        put("FACTOR", Constant::F32(factor.to_bits()));
     }
 
-    /// Cells of 8 channels in a head.
-    pub const fn cells(&self) -> u32 {
-        self.heads.head_dim / CELL_CHANNELS
+    /// vec4s of a head's parameters: the bases of sides that are projected.
+    pub(crate) fn parameter_vecs(&self) -> ParameterVecs {
+        let head_dim = self.shape.heads.head_dim;
+        let basis = |codec: Codec| if projects(codec) { head_dim * codec.width(head_dim) / 4 } else { 0 };
+        let value_basis = basis(self.codec.k);
+        ParameterVecs { value_basis, all: value_basis + basis(self.codec.v) }
+    }
+
+    /// Whether its keys are latents, which are turned by their positions when they are read.
+    pub(crate) fn needs_angles(&self) -> bool {
+        projects(self.codec.k)
+    }
+
+    /// An attention kernel that reads pages of this format.
+    pub(super) fn attention_kernel(
+        &self,
+        name: &'static str,
+        more: &[(&'static str, u32)],
+        kernel: &[&'static Module],
+    ) -> KernelSpec {
+        let mut constants = self.shape.constants();
+        constants.extend(more.iter().map(|(name, value)| ((*name).into(), Constant::U32(*value))));
+        self.side_constants(Side::Key, "KEY_", &mut constants);
+        self.side_constants(Side::Value, "VALUE_", &mut constants);
+        let mut parts: Vec<Part> =
+            [&modules::F16, &modules::F16_VALUES, &modules::PLANES, &modules::CODEC_AFFINE].map(Part::from).into();
+        for side in [Side::Key, Side::Value] {
+            parts.push(Part { module: codec_module(self.codec.side(side).quantizer), side: Some(side) });
+        }
+        parts.push((&modules::ATTENTION_SHARED).into());
+        parts.extend(kernel.iter().map(|module| Part::from(*module)));
+        KernelSpec { name, constants, parts, bindings: ATTENTION_BINDINGS, immediate_bytes: AttentionParams::BYTES }
+    }
+}
+
+/// Offsets in a head's parameters, in vec4s.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ParameterVecs {
+    pub(crate) value_basis: u32,
+    pub(crate) all: u32,
+}
+
+const fn projects(codec: Codec) -> bool {
+    matches!(codec.transform, Transform::LowRank { .. })
+}
+
+/// The WGSL of a quantiser.
+pub(super) const fn codec_module(quantizer: Quantizer) -> &'static Module {
+    match quantizer {
+        Quantizer::F32 => &modules::CODEC_FLOAT32,
+        Quantizer::F16 => &modules::CODEC_FLOAT16,
+        Quantizer::Fp8 => &modules::CODEC_FP8,
+        Quantizer::Int8 => &modules::CODEC_INT8,
+        Quantizer::Kivi { .. } => &modules::CODEC_KIVI,
+        Quantizer::Gaussian { .. } => &modules::CODEC_ROT,
     }
 }
 
 /// The reductions of a tier.
-pub(crate) fn lanes_module(tier: Tier) -> &'static Module {
+pub(crate) const fn lanes_module(tier: Tier) -> &'static Module {
     match tier {
         Tier::Portable => &modules::LANES_PORTABLE,
         Tier::Subgroup => &modules::LANES_SUBGROUP,

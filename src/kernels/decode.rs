@@ -13,9 +13,10 @@
 //!
 //! **Mapping.** 64 lanes. In QK a lane owns whole tokens of a tile of 256 (64 for large groups); scores of the tile lie in
 //! workgroup memory; the running maximum is shared. In PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are
-//! added once, at the end. Query heads of the group are packed in `vec4`s, so a group of 3 computes 4.
+//! added once, at the end. Where a codec transforms channels, the query is transformed once per item and the output
+//! once at the end, in workgroup memory. Query heads of the group are packed in `vec4`s, so a group of 3 computes 4.
 //!
-//! **Bytes.** Reads `2 * head_dim * bytes_per_value` per token and KV head once, whatever the group size; writes
+//! **Bytes.** Reads a page's bytes per page and KV head once, whatever the group size; writes
 //! `group_size * (head_dim + 2) * 4` per item. **FLOPs.** `4 * num_qo_heads * tokens * head_dim`.
 //!
 //! **Degenerate.** A run of no tokens writes `m = -1e30, l = 0, o = 0`. Slots past the last token are never used,
@@ -23,9 +24,8 @@
 //!
 //! Method: FlashDecoding (Dao et al., 2023) and FlashInfer (arXiv:2501.01005); group packing as in both.
 
-use super::abi::{AttentionParams, Immediates as _};
-use super::attention::{ATTENTION_BINDINGS, CacheShape, lanes_module};
-use super::{Constant, KernelSpec, modules};
+use super::attention::{Format, lanes_module};
+use super::{KernelSpec, modules};
 use crate::device::Tier;
 
 const WORKGROUP_SIZE: u32 = 64;
@@ -34,7 +34,7 @@ const WORKGROUP_SIZE: u32 = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DecodeSpec {
     /// The cache it reads.
-    pub shape: CacheShape,
+    pub format: Format,
     /// The reductions it uses.
     pub tier: Tier,
 }
@@ -46,22 +46,9 @@ impl DecodeSpec {
 
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
-        let head_vecs = self.shape.heads.group_size().div_ceil(4);
+        let head_vecs = self.format.shape.heads.group_size().div_ceil(4);
         let tokens_per_lane = if head_vecs <= 2 { 4 } else { 1 };
-        let mut constants = self.shape.constants();
-        constants.push(("WORKGROUP_SIZE", Constant::U32(WORKGROUP_SIZE)));
-        constants.push(("TOKENS_PER_LANE", Constant::U32(tokens_per_lane)));
-        KernelSpec {
-            name: "decode",
-            constants,
-            modules: vec![
-                lanes_module(self.tier),
-                self.shape.codec_module(),
-                &modules::ATTENTION_SHARED,
-                &modules::DECODE,
-            ],
-            bindings: ATTENTION_BINDINGS,
-            immediate_bytes: AttentionParams::BYTES,
-        }
+        let constants = [("WORKGROUP_SIZE", WORKGROUP_SIZE), ("TOKENS_PER_LANE", tokens_per_lane)];
+        self.format.attention_kernel("decode", &constants, &[lanes_module(self.tier), &modules::DECODE])
     }
 }

@@ -16,7 +16,7 @@
 
 use super::abi::{EmbedParams, GatedActivationParams, Immediates, RmsNormParams, RopeParams};
 use super::attention::lanes_module;
-use super::{Access, Binding, Constant, KernelSpec, Module, modules};
+use super::{Access, Binding, Constant, KernelSpec, Module, Part, modules};
 use crate::device::Tier;
 
 fn kernel<I: Immediates>(
@@ -24,8 +24,9 @@ fn kernel<I: Immediates>(
     modules: Vec<&'static Module>,
     bindings: &'static [Binding],
 ) -> KernelSpec {
-    let constants = vec![("WORKGROUP_SIZE", Constant::U32(64))];
-    KernelSpec { name, constants, modules, bindings, immediate_bytes: I::BYTES }
+    let constants = vec![("WORKGROUP_SIZE".into(), Constant::U32(64))];
+    let parts = modules.into_iter().map(Part::from).collect();
+    KernelSpec { name, constants, parts, bindings, immediate_bytes: I::BYTES }
 }
 
 /// Token embedding.

@@ -5,15 +5,19 @@
 
 use std::sync::Arc;
 
-use super::abi::{AppendParams, AttentionParams, MergeParams};
-use super::attention::CacheShape;
+use super::abi::{AppendParams, AttentionParams, MergeParams, SealItem, SealParams, VEC4_WORDS};
+use super::attention::{CacheShape, Format};
 use super::decode::DecodeSpec;
+use super::parameters::{self, ParameterSource};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
-use super::plan::AttentionPlan;
+use super::plan::{AttentionPlan, Dispatch};
 use super::prefill::PrefillSpec;
-use super::{Recorder, append, flat_grid, merge_states};
+use super::{Recorder, append, flat_grid, merge_states, seal};
+use crate::compression::hidden::{HiddenCodec, Side, lowrank};
+use crate::device::staging::Uploader;
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, WORD_BYTES};
+use crate::pool::PageId;
 use crate::pool::device::PoolBuffers;
 
 /// Where the rows of a step lie.
@@ -36,6 +40,8 @@ pub struct RowBuffers<'a> {
 pub struct ListOffsets {
     /// Append items.
     pub append: u32,
+    /// Seal items.
+    pub seal: u32,
     /// Decode items.
     pub decode: u32,
     /// Prefill items.
@@ -45,16 +51,32 @@ pub struct ListOffsets {
 }
 
 impl ListOffsets {
-    /// Appends the plan's lists to the step's words; the offsets are where they begin.
-    pub fn write(plan: &AttentionPlan, step: &mut Vec<u32>) -> Self {
+    /// Appends the plan's lists to the step's words; the offsets are where they begin. `rope_theta` turns back the keys of
+    /// pages that become latents.
+    pub fn write(plan: &AttentionPlan, shape: &CacheShape, rope_theta: f32, step: &mut Vec<u32>) -> Self {
+        fn place(step: &mut Vec<u32>) -> u32 {
+            step.resize(step.len().next_multiple_of(VEC4_WORDS), 0);
+            u32::try_from(step.len() / VEC4_WORDS).expect("a step is far below 2^32 words")
+        }
         fn put<T: bytemuck::Pod>(items: &[T], step: &mut Vec<u32>) -> u32 {
-            step.resize(step.len().next_multiple_of(4), 0);
-            let at = u32::try_from(step.len() / 4).expect("a step is far below 2^32 words");
+            let at = place(step);
             step.extend_from_slice(bytemuck::cast_slice(items));
             at
         }
+        let page = shape.page();
+        let angles = place(step);
+        for first in &plan.turned_pages {
+            for position in *first..first + page.page_size {
+                let pairs = lowrank::angles(position, page.head_dim, rope_theta);
+                step.extend(pairs.into_iter().flat_map(|(cos, sin)| [cos.to_bits(), sin.to_bits()]));
+            }
+        }
+        let per_page = page.page_size * page.head_dim / 4;
+        let seals: Vec<SealItem> =
+            plan.seal.iter().map(|item| SealItem { angles: angles + item.angles * per_page, ..*item }).collect();
         Self {
             append: put(&plan.append, step),
+            seal: put(&seals, step),
             decode: put(&plan.decode, step),
             prefill: put(&plan.prefill, step),
             merge: put(&plan.merge, step),
@@ -62,45 +84,88 @@ impl ListOffsets {
     }
 }
 
+/// The kernels of one codec.
+#[derive(Debug)]
+struct FormatKernels {
+    codec: HiddenCodec,
+    decode: Arc<Pipeline>,
+    prefill: Arc<Pipeline>,
+    /// Keys, values; none for pages that are never sealed.
+    seal: Option<[Arc<Pipeline>; 2]>,
+    /// One bind group per arena, the window last.
+    decode_groups: Vec<wgpu::BindGroup>,
+    prefill_groups: Vec<wgpu::BindGroup>,
+    /// `[open arena, the window last][sealed arena]` for keys and values alike.
+    seal_groups: Vec<Vec<wgpu::BindGroup>>,
+    parameters: wgpu::Buffer,
+    angles: u32,
+}
+
 /// Compiled attention kernels, bound to a pool and to the rows of a step.
 #[derive(Debug)]
 pub struct AttentionKernels {
     shape: CacheShape,
-    prefill_spec: PrefillSpec,
     append: Arc<Pipeline>,
-    decode: Arc<Pipeline>,
-    prefill: Arc<Pipeline>,
     merge: Arc<Pipeline>,
+    formats: Vec<FormatKernels>,
     append_groups: Vec<wgpu::BindGroup>,
-    decode_groups: Vec<wgpu::BindGroup>,
-    prefill_groups: Vec<wgpu::BindGroup>,
     merge_group: wgpu::BindGroup,
     stride: u32,
     k_offset: u32,
     v_offset: u32,
     max_states: u32,
     held: Bytes,
+    arenas: usize,
     /// Log-sum-exp of the last layer, `[rows][num_qo_heads]` f32, base 2.
     pub(crate) lse: wgpu::Buffer,
 }
 
-impl AttentionKernels {
-    /// Device bytes that `max_states` attention states and `max_rows` rows need besides the rows themselves.
-    pub fn scratch_bytes(shape: &CacheShape, max_states: u32, max_rows: u32) -> Bytes {
-        let [o, ml, lse] = Self::parts(shape, max_states, max_rows);
-        o + ml + lse
+/// How large the buffers of [`AttentionKernels`] are.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionSizes<'a> {
+    /// Attention states of one layer and step at most.
+    pub max_states: u32,
+    /// Rows of a step at most.
+    pub max_rows: u32,
+    /// Codecs besides f16 that pages can have.
+    pub codecs: &'a [HiddenCodec],
+    /// (layer, KV head) lists of a session.
+    pub num_lists: u32,
+    /// Longest context, in tokens.
+    pub context_length: u32,
+}
+
+impl AttentionSizes<'_> {
+    /// f16, which open pages have, and the others.
+    fn formats(&self, shape: &CacheShape) -> Vec<Format> {
+        let mut formats = vec![shape.format(HiddenCodec::F16)];
+        for codec in self.codecs {
+            if formats.iter().all(|format| format.codec != *codec) {
+                formats.push(shape.format(*codec));
+            }
+        }
+        formats
     }
 
-    fn parts(shape: &CacheShape, max_states: u32, max_rows: u32) -> [Bytes; 3] {
-        let states = u64::from(max_states.max(1));
-        let lse = u64::from(max_rows.max(1)) * u64::from(shape.heads.num_qo_heads);
+    /// Device bytes of states, sums and codec parameters, besides the rows and the window.
+    pub fn scratch_bytes(&self, shape: &CacheShape) -> Bytes {
+        let formats = self.formats(shape);
+        let parameters = formats.iter().map(|f| parameters::bytes(f, self.num_lists, self.context_length)).sum();
+        self.parts(shape).into_iter().sum::<Bytes>() + parameters
+    }
+
+    fn parts(&self, shape: &CacheShape) -> [Bytes; 3] {
+        let states = u64::from(self.max_states.max(1));
+        let lse = u64::from(self.max_rows.max(1)) * u64::from(shape.heads.num_qo_heads);
         [
             Bytes(states * u64::from(shape.heads.head_dim) * WORD_BYTES).align_up(16),
             Bytes(states * 2 * WORD_BYTES).align_up(16),
             Bytes(lse * WORD_BYTES).align_up(16),
         ]
     }
+}
 
+impl AttentionKernels {
     /// Compiles and binds.
     ///
     /// # Errors
@@ -112,49 +177,97 @@ impl AttentionKernels {
         pool: &PoolBuffers,
         step: &wgpu::Buffer,
         rows: &RowBuffers<'_>,
-        limits: (u32, u32),
+        sizes: &AttentionSizes<'_>,
     ) -> Result<Self, KernelError> {
-        let (max_states, max_rows) = limits;
-        let prefill_spec = PrefillSpec { shape };
         let append = cache.get(device, &append::kernel(&shape))?;
-        let decode = cache.get(device, &DecodeSpec { shape, tier: device.tier() }.kernel())?;
-        let prefill = cache.get(device, &prefill_spec.kernel())?;
         let merge = cache.get(device, &merge_states::kernel(&shape))?;
-        let [o, ml, lse] = Self::parts(&shape, max_states, max_rows);
+        let [o, ml, lse] = sizes.parts(&shape);
         let state_o = device.storage("attention states", o)?;
         let state_ml = device.storage("attention state maxima", ml)?;
         let lse = device.storage("log-sum-exp", lse)?;
+        let mut held = Bytes(state_o.size() + state_ml.size() + lse.size());
         let (step, tables) = (Slot::Whole(step), Slot::Whole(&pool.tables));
         let (qkv, o, ml) = (Slot::Whole(rows.qkv), Slot::Whole(&state_o), Slot::Whole(&state_ml));
-        let over_arenas = |bind: &dyn Fn(Slot<'_>) -> wgpu::BindGroup| -> Vec<wgpu::BindGroup> {
-            pool.arenas.iter().map(|arena| bind(Slot::Whole(arena))).collect()
-        };
+        let mut formats = Vec::new();
+        for format in sizes.formats(&shape) {
+            let bytes = parameters::bytes(&format, sizes.num_lists, sizes.context_length);
+            let buffer = device.storage("codec parameters", bytes)?;
+            held += Bytes(buffer.size());
+            let parameters = Slot::Whole(&buffer);
+            let decode = cache.get(device, &DecodeSpec { format, tier: device.tier() }.kernel())?;
+            let prefill = cache.get(device, &PrefillSpec { format }.kernel())?;
+            let seal = if format.codec.seals() {
+                let mut compile = |side| cache.get(device, &seal::kernel(&format, side));
+                Some([compile(Side::Key)?, compile(Side::Value)?])
+            } else {
+                None
+            };
+            let reading = |pipeline: &Pipeline| -> Vec<wgpu::BindGroup> {
+                let bind = |arena| pipeline.bind(device, &[step, tables, Slot::Whole(arena), qkv, o, ml, parameters]);
+                pool.with_window().map(bind).collect()
+            };
+            let (decode_groups, prefill_groups) = (reading(&decode), reading(&prefill));
+            let seal_groups = seal.as_ref().map_or_else(Vec::new, |[keys, _]| {
+                let bind = |open, sealed| {
+                    keys.bind(device, &[step, tables, parameters, Slot::Whole(open), Slot::Whole(sealed)])
+                };
+                pool.with_window().map(|open| pool.arenas.iter().map(|sealed| bind(open, sealed)).collect()).collect()
+            });
+            formats.push(FormatKernels {
+                codec: format.codec,
+                decode,
+                prefill,
+                seal,
+                decode_groups,
+                prefill_groups,
+                seal_groups,
+                angles: parameters::angles_at(&format, sizes.num_lists),
+                parameters: buffer,
+            });
+        }
         Ok(Self {
-            append_groups: over_arenas(&|arena| append.bind(device, &[step, tables, qkv, arena])),
-            decode_groups: over_arenas(&|arena| decode.bind(device, &[step, tables, arena, qkv, o, ml])),
-            prefill_groups: over_arenas(&|arena| prefill.bind(device, &[step, tables, arena, qkv, o, ml])),
+            append_groups: pool
+                .with_window()
+                .map(|arena| append.bind(device, &[step, tables, qkv, Slot::Whole(arena)]))
+                .collect(),
             merge_group: merge.bind(device, &[step, o, ml, Slot::Whole(rows.output), Slot::Whole(&lse)]),
             shape,
-            prefill_spec,
             append,
-            decode,
-            prefill,
             merge,
+            formats,
             stride: rows.stride,
             k_offset: rows.k_offset,
             v_offset: rows.v_offset,
-            max_states,
-            held: Bytes(state_o.size() + state_ml.size() + lse.size()),
+            max_states: sizes.max_states,
+            held,
+            arenas: pool.arenas.len(),
             lse,
         })
     }
 
-    /// What plans need to know.
-    pub const fn prefill_spec(&self) -> &PrefillSpec {
-        &self.prefill_spec
+    /// Uploads what the codecs take from a model.
+    ///
+    /// # Errors
+    /// [`DeviceError`].
+    pub fn set_parameters(
+        &self,
+        device: &Device,
+        uploader: &mut Uploader,
+        source: &ParameterSource<'_>,
+    ) -> Result<(), DeviceError> {
+        for format in &self.formats {
+            let values = parameters::write(&self.shape.format(format.codec), source);
+            uploader.upload(device, bytemuck::cast_slice(&values), &format.parameters, 0)?;
+        }
+        Ok(())
     }
 
-    /// Bytes of the attention states and the log-sum-exp.
+    /// The cache.
+    pub const fn shape(&self) -> &CacheShape {
+        &self.shape
+    }
+
+    /// Bytes of the attention states, the log-sum-exp and the codec parameters.
     pub const fn held_bytes(&self) -> Bytes {
         self.held
     }
@@ -172,27 +285,50 @@ impl AttentionKernels {
         Err(DeviceError::TooLarge { label, bytes: bytes(plan.n_states), limit: bytes(self.max_states) })
     }
 
-    /// Records append, attention and merge of one layer.
+    /// Place of an arena among bind groups.
+    fn arena(&self, arena: u16) -> usize {
+        if arena == PageId::WINDOW { self.arenas } else { usize::from(arena) }
+    }
+
+    fn format(&self, codec: HiddenCodec) -> &FormatKernels {
+        let found = self.formats.iter().find(|format| format.codec == codec);
+        found.expect("a planned page should have one of the codecs that the kernels were made for")
+    }
+
+    /// Records append, sealing, attention and merge of one layer.
     pub fn record(&self, recorder: &mut Recorder<'_>, plan: &AttentionPlan, lists: &ListOffsets, layer: u32) {
         let layer_plan = &plan.plans[plan.of_layer[layer as usize]];
         let heads = self.shape.heads;
-        let scale_log2 = heads.sm_scale() * std::f32::consts::LOG2_E;
-        for (arena, range) in &layer_plan.append {
+        for (at, range) in &layer_plan.append {
             let (items, n_items) = place(lists.append, 2, range);
             let (stride, k_offset, v_offset) = (self.stride, self.k_offset, self.v_offset);
             let params = AppendParams { items, n_items, layer, stride, k_offset, v_offset };
-            recorder.dispatch(&self.append, &self.append_groups[usize::from(*arena)], &params, flat_grid(n_items));
+            recorder.dispatch(&self.append, &self.append_groups[self.arena(at.arena)], &params, flat_grid(n_items));
         }
-        for (arena, range) in &layer_plan.decode {
-            let (items, n_items) = place(lists.decode, 2, range);
-            let params = AttentionParams { items, n_items, layer, q_stride: self.stride, scale_log2 };
-            recorder.dispatch(&self.decode, &self.decode_groups[usize::from(*arena)], &params, flat_grid(n_items));
+        for (at, range) in &layer_plan.seal {
+            let format = self.format(at.codec);
+            let (items, n_items) = place(lists.seal, 2, range);
+            let params = SealParams { items, n_items, layer };
+            let group = &format.seal_groups[self.arena(at.arena)][self.arena(at.sealed_arena)];
+            for pipeline in format.seal.iter().flatten() {
+                recorder.dispatch(pipeline, group, &params, flat_grid(n_items));
+            }
         }
-        for (arena, range) in &layer_plan.prefill {
-            let (items, n_items) = place(lists.prefill, 3, range);
-            let params = AttentionParams { items, n_items, layer, q_stride: self.stride, scale_log2 };
-            recorder.dispatch(&self.prefill, &self.prefill_groups[usize::from(*arena)], &params, flat_grid(n_items));
-        }
+        let attend = |recorder: &mut Recorder<'_>, list, vec4s, (at, range): &Dispatch, prefill: bool| {
+            let format = self.format(at.codec);
+            let (items, n_items) = place(list, vec4s, range);
+            let scale_log2 = heads.sm_scale() * std::f32::consts::LOG2_E;
+            let (q_stride, angles) = (self.stride, format.angles);
+            let params = AttentionParams { items, n_items, layer, q_stride, scale_log2, angles };
+            let (pipeline, groups) = if prefill {
+                (&format.prefill, &format.prefill_groups)
+            } else {
+                (&format.decode, &format.decode_groups)
+            };
+            recorder.dispatch(pipeline, &groups[self.arena(at.arena)], &params, flat_grid(n_items));
+        };
+        layer_plan.decode.iter().for_each(|d| attend(recorder, lists.decode, 2, d, false));
+        layer_plan.prefill.iter().for_each(|d| attend(recorder, lists.prefill, 3, d, true));
         let (items, n_items) = place(lists.merge, 1, &layer_plan.merge);
         let params = MergeParams { items, n_items, o_stride: heads.q_width() };
         recorder.dispatch(&self.merge, &self.merge_group, &params, flat_grid(n_items));

@@ -5,7 +5,8 @@
 
 use std::fmt::Write as _;
 
-use super::{Constant, GRID_WIDTH, KernelSpec};
+use super::{Constant, GRID_WIDTH, KernelSpec, Part};
+use crate::compression::hidden::Side;
 
 /// A joined text and where its files begin.
 #[derive(Clone, Debug)]
@@ -24,17 +25,55 @@ pub fn link(spec: &KernelSpec) -> LinkedShader {
         let _ = match constant {
             Constant::U32(value) => writeln!(wgsl, "const {name} = {value}u;"),
             Constant::Bool(value) => writeln!(wgsl, "const {name} = {value};"),
+            // The shortest decimal that reads back as the same number.
+            Constant::F32(bits) => writeln!(wgsl, "const {name} = {:?}f;", f32::from_bits(*bits)),
         };
     }
     let mut files = vec![(1, "prelude")];
-    for module in &spec.modules {
+    for Part { module, side } in &spec.parts {
         files.push((wgsl.lines().count() + 1, module.name));
-        wgsl.push_str(module.text);
-        if !module.text.ends_with('\n') {
+        match side {
+            None => wgsl.push_str(module.text),
+            Some(side) => wgsl.push_str(&rename(module.text, *side)),
+        }
+        if !wgsl.ends_with('\n') {
             wgsl.push('\n');
         }
     }
     LinkedShader { wgsl, files }
+}
+
+/// A text whose names of a codec are those of one side.
+fn rename(text: &str, side: Side) -> String {
+    let (lower, upper, camel) = match side {
+        Side::Key => ("key_", "KEY_", "Key"),
+        Side::Value => ("value_", "VALUE_", "Value"),
+    };
+    let mut out = String::with_capacity(text.len() + text.len() / 8);
+    let mut rest = text;
+    while let Some(start) = rest.find(|c: char| c.is_ascii_alphabetic() || c == '_') {
+        let (before, from) = rest.split_at(start);
+        let end = from.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(from.len());
+        let (word, after) = from.split_at(end);
+        out.push_str(before);
+        if word.starts_with("codec_") {
+            out.push_str(lower);
+        } else if word.starts_with("CODEC_") {
+            out.push_str(upper);
+        } else if word.starts_with("Codec") {
+            out.push_str(camel);
+        }
+        match word.strip_prefix("SIDE_") {
+            Some(name) => {
+                out.push_str(upper);
+                out.push_str(name);
+            }
+            None => out.push_str(word),
+        }
+        rest = after;
+    }
+    out.push_str(rest);
+    out
 }
 
 impl LinkedShader {
@@ -77,8 +116,11 @@ mod tests {
     static BAD: Module = Module { name: "bad.wgsl", text: "// a comment\nfn broken( {\n" };
 
     fn spec(modules: Vec<&'static Module>) -> KernelSpec {
-        let constants = vec![("FACTOR", Constant::U32(2)), ("ON", Constant::Bool(true))];
-        KernelSpec { name: "test", constants, modules, bindings: &[], immediate_bytes: 0 }
+        let half = Constant::F32(0.5_f32.to_bits());
+        let constants = [("FACTOR", Constant::U32(2)), ("ON", Constant::Bool(true)), ("HALF", half)];
+        let constants = constants.map(|(name, value)| (name.into(), value)).into();
+        let parts = modules.into_iter().map(Part::from).collect();
+        KernelSpec { name: "test", constants, parts, bindings: &[], immediate_bytes: 0 }
     }
 
     #[test]
@@ -87,5 +129,16 @@ mod tests {
         let message = linked.validate().expect_err("broken text should not parse");
         assert!(message.starts_with("bad.wgsl:2:"), "{message}");
         assert!(link(&spec(vec![&GOOD])).validate().is_ok(), "the good file alone should parse");
+    }
+
+    #[test]
+    fn a_file_joined_for_a_side_has_the_names_of_that_side() {
+        let text = "struct CodecRow { x: u32 } // SIDE_AT\nfn codec_row() -> CodecRow { return CODEC_A + SIDE_AT + side; }";
+        assert_eq!(
+            rename(text, Side::Key),
+            "struct KeyCodecRow { x: u32 } // KEY_AT\nfn key_codec_row() -> KeyCodecRow { return KEY_CODEC_A + KEY_AT + side; }",
+            "keys"
+        );
+        assert_eq!(rename("codec_a(SIDE_B", Side::Value), "value_codec_a(VALUE_B", "values");
     }
 }

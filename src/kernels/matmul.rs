@@ -41,8 +41,8 @@ pub enum Output {
 pub fn matmul(output: Output) -> KernelSpec {
     KernelSpec {
         name: "matmul",
-        constants: vec![("ACCUMULATE", Constant::Bool(output == Output::Accumulate))],
-        modules: vec![&modules::PRODUCT, &modules::MATMUL],
+        constants: vec![("ACCUMULATE".into(), Constant::Bool(output == Output::Accumulate))],
+        parts: vec![(&modules::PRODUCT).into(), (&modules::MATMUL).into()],
         bindings: BINDINGS,
         immediate_bytes: MatmulParams::BYTES,
     }
@@ -56,8 +56,8 @@ pub fn matvec(output: Output, rows: u32) -> KernelSpec {
     assert!(rows == 1 || rows == 4, "matvec is written for 1 or 4 rows, not {rows}");
     KernelSpec {
         name: "matvec",
-        constants: vec![("ACCUMULATE", Constant::Bool(output == Output::Accumulate)), ("ROWS", Constant::U32(rows))],
-        modules: vec![&modules::PRODUCT, &modules::MATVEC],
+        constants: vec![("ACCUMULATE".into(), Constant::Bool(output == Output::Accumulate)), ("ROWS".into(), Constant::U32(rows))],
+        parts: vec![(&modules::PRODUCT).into(), (&modules::MATVEC).into()],
         bindings: BINDINGS,
         immediate_bytes: MatmulParams::BYTES,
     }

@@ -27,11 +27,11 @@ const BINDINGS: &[Binding] = &[
 /// The merge kernel of a cache shape.
 pub fn kernel(shape: &CacheShape) -> KernelSpec {
     let mut constants = shape.constants();
-    constants.push(("WORKGROUP_SIZE", Constant::U32(64)));
+    constants.push(("WORKGROUP_SIZE".into(), Constant::U32(64)));
     KernelSpec {
         name: "merge_states",
         constants,
-        modules: vec![&modules::MERGE_STATES],
+        parts: vec![(&modules::MERGE_STATES).into()],
         bindings: BINDINGS,
         immediate_bytes: MergeParams::BYTES,
     }

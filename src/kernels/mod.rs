@@ -5,6 +5,9 @@
 //! for a device and caches it, [`recording`] puts dispatches into a pass. [`registry`] enumerates every supported spec, so
 //! that a test without any GPU can link, validate and reflect all of them.
 //!
+//! A codec's file is written for one side of a page. Kernels that read both sides join it twice, as [`Part`]s under the names
+//! of keys and of values.
+//!
 //! Text is specialised by constants in a prelude rather than by WGSL `override`s, because register tiles (function
 //! arrays) and loop bounds that depend on `head_dim` and `group_size` must be constant expressions.
 
@@ -16,6 +19,7 @@ pub mod elementwise;
 pub mod executor;
 pub mod link;
 pub mod matmul;
+pub mod parameters;
 pub mod merge_states;
 pub mod pipeline;
 pub mod plan;
@@ -24,7 +28,11 @@ pub mod recording;
 pub mod registry;
 pub mod run_once;
 pub mod sample;
+pub mod seal;
 
+use std::borrow::Cow;
+
+use crate::compression::hidden::Side;
 pub use link::{LinkedShader, link};
 pub use pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 pub use recording::Recorder;
@@ -70,8 +78,24 @@ pub mod modules {
         LANES_PORTABLE = "common/lanes_portable.wgsl";
         /// The same reductions with subgroup operations.
         LANES_SUBGROUP = "common/lanes_subgroup.wgsl";
-        /// The f16 page codec.
-        CODEC_F16 = "codec/f16.wgsl";
+        /// f16 bits to f32 in integers.
+        F16_VALUES = "common/f16_values.wgsl";
+        /// Planes of codes.
+        PLANES = "common/planes.wgsl";
+        /// Rounding of a group between its minimum and maximum.
+        CODEC_AFFINE = "codec/affine.wgsl";
+        /// The f16 codec.
+        CODEC_FLOAT16 = "codec/float16.wgsl";
+        /// The f32 codec.
+        CODEC_FLOAT32 = "codec/float32.wgsl";
+        /// The fp8 codec.
+        CODEC_FP8 = "codec/fp8.wgsl";
+        /// The int8 codec.
+        CODEC_INT8 = "codec/int8.wgsl";
+        /// The KIVI codecs.
+        CODEC_KIVI = "codec/kivi.wgsl";
+        /// The codecs of rotated channels.
+        CODEC_ROT = "codec/rot.wgsl";
         /// What decode and prefill share.
         ATTENTION_SHARED = "attention/shared.wgsl";
         /// What matmul and matvec share.
@@ -84,6 +108,8 @@ pub mod modules {
         MERGE_STATES = "attention/merge_states.wgsl";
         /// New tokens into pages.
         APPEND = "cache/append.wgsl";
+        /// Full pages into codes.
+        SEAL = "cache/seal.wgsl";
         /// Token embedding.
         EMBED = "model/embed.wgsl";
         /// RMS norm.
@@ -120,6 +146,24 @@ pub enum Constant {
     U32(u32),
     /// `const NAME = true;`
     Bool(bool),
+    /// `const NAME = 0.5f;`, by its bits, so that specs can be compared.
+    F32(u32),
+}
+
+/// A WGSL file, as it is or under the names of a side: then every `codec_x`, `CODEC_X`, `CodecX` and `SIDE_X` in it reads
+/// `key_codec_x`, `KEY_CODEC_X`, `KeyCodecX` and `KEY_X` (or those of values).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Part {
+    /// The file.
+    pub module: &'static Module,
+    /// The side that it is joined for.
+    pub side: Option<Side>,
+}
+
+impl From<&'static Module> for Part {
+    fn from(module: &'static Module) -> Self {
+        Self { module, side: None }
+    }
 }
 
 /// Everything that decides a kernel's text and layout.
@@ -128,9 +172,9 @@ pub struct KernelSpec {
     /// For labels, errors and reports.
     pub name: &'static str,
     /// Constants of the prelude, in order.
-    pub constants: Vec<(&'static str, Constant)>,
+    pub constants: Vec<(Cow<'static, str>, Constant)>,
     /// WGSL files, joined in order.
-    pub modules: Vec<&'static Module>,
+    pub parts: Vec<Part>,
     /// Storage bindings of group 0.
     pub bindings: &'static [Binding],
     /// Bytes of `var<immediate>`.

@@ -20,9 +20,8 @@
 //!
 //! Method: FlashAttention (arXiv:2205.14135), online softmax in base 2.
 
-use super::abi::{AttentionParams, Immediates as _};
-use super::attention::{ATTENTION_BINDINGS, CacheShape};
-use super::{Constant, KernelSpec, modules};
+use super::attention::{CacheShape, Format};
+use super::{KernelSpec, modules};
 
 const WORKGROUP_SIZE: u32 = 64;
 
@@ -30,32 +29,24 @@ const WORKGROUP_SIZE: u32 = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PrefillSpec {
     /// The cache it reads.
-    pub shape: CacheShape,
+    pub format: Format,
 }
 
 impl PrefillSpec {
     /// Rows of a tile: (position, query head of the group) pairs; at least one position of the whole group.
-    pub fn tile_rows(&self) -> u32 {
-        let rows = if self.shape.heads.head_dim > 128 { 16 } else { 32 };
-        rows.max(self.shape.heads.group_size().next_multiple_of(16))
+    pub fn tile_rows(shape: &CacheShape) -> u32 {
+        let rows = if shape.heads.head_dim > 128 { 16 } else { 32 };
+        rows.max(shape.heads.group_size().next_multiple_of(16))
     }
 
     /// Query positions of a tile.
-    pub fn tile_positions(&self) -> u32 {
-        self.tile_rows() / self.shape.heads.group_size()
+    pub fn tile_positions(shape: &CacheShape) -> u32 {
+        Self::tile_rows(shape) / shape.heads.group_size()
     }
 
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
-        let mut constants = self.shape.constants();
-        constants.push(("WORKGROUP_SIZE", Constant::U32(WORKGROUP_SIZE)));
-        constants.push(("TILE_ROWS", Constant::U32(self.tile_rows())));
-        KernelSpec {
-            name: "prefill",
-            constants,
-            modules: vec![self.shape.codec_module(), &modules::ATTENTION_SHARED, &modules::PREFILL],
-            bindings: ATTENTION_BINDINGS,
-            immediate_bytes: AttentionParams::BYTES,
-        }
+        let constants = [("WORKGROUP_SIZE", WORKGROUP_SIZE), ("TILE_ROWS", Self::tile_rows(&self.format.shape))];
+        self.format.attention_kernel("prefill", &constants, &[&modules::PREFILL])
     }
 }

@@ -1,13 +1,13 @@
 //! Every kernel that can be asked for, so that tests cover what the program can reach.
 
-use super::attention::CacheShape;
+use super::attention::{CacheShape, Format};
 use super::decode::DecodeSpec;
 use super::matmul::{self, Output};
 use super::prefill::PrefillSpec;
-use super::{KernelSpec, append, elementwise, merge_states, sample};
-use crate::compression::hidden::HiddenCodec;
+use super::{KernelSpec, append, elementwise, merge_states, sample, seal};
+use crate::compression::hidden::{self, HiddenCodec, Side};
 use crate::device::Tier;
-use crate::geometry::HeadGeometry;
+use crate::geometry::{HeadGeometry, PageGeometry};
 
 /// Head widths that tests and `verify` cover.
 pub const HEAD_DIMS: [u32; 5] = [64, 80, 96, 128, 256];
@@ -18,20 +18,23 @@ pub const PAGE_SIZES: [u32; 4] = [16, 32, 64, 128];
 /// The page size of the program where nothing else is said.
 pub const DEFAULT_PAGE_SIZE: u32 = 64;
 
-/// Cache shapes over all head widths, group sizes, codecs and the given page sizes, on two KV heads.
+/// Cache shapes over all head widths, group sizes and the given page sizes, on two KV heads.
 pub fn cache_shapes(page_sizes: &[u32]) -> Vec<CacheShape> {
     let mut shapes = Vec::new();
     for head_dim in HEAD_DIMS {
         for group_size in GROUP_SIZES {
             for &page_size in page_sizes {
-                for codec in HiddenCodec::ALL {
-                    let heads = HeadGeometry { num_qo_heads: 2 * group_size, num_kv_heads: 2, head_dim };
-                    shapes.push(CacheShape { heads, page_size, codec });
-                }
+                let heads = HeadGeometry { num_qo_heads: 2 * group_size, num_kv_heads: 2, head_dim };
+                shapes.push(CacheShape { heads, page_size });
             }
         }
     }
     shapes
+}
+
+/// The codecs of the registry that pages of this shape can have.
+pub fn codecs(page: PageGeometry) -> Vec<HiddenCodec> {
+    hidden::examples().filter(|codec| codec.check(page).is_ok()).collect()
 }
 
 /// Every spec of every kernel, over both tiers.
@@ -46,8 +49,20 @@ pub fn all_specs() -> Vec<KernelSpec> {
         specs.extend([1, 4].map(|rows| matmul::matvec(output, rows)));
     }
     for shape in cache_shapes(&PAGE_SIZES) {
-        specs.extend([Tier::Portable, Tier::Subgroup].map(|tier| DecodeSpec { shape, tier }.kernel()));
-        specs.extend([PrefillSpec { shape }.kernel(), merge_states::kernel(&shape), append::kernel(&shape)]);
+        specs.extend([merge_states::kernel(&shape), append::kernel(&shape)]);
+        for codec in codecs(shape.page()) {
+            specs.extend(format_specs(&shape.format(codec)));
+        }
+    }
+    specs
+}
+
+/// The kernels that read pages of a format, and those that make them.
+pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
+    let mut specs = vec![PrefillSpec { format: *format }.kernel()];
+    specs.extend([Tier::Portable, Tier::Subgroup].map(|tier| DecodeSpec { format: *format, tier }.kernel()));
+    if format.codec.seals() {
+        specs.extend([Side::Key, Side::Value].map(|side| seal::kernel(format, side)));
     }
     specs
 }

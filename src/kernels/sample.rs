@@ -75,8 +75,8 @@ impl Sampling {
 pub fn kernel(tier: Tier) -> KernelSpec {
     KernelSpec {
         name: "sample",
-        constants: vec![("WORKGROUP_SIZE", Constant::U32(256))],
-        modules: vec![lanes_module(tier), &modules::SAMPLE],
+        constants: vec![("WORKGROUP_SIZE".into(), Constant::U32(256))],
+        parts: vec![(lanes_module(tier)).into(), (&modules::SAMPLE).into()],
         bindings: BINDINGS,
         immediate_bytes: SampleParams::BYTES,
     }

@@ -4,7 +4,7 @@
 //! budget = staging + scratch + tables + arenas
 //! arena  = one buffer of at most the adapter's binding limit, cut into slabs
 //! slab   = pages of one byte size while any is in use; whole again when the last returns
-//! page   = page_size tokens of one (layer, KV head)
+//! page   = page_size tokens of one (layer, KV head), open in f16 or sealed in a codec
 //! ```
 //!
 //! [`PagePool`] is the accounting: pure data, no device, the same code in the engine, in the simulator and in tests.
@@ -38,6 +38,11 @@ pub struct PageId {
     pub arena: u16,
     /// First 16-byte cell of the page in its arena: what shaders read from page tables.
     pub cell: u32,
+}
+
+impl PageId {
+    /// Stands for the [`page_table::Window`] where an arena is named.
+    pub const WINDOW: u16 = u16::MAX;
 }
 
 /// What the pool can not do.
@@ -78,6 +83,14 @@ pub enum PoolError {
         /// Bytes of all arenas.
         capacity: Bytes,
     },
+    /// The page tables have no range of entries for a session.
+    #[error("the page tables have no {wanted} entries in a row free, of {total} in all")]
+    TablesFull {
+        /// Entries wanted.
+        wanted: u32,
+        /// Entries of the buffer.
+        total: u32,
+    },
     /// A page was taken beyond what was committed.
     #[error("no page of {0} is committed; commit before taking")]
     NotCommitted(Bytes),
@@ -104,6 +117,8 @@ pub struct PoolLayout {
     pub slab: Bytes,
     /// Smallest page in use; decides how many table entries can be needed.
     pub smallest_page: Bytes,
+    /// Table entries besides those of sessions: the window's.
+    pub fixed_entries: u32,
 }
 
 impl PoolLayout {
@@ -115,7 +130,8 @@ impl PoolLayout {
     /// # Errors
     /// [`PoolError::BudgetTooSmall`].
     pub fn split(&self) -> Result<(Vec<Bytes>, Bytes), PoolError> {
-        let fixed = self.staging + self.scratch;
+        let entries = Bytes(u64::from(self.fixed_entries) * 4);
+        let fixed = self.staging + self.scratch + entries;
         let tables_per_slab = Bytes(self.slab.0.div_ceil(self.smallest_page.0) * Self::ENTRIES_PER_PAGE * 4);
         let needed = Bytes(tables_per_slab.0 + 256);
         // Rounding the tables up to a whole allocation costs less than the 256 bytes that `needed` set aside.
@@ -136,7 +152,7 @@ impl PoolLayout {
             arenas.push(Bytes(here * self.slab.0));
             rest -= here;
         }
-        Ok((arenas, Bytes(slabs * tables_per_slab.0).align_up(256)))
+        Ok((arenas, Bytes(slabs * tables_per_slab.0 + entries.0).align_up(256)))
     }
 }
 

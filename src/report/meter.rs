@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::geometry::Bytes;
-use crate::schedule::{Scheduler, StepReport};
+use crate::schedule::{Request, Scheduler, StepReport};
 use crate::theory::predict::concurrency;
 
 /// Sums over steps of one kind.
@@ -34,8 +34,8 @@ pub struct Meter {
 
 impl Meter {
     /// Hears of a session before it runs.
-    pub fn session(&mut self, scheduler: &Scheduler, max_tokens: u32) {
-        self.largest = self.largest.max(scheduler.caches().shape.bytes_for(max_tokens));
+    pub fn session(&mut self, scheduler: &Scheduler, request: &Request) {
+        self.largest = self.largest.max(scheduler.caches().needed(request));
     }
 
     /// Hears of a step after it ran; `device` is its time on the device.
@@ -178,26 +178,33 @@ pub struct ContextSwitchMetric {
 mod tests {
     use super::*;
     use crate::kernels::sample::Sampling;
-    use crate::pool::page_table::TableShape;
+    use crate::compression::Compression;
+    use crate::compression::hidden::HiddenCodec;
+    use crate::geometry::PageGeometry;
+    use crate::pool::page_table::{Sealing, TableShape, Window};
     use crate::pool::{PagePool, PoolLayout};
     use crate::schedule::simulation::Simulation;
-    use crate::schedule::{Caches, Request, ScheduleConfig};
+    use crate::schedule::{Caches, ScheduleConfig};
 
     /// A pool of two pages and one list per session, so that two sessions of one page fit.
     fn scheduler() -> Scheduler {
-        let page = Bytes(256);
+        let page = PageGeometry { page_size: 16, head_dim: 8 };
+        let bytes = HiddenCodec::F16.page_bytes(page);
         let layout = PoolLayout {
-            budget: Bytes(256 + 2 * 264),
+            budget: Bytes(256 + 2 * (bytes.0 + 8)),
             staging: Bytes::ZERO,
             scratch: Bytes::ZERO,
             max_binding: Bytes(1 << 20),
-            slab: page,
-            smallest_page: page,
+            slab: bytes,
+            smallest_page: bytes,
+            fixed_entries: 0,
         };
         let pool = PagePool::new(&layout).expect("room for two slabs");
-        let shape = TableShape { num_layers: 1, num_kv_heads: 1, page_size: 16, page };
+        let shape =
+            TableShape { num_layers: 1, num_kv_heads: 1, page, codec: HiddenCodec::F16, sealing: Sealing::WhenFull };
+        let window = Window::new(page, 1, 8, false);
         let config = ScheduleConfig { max_rows: 8, max_sessions: 4, context_length: 100 };
-        Scheduler::new(config, Caches::new(pool, shape))
+        Scheduler::new(config, Caches::new(pool, shape, window, Vec::new()))
     }
 
     #[test]
@@ -205,8 +212,9 @@ mod tests {
         let mut scheduler = scheduler();
         let mut meter = Meter::default();
         for _ in 0..3 {
-            let request = Request { prompt: vec![1; 8], max_new: 3, sampling: Sampling::GREEDY, stop: Vec::new() };
-            meter.session(&scheduler, request.max_tokens());
+            let (prompt, sampling, compression) = (vec![1; 8], Sampling::GREEDY, Compression::default());
+            let request = Request { prompt, max_new: 3, sampling, stop: Vec::new(), compression };
+            meter.session(&scheduler, &request);
             scheduler.submit(request).expect("a session of one page");
         }
         let mut simulation = Simulation::new(1, 10);

@@ -18,8 +18,6 @@ pub struct RunReport {
     pub device: DeviceReport,
     /// The model.
     pub model: ModelReport,
-    /// What was done to the caches, in the form that `--compress` reads.
-    pub compression: String,
     /// What was asked for.
     pub settings: RunSettings,
     /// One per document, in the order given.
@@ -62,6 +60,8 @@ pub struct SessionReport {
     pub document: String,
     /// What was asked about it.
     pub question: String,
+    /// What was done to its cache, in the form that `--compress` reads.
+    pub compression: String,
     /// What the model said.
     pub answer: String,
     /// Tokens of the whole document.
@@ -110,6 +110,7 @@ impl SessionReport {
         Self {
             document,
             question,
+            compression: session.request.compression.to_string(),
             answer: String::new(),
             document_tokens: 0,
             used_tokens: 0,

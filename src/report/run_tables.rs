@@ -51,6 +51,7 @@ fn sessions_table(sessions: &[SessionReport], names: &[String]) -> String {
     use Align::{Left, Right};
     let columns = [
         ("\ndocument", Left),
+        ("\ncache", Left),
         ("document\ntokens", Right),
         ("prompt\ntokens", Right),
         ("new\ntokens", Right),
@@ -68,6 +69,7 @@ fn sessions_table(sessions: &[SessionReport], names: &[String]) -> String {
         };
         vec![
             name.clone(),
+            cache(&s.compression),
             document,
             count(s.prompt_tokens as u64),
             count(s.new_tokens as u64),
@@ -84,6 +86,12 @@ fn sessions_table(sessions: &[SessionReport], names: &[String]) -> String {
         text.push_str(&format!(" {} cut: only the first tokens were read\n", counted(cut as u64, "document")));
     }
     text
+}
+
+/// A compression without the dimensions that keep everything.
+fn cache(compression: &str) -> String {
+    let short = compression.trim_start_matches("layer=full,head=full,token=full,");
+    short.trim_start_matches("hidden=").to_owned()
 }
 
 fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {

@@ -1,6 +1,7 @@
 //! Admission: who may hold pages.
 
 use super::{Caches, Phase, Request, ScheduleConfig, Scheduler, SessionId};
+use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 use crate::pool::page_table::PageTable;
@@ -28,6 +29,14 @@ pub enum SubmitError {
         max_new: u32,
         /// Longest context.
         context_length: u32,
+    },
+    /// Nothing here can read or make its pages.
+    #[error("no kernels were made for hidden={codec}; this run serves {}", served.join(", "))]
+    NotServed {
+        /// What the session asked for.
+        codec: HiddenCodec,
+        /// What there is.
+        served: Vec<String>,
     },
     /// Larger than the whole pool.
     #[error(
@@ -57,15 +66,22 @@ pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches)
     if prompt + u64::from(max_new) > u64::from(context_length) {
         return Err(SubmitError::TooLong { prompt, max_new, context_length });
     }
+    let codec = request.compression.hidden;
+    if !caches.serves(codec) {
+        let served = [HiddenCodec::F16].iter().chain(&caches.codecs).map(ToString::to_string).collect();
+        return Err(SubmitError::NotServed { codec, served });
+    }
     let tokens = request.max_tokens();
-    let needed = caches.shape.bytes_for(tokens);
+    let shape = caches.shape(&request.compression);
+    let needed = shape.bytes_for(tokens);
     let capacity = caches.pool.capacity();
     if needed > capacity {
         let report = caches.pool.report();
         let fixed = report.allocated_bytes - capacity;
-        // Whole slabs, and the table entries that come with the additional pages.
-        let more = Bytes(needed.0 - capacity.0 + 16 * caches.shape.page.0);
-        let enough = fixed + capacity + Bytes(more.0 + more.0 / caches.shape.page.0 * 8).align_up(1 << 20);
+        // Whole slabs of each page size, and the table entries that come with the additional pages.
+        let more = Bytes(needed.0 - capacity.0 + 32 * shape.open_page().0);
+        let entries = Bytes(more.0 / shape.sealed_page().0.min(shape.open_page().0) * 8);
+        let enough = fixed + capacity + (more + entries).align_up(1 << 20);
         return Err(SubmitError::NeverFits { tokens, needed, capacity, enough });
     }
     Ok(())
@@ -79,11 +95,12 @@ impl Scheduler {
             if self.admitted.len() >= self.config.max_sessions as usize {
                 break;
             }
-            let max_tokens = self.sessions[&id].request.max_tokens();
-            let Caches { pool, ranges, shape, tables } = &mut self.caches;
-            match PageTable::admit(pool, ranges, *shape, max_tokens) {
+            let request = &self.sessions[&id].request;
+            let (shape, max_tokens) = (self.caches.shape(&request.compression), request.max_tokens());
+            let Caches { pool, ranges, tables, .. } = &mut self.caches;
+            match PageTable::admit(pool, ranges, shape, max_tokens) {
                 Ok(table) => tables.insert(id, table),
-                Err(PoolError::DoesNotFit { .. }) => break,
+                Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. }) => break,
                 Err(other) => return Err(other),
             };
             self.waiting.pop_front();

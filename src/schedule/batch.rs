@@ -1,6 +1,6 @@
 //! The rows of one step.
 
-use super::{Phase, ScheduleConfig, Session, SessionId};
+use super::{Caches, Phase, ScheduleConfig, Session, SessionId};
 use crate::kernels::sample::Sampling;
 
 /// Consecutive rows of one session.
@@ -44,9 +44,11 @@ impl StepPlan {
     }
 }
 
-/// One decode row for every session in decode, then prompt chunks in order, up to `max_rows` rows.
+/// One decode row for every session in decode, then prompt chunks in order, up to `max_rows` rows. Chunks end where
+/// [`TableShape::cut`](crate::pool::page_table::TableShape::cut) says.
 pub(super) fn plan<'s>(
     config: &ScheduleConfig,
+    caches: &Caches,
     admitted: impl Iterator<Item = (SessionId, &'s Session)> + Clone,
 ) -> StepPlan {
     let mut plan = StepPlan::default();
@@ -69,7 +71,8 @@ pub(super) fn plan<'s>(
     for (session, s) in admitted {
         let Phase::Prefill(done) = s.phase else { continue };
         let prompt = &s.request.prompt;
-        let n = (prompt.len() - done as usize).min(left);
+        let n = u32::try_from((prompt.len() - done as usize).min(left)).expect("rows are counted in 32 bits");
+        let n = caches.tables[&session].shape().cut(done, n) as usize;
         if n == 0 {
             continue;
         }

@@ -6,14 +6,16 @@
 //! step:  admit    waiting sessions in order of arrival, as long as the pool can commit all pages that each can need
 //!        plan     one decode row for every session in decode, then prompt chunks for those in prefill, in order of
 //!                 arrival, until the step has `max_rows` rows
-//!        grow     page tables by the rows planned (from the commitments, so it can not fail)
+//!        grow     page tables by the rows planned (from the commitments, so it can not fail); full pages get a sealed one
 //!        execute  on the backend: one submission
-//!        apply    the tokens it returned; finished sessions return every byte
+//!        apply    the tokens it returned; sealed pages lose their open form; finished sessions return every byte
 //! ```
 //!
 //! * *Continuous batching*: sessions in different phases share every step.
 //! * *Chunked prefill*: a long prompt is cut into chunks that fit beside the decode rows, so decoding sessions get a token in
 //!   every step.
+//! * *Compressed caches*: a session names its [`Compression`]. A prompt chunk that leaves a page ends on a page's edge, so that
+//!   every page it fills is sealed in the same step.
 //! * *Admission is by bytes*: a session is admitted when the pool can promise all pages for its prompt and `max_new` tokens. One that
 //!   could never fit is refused when it is submitted, with the numbers; one that does not fit now waits. The queue is
 //!   strictly first come, first served: a short session does not overtake a long one, so none starves.
@@ -31,7 +33,10 @@ pub mod simulation;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::pool::page_table::{PageTable, TableRanges, TableShape};
+use crate::compression::Compression;
+use crate::compression::hidden::HiddenCodec;
+use crate::geometry::Bytes;
+use crate::pool::page_table::{PageTable, Sealing, TableRanges, TableShape, Window};
 use crate::pool::{PagePool, PoolError, PoolReport};
 pub use admission::SubmitError;
 pub use batch::{PlannedRows, StepPlan};
@@ -66,17 +71,68 @@ pub struct Caches {
     pub pool: PagePool,
     /// Table entries.
     pub ranges: TableRanges,
-    /// Shape of every session's table.
-    pub shape: TableShape,
+    /// Pages that prompt rows pass through while they are sealed.
+    pub window: Window,
+    /// Shape of a session's table without compression.
+    pub full: TableShape,
+    /// Codecs that the backend has kernels for, f16 aside.
+    pub codecs: Vec<HiddenCodec>,
     /// Tables of admitted sessions.
     pub tables: BTreeMap<SessionId, PageTable>,
 }
 
 impl Caches {
     /// No session yet.
-    pub fn new(pool: PagePool, shape: TableShape) -> Self {
+    ///
+    /// # Panics
+    /// When the tables do not hold the window's entries.
+    pub fn new(pool: PagePool, full: TableShape, window: Window, codecs: Vec<HiddenCodec>) -> Self {
         let entries = u32::try_from(pool.tables().0 / 4).expect("table entries are counted in 32 bits");
-        Self { pool, ranges: TableRanges::new(entries), shape, tables: BTreeMap::new() }
+        let mut ranges = TableRanges::new(entries);
+        if window.entries() > 0 {
+            assert_eq!(ranges.reserve(window.entries()), Some(0), "the window's entries should come first");
+        }
+        Self { pool, ranges, window, full, codecs, tables: BTreeMap::new() }
+    }
+
+    /// Shape of a session's table.
+    pub const fn shape(&self, compression: &Compression) -> TableShape {
+        TableShape { codec: compression.hidden, sealing: Sealing::WhenFull, ..self.full }
+    }
+
+    /// Bytes of pages that a session can need at most.
+    pub fn needed(&self, request: &Request) -> Bytes {
+        self.shape(&request.compression).bytes_for(request.max_tokens())
+    }
+
+    /// Whether the backend has kernels for a codec.
+    pub fn serves(&self, codec: HiddenCodec) -> bool {
+        !codec.seals() || self.codecs.contains(&codec)
+    }
+
+    /// Makes room for the rows of a step.
+    ///
+    /// # Errors
+    /// [`PoolError`] beyond what was admitted.
+    pub fn grow(&mut self, plan: &StepPlan) -> Result<(), PoolError> {
+        self.window.clear();
+        for rows in &plan.segments {
+            let table = self.tables.get_mut(&rows.session).expect("an admitted session has a table");
+            table.grow(&mut self.pool, &mut self.window, rows.n_rows())?;
+        }
+        Ok(())
+    }
+
+    /// Ends a step: what it sealed has no open form any more.
+    ///
+    /// # Errors
+    /// [`PoolError`] when the pool disagrees, which would be a defect.
+    pub fn retire(&mut self, plan: &StepPlan) -> Result<(), PoolError> {
+        for rows in &plan.segments {
+            let table = self.tables.get_mut(&rows.session).expect("an admitted session has a table");
+            table.retire(&mut self.pool)?;
+        }
+        Ok(())
     }
 }
 
@@ -198,15 +254,14 @@ impl Scheduler {
     /// The backend's.
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
         let mut report = StepReport { admitted: self.admit()?, ..StepReport::default() };
-        let plan = batch::plan(&self.config, self.admitted.iter().map(|id| (*id, &self.sessions[id])));
+        let admitted = self.admitted.iter().map(|id| (*id, &self.sessions[id]));
+        let plan = batch::plan(&self.config, &self.caches, admitted);
         if plan.segments.is_empty() {
             return Ok(report);
         }
-        for rows in &plan.segments {
-            let table = self.caches.tables.get_mut(&rows.session).expect("an admitted session has a table");
-            table.grow(&mut self.caches.pool, rows.n_rows())?;
-        }
+        self.caches.grow(&plan)?;
         let result = backend.execute(&plan, &mut self.caches)?;
+        self.caches.retire(&plan)?;
         self.now += result.elapsed;
         report.elapsed = result.elapsed;
         report.decode_rows = plan.decode_rows();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::compression::Compression;
 use crate::kernels::sample::Sampling;
 
 /// A session's number, in order of submission.
@@ -19,6 +20,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Tokens that end the session.
     pub stop: Vec<u32>,
+    /// What is done to its cache.
+    pub compression: Compression,
 }
 
 impl Request {

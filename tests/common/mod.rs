@@ -63,7 +63,7 @@ pub(crate) fn config(budget_mib: u64) -> EngineConfig {
         max_logit_rows: 64,
         context_length: 1024,
         page_size: 16,
-        compression: concertina::compression::Compression::default(),
+        codecs: Vec::new(),
         max_arena: None,
     }
 }

@@ -5,7 +5,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::Check;
-use crate::compression::hidden::{HiddenCodec, f16 as codec};
+use crate::compression::hidden::{HiddenCodec, Side, SideShape, float16};
 use crate::device::Device;
 use crate::engine::EngineError;
 use crate::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
@@ -295,7 +295,7 @@ fn draws(bench: &mut Bench<'_>, name: &str, sampling: Sampling) -> Result<Check,
 /// States of several runs per (row, KV head), some of them empty, and a row that saw nothing at all.
 fn merge(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     let heads = HeadGeometry { num_qo_heads: 6, num_kv_heads: 2, head_dim: 24 };
-    let shape = CacheShape { heads, page_size: 16, codec: HiddenCodec::F16 };
+    let shape = CacheShape { heads, page_size: 16 };
     let (rows, runs, group, dim) = (3_u32, 5_u32, 3_u32, 24_usize);
     let n_states = (rows * 2 * runs * group) as usize;
     let o = bench.values(n_states * dim);
@@ -357,22 +357,24 @@ fn rounding(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     }
     edges.resize(edges.len().next_multiple_of(64), 0.0);
     let heads = HeadGeometry { num_qo_heads: 1, num_kv_heads: 1, head_dim: 64 };
-    let shape = CacheShape { heads, page_size: 16, codec: HiddenCodec::F16 };
+    let shape = CacheShape { heads, page_size: 16 };
     let rows = u32::try_from(edges.len() / 64).expect("a few thousand values");
-    let config = PagedAttentionConfig { shape, budget: Bytes::mib(8), max_rows: rows, max_states: 1, max_arena: None };
+    let config = PagedAttentionConfig::new(shape, Bytes::mib(8), rows, 1);
     let mut attention = PagedAttention::new(bench.device, &mut bench.cache, config)?;
-    let sequence = attention.admit(rows)?;
+    let sequence = attention.admit(HiddenCodec::F16, rows)?;
     attention.step(&[NewRows { sequence, q: &[], k: &edges, v: &edges, decode: false }])?;
     let mut wrong = 0_usize;
-    for (page, bytes) in attention.pages(sequence, 0)?.iter().enumerate() {
-        let values: Vec<f16> = bytemuck::pod_collect_to_vec(bytes);
+    let side = |side| SideShape { side, page_size: 16, width: 64 };
+    for (page, words) in attention.pages(sequence, 0)?.1.iter().enumerate() {
+        let values: &[f16] = bytemuck::cast_slice(words);
+        let (keys, v_values) = values.split_at(16 * 64);
         for token in 0..16_u32 {
             let row = page * 16 + token as usize;
             let Some(expected) = edges.get(row * 64..(row + 1) * 64) else { continue };
             for (channel, expected) in (0..).zip(expected) {
                 let bits = f16::from_f32(*expected).to_bits();
-                let k = values[codec::k_index(shape.page(), token, channel)].to_bits();
-                let v = values[codec::v_index(shape.page(), token, channel)].to_bits();
+                let k = keys[float16::index(side(Side::Key), token, channel)].to_bits();
+                let v = v_values[float16::index(side(Side::Value), token, channel)].to_bits();
                 // NaN stays NaN; which one is the device's choice once it has passed through a register.
                 let nan = expected.is_nan() && [k, v].iter().all(|b| f16::from_bits(*b).is_nan());
                 wrong += usize::from(!(nan || (k == bits && v == bits)));

@@ -1,0 +1,49 @@
+// f16. Definition: src/compression/hidden/float16.rs. Same function set as every file here.
+
+const CODEC_SPAN = 1u;
+const CODEC_PLANES = array<u32, 2>(16u, 0u);
+const CODEC_GROUP_TOKENS = 0u;
+const CODEC_GROUP_CHANNELS = 0u;
+
+struct CodecRow {
+  unused: u32,
+}
+
+struct CodecRaw {
+  bits: vec4<u32>,
+}
+
+struct CodecStat {
+  unused: u32,
+}
+
+fn codec_row(page: u32, token: u32, cell: u32) -> CodecRow {
+  return CodecRow(0u);
+}
+
+fn codec_load(page: u32, token: u32, cell: u32) -> CodecRaw {
+  let at = select(token * (SIDE_WIDTH / 8u) + cell, cell * PAGE_SIZE + token, SIDE_IS_KEY);
+  return CodecRaw(arena_cell(page + SIDE_AT + at));
+}
+
+fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) -> Cell {
+  return Cell(
+    vec4<f32>(unpack2x16float(raw.bits.x), unpack2x16float(raw.bits.y)),
+    vec4<f32>(unpack2x16float(raw.bits.z), unpack2x16float(raw.bits.w)));
+}
+
+fn codec_start() -> CodecStat {
+  return CodecStat(0u);
+}
+
+fn codec_add(stat: CodecStat, x: f32) -> CodecStat {
+  return stat;
+}
+
+fn codec_finish(stat: CodecStat) -> u32 {
+  return 0u;
+}
+
+fn codec_code(x: f32, scale: u32) -> u32 {
+  return f16_bits(x);
+}

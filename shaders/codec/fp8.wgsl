@@ -1,0 +1,69 @@
+// fp8, e4m3. Definition: src/compression/hidden/fp8.rs. Same function set as every file here.
+
+const CODEC_SPAN = 2u;
+const CODEC_PLANES = array<u32, 2>(8u, 0u);
+const CODEC_GROUP_TOKENS = 0u;
+const CODEC_GROUP_CHANNELS = 0u;
+
+struct CodecRow {
+  unused: u32,
+}
+
+struct CodecRaw {
+  codes: vec4<u32>,
+}
+
+struct CodecStat {
+  unused: u32,
+}
+
+fn codec_row(page: u32, token: u32, cell: u32) -> CodecRow {
+  return CodecRow(0u);
+}
+
+fn codec_load(page: u32, token: u32, cell: u32) -> CodecRaw {
+  if (SIDE_IS_KEY) { return CodecRaw(plane_load_key(page + SIDE_AT, SIDE_WIDTH, 8u, token, cell / CODEC_SPAN)); }
+  return CodecRaw(plane_load_value(page + SIDE_AT, SIDE_WIDTH, token / CODEC_SPAN, cell));
+}
+
+// Below the smallest normal number the mantissa alone counts, in steps of 2^-9.
+fn codec_values(codes: vec4<u32>) -> vec4<f32> {
+  let magnitude = codes & vec4<u32>(127u);
+  let normal = bitcast<vec4<f32>>((magnitude << vec4<u32>(20u)) + vec4<u32>(120u << 23u));
+  let small = vec4<f32>(magnitude) * 0.001953125;
+  let nan = bitcast<vec4<f32>>(vec4<u32>(0x7fc00000u) | (codes & vec4<u32>(1u)));
+  let positive = select(select(normal, small, magnitude < vec4<u32>(8u)), nan, magnitude == vec4<u32>(127u));
+  return select(positive, -positive, codes >= vec4<u32>(128u));
+}
+
+fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) -> Cell {
+  let codes = plane_codes(raw.codes, 8u, select(token, cell, SIDE_IS_KEY) % CODEC_SPAN);
+  return Cell(codec_values(codes.low), codec_values(codes.high));
+}
+
+fn codec_start() -> CodecStat {
+  return CodecStat(0u);
+}
+
+fn codec_add(stat: CodecStat, x: f32) -> CodecStat {
+  return stat;
+}
+
+fn codec_finish(stat: CodecStat) -> u32 {
+  return 0u;
+}
+
+fn codec_code(x: f32, scale: u32) -> u32 {
+  let bits = bitcast<u32>(x);
+  let sign = (bits >> 24u) & 0x80u;
+  let magnitude = bits & 0x7fffffffu;
+  if (magnitude >= 0x7f800000u) { return sign | 127u; }
+  if (magnitude >= 0x3c800000u) {
+    let rebased = magnitude - (120u << 23u);
+    return sign | min((rebased + 0x7ffffu + ((rebased >> 20u) & 1u)) >> 20u, 126u);
+  }
+  let steps = bitcast<f32>(magnitude) * 512.0;
+  let whole = u32(steps);
+  let rest = steps - f32(whole);
+  return sign | (whole + select(0u, 1u, rest > 0.5 || (rest == 0.5 && (whole & 1u) == 1u)));
+}

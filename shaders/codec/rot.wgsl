@@ -1,0 +1,87 @@
+// rot4, rot3 and rot2: the quantiser of rotated channels. Definition: src/compression/hidden/rot.rs. Same function set
+// as every file here. Three bits are a plane of 2 and a plane of 1.
+
+const CODEC_CUBIC = select(select(19u, 51u, CODEC_BITS == 3u), 116u, CODEC_BITS == 2u);
+const CODEC_LOW_BITS = select(CODEC_BITS, 2u, CODEC_BITS == 3u);
+const CODEC_SPAN = 16u / CODEC_LOW_BITS;
+const CODEC_PLANES = array<u32, 2>(CODEC_LOW_BITS, CODEC_BITS - CODEC_LOW_BITS);
+const CODEC_GROUP_TOKENS = 1u;
+const CODEC_GROUP_CHANNELS = SIDE_WIDTH;
+// Cells of the plane of low bits.
+const CODEC_LOW_CELLS = select(
+  PAGE_SIZE * CODEC_LOW_BITS / 16u * (SIDE_WIDTH / 8u),
+  (SIDE_WIDTH * CODEC_LOW_BITS + 31u) / 32u * PAGE_SIZE / 4u,
+  SIDE_IS_KEY);
+
+struct CodecRow {
+  scale: f32,
+}
+
+struct CodecRaw {
+  low: vec4<u32>,
+  high: vec4<u32>,
+}
+
+struct CodecStat {
+  sum: f32,
+}
+
+fn codec_row(page: u32, token: u32, cell: u32) -> CodecRow {
+  let pair = plane_pair(arena_word((page + SIDE_AT) * 4u + SIDE_SCALES + token / 2u));
+  return CodecRow(select(pair.x, pair.y, token % 2u == 1u));
+}
+
+fn codec_load(page: u32, token: u32, cell: u32) -> CodecRaw {
+  let low = page + SIDE_AT;
+  let high = low + CODEC_LOW_CELLS;
+  var raw: CodecRaw;
+  if (SIDE_IS_KEY) {
+    raw.low = plane_load_key(low, SIDE_WIDTH, CODEC_LOW_BITS, token, cell / CODEC_SPAN);
+    if (CODEC_BITS == 3u) { raw.high = plane_load_key(high, SIDE_WIDTH, 1u, token, cell / 16u); }
+  } else {
+    raw.low = plane_load_value(low, SIDE_WIDTH, token / CODEC_SPAN, cell);
+    if (CODEC_BITS == 3u) { raw.high = plane_load_value(high, SIDE_WIDTH, token / 16u, cell); }
+  }
+  return raw;
+}
+
+fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) -> Cell {
+  let unit = select(token, cell, SIDE_IS_KEY);
+  var codes = plane_codes(raw.low, CODEC_LOW_BITS, unit % CODEC_SPAN);
+  if (CODEC_BITS == 3u) {
+    let high = plane_codes(raw.high, 1u, unit % 16u);
+    codes = Codes(codes.low | (high.low << vec4<u32>(2u)), codes.high | (high.high << vec4<u32>(2u)));
+  }
+  let middle = f32((1u << CODEC_BITS) - 1u);
+  let low_m = vec4<f32>(2u * codes.low) - middle;
+  let high_m = vec4<f32>(2u * codes.high) - middle;
+  let bend = row.scale * (f32(CODEC_CUBIC) / 8192.0);
+  return Cell(low_m * (row.scale + bend * (low_m * low_m)), high_m * (row.scale + bend * (high_m * high_m)));
+}
+
+fn codec_start() -> CodecStat {
+  return CodecStat(0.0);
+}
+
+fn codec_add(stat: CodecStat, x: f32) -> CodecStat {
+  return CodecStat(stat.sum + abs(x));
+}
+
+fn codec_finish(stat: CodecStat) -> u32 {
+  let scale = f16_bits(stat.sum * CODEC_FACTOR);
+  return select(0x7e00u, scale, f16_is_finite(scale));
+}
+
+// How many edges between levels are not above x. An edge is 64ths of the scale, a whole number of them: exact in f32.
+fn codec_code(x: f32, scale: u32) -> u32 {
+  if (!f16_is_finite(scale)) { return 0u; }
+  let unit = f16_value(scale) * 0.015625;
+  var code = select(0u, 1u, x >= 0.0);
+  for (var k = 1u; k < 1u << (CODEC_BITS - 1u); k++) {
+    let low = 2u * k - 1u;
+    let high = 2u * k + 1u;
+    let edge = f32(64u * 2u * k + (CODEC_CUBIC * (low * low * low + high * high * high) + 128u) / 256u) * unit;
+    code += select(0u, 1u, x >= edge) + select(0u, 1u, x >= -edge);
+  }
+  return code;
+}

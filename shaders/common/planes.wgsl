@@ -1,0 +1,61 @@
+// Planes of codes of 1, 2, 4, 8, 16 or 32 bits. Layout: src/compression/hidden/plane.rs.
+//
+// `arena_cell` and `arena_word` come from the kernel. Every count here is a constant once a kernel is specialised.
+
+// Eight channels of one token.
+struct Cell {
+  low: vec4<f32>,
+  high: vec4<f32>,
+}
+
+// Eight neighbouring codes.
+struct Codes {
+  low: vec4<u32>,
+  high: vec4<u32>,
+}
+
+// 16 bytes of one token's codes in a plane of keys that begins at cell `base`. The last block may be shorter.
+fn plane_load_key(base: u32, width: u32, bits: u32, token: u32, block: u32) -> vec4<u32> {
+  let words = (width * bits + 31u) / 32u;
+  let whole = words / 4u;
+  if (block < whole) { return arena_cell(base + block * PAGE_SIZE + token); }
+  let rest = words - whole * 4u;
+  let at = (base + whole * PAGE_SIZE) * 4u + token * rest;
+  var raw = vec4<u32>(0u);
+  if (rest > 0u) { raw.x = arena_word(at); }
+  if (rest > 1u) { raw.y = arena_word(at + 1u); }
+  if (rest > 2u) { raw.z = arena_word(at + 2u); }
+  return raw;
+}
+
+// 16 bytes of one cell of channels in a plane of values: 16 / bits tokens.
+fn plane_load_value(base: u32, width: u32, block: u32, cell: u32) -> vec4<u32> {
+  return arena_cell(base + block * (width / 8u) + cell);
+}
+
+// The eight codes at place `unit` of 16 bytes.
+fn plane_codes(raw: vec4<u32>, bits: u32, unit: u32) -> Codes {
+  if (bits == 8u) {
+    let low = raw[unit * 2u];
+    let high = raw[unit * 2u + 1u];
+    let shift = vec4<u32>(0u, 8u, 16u, 24u);
+    return Codes((vec4<u32>(low) >> shift) & vec4<u32>(255u), (vec4<u32>(high) >> shift) & vec4<u32>(255u));
+  }
+  if (bits == 4u) {
+    let word = vec4<u32>(raw[unit]);
+    return Codes(
+      (word >> vec4<u32>(0u, 4u, 8u, 12u)) & vec4<u32>(15u), (word >> vec4<u32>(16u, 20u, 24u, 28u)) & vec4<u32>(15u));
+  }
+  if (bits == 2u) {
+    let word = vec4<u32>(raw[unit / 2u] >> (unit % 2u * 16u));
+    return Codes(
+      (word >> vec4<u32>(0u, 2u, 4u, 6u)) & vec4<u32>(3u), (word >> vec4<u32>(8u, 10u, 12u, 14u)) & vec4<u32>(3u));
+  }
+  let word = vec4<u32>(raw[unit / 4u] >> (unit % 4u * 8u));
+  return Codes((word >> vec4<u32>(0u, 1u, 2u, 3u)) & vec4<u32>(1u), (word >> vec4<u32>(4u, 5u, 6u, 7u)) & vec4<u32>(1u));
+}
+
+// Two f16 as f32, for scales. Attention may read them by the driver's conversion.
+fn plane_pair(word: u32) -> vec2<f32> {
+  return unpack2x16float(word);
+}
