@@ -4,8 +4,9 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use concertina::engine::Engine;
-use concertina::pool::page_table::PageTable;
+use concertina::compression::hidden::HiddenCodec;
+use concertina::engine::{Engine, EngineConfig};
+use concertina::pool::page_table::{PageTable, Sealing, TableShape};
 use concertina::schedule::{Caches, PlannedRows, SessionId, StepPlan};
 
 /// Tokens of each session: a prompt, then what is fed in decode, the same whatever the logits say.
@@ -23,14 +24,19 @@ fn script(session: u32, vocab: u32) -> Script {
     Script { prompt, decode: common::tokens(1000 + u64::from(session), n_decode, vocab) }
 }
 
-/// Runs the sessions together, prompts in chunks of `chunk` rows; the logits of each, step by step.
-fn run(engine: &mut Engine<'_>, caches: &mut Caches, sessions: &[u32], chunk: usize) -> BTreeMap<u32, Vec<Vec<f32>>> {
+/// Logits of each session, step by step.
+type Logits = BTreeMap<u32, Vec<Vec<f32>>>;
+
+/// Runs the sessions together, prompts in chunks of at most `chunk` rows. Codecs go round the sessions.
+fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], sessions: &[u32], chunk: usize) -> Logits {
     let vocab = engine.geometry().vocab_size;
     let scripts: BTreeMap<u32, Script> = sessions.iter().map(|s| (*s, script(*s, vocab))).collect();
-    let mut out: BTreeMap<u32, Vec<Vec<f32>>> = BTreeMap::new();
+    let mut out = Logits::new();
     for (id, script) in &scripts {
         let n = u32::try_from(script.prompt.len() + script.decode.len()).expect("short");
-        let table = PageTable::admit(&mut caches.pool, &mut caches.ranges, caches.shape, n).expect("all fit");
+        let codec = codecs[*id as usize % codecs.len()];
+        let shape = TableShape { codec, sealing: Sealing::WhenFull, ..caches.full };
+        let table = PageTable::admit(&mut caches.pool, &mut caches.ranges, shape, n).expect("all fit");
         caches.tables.insert(SessionId(*id), table);
     }
     let mut at: BTreeMap<u32, usize> = sessions.iter().map(|s| (*s, 0)).collect();
@@ -44,7 +50,10 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, sessions: &[u32], chunk: us
                 let tokens: Vec<u32> = if done >= n_prompt {
                     script.decode.get(done - n_prompt).copied().into_iter().collect()
                 } else {
-                    script.prompt[done..n_prompt.min(done + chunk.min(left))].to_vec()
+                    let n = u32::try_from(chunk.min(left).min(n_prompt - done)).expect("short");
+                    let first = u32::try_from(done).expect("short");
+                    let n = caches.tables[&SessionId(*id)].shape().cut(first, n) as usize;
+                    script.prompt[done..done + n].to_vec()
                 };
                 if (done >= n_prompt) != decode || tokens.is_empty() {
                     continue;
@@ -59,12 +68,12 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, sessions: &[u32], chunk: us
         if plan.segments.is_empty() {
             break;
         }
+        caches.grow(&plan).expect("committed");
         for rows in &plan.segments {
-            let table = caches.tables.get_mut(&rows.session).expect("admitted");
-            table.grow(&mut caches.pool, rows.n_rows()).expect("committed");
             *at.get_mut(&rows.session.0).expect("known") += rows.tokens.len();
         }
         let mut logits = engine.logits(&plan, caches).expect("the step should run").into_iter();
+        caches.retire(&plan).expect("the pool agrees");
         for rows in plan.segments.iter().filter(|r| r.sample.is_some()) {
             out.entry(rows.session.0).or_default().push(logits.next().expect("a row of logits"));
         }
@@ -75,6 +84,8 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, sessions: &[u32], chunk: us
     out
 }
 
+const FULL: [HiddenCodec; 1] = [HiddenCodec::F16];
+
 fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
     rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
 }
@@ -84,10 +95,10 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
 fn a_session_alone_and_in_a_batch_of_8_gives_the_same_bits_gpu() {
     let weights = common::tiny_model(11);
     let (mut engine, mut caches) = Engine::new(common::device(), &weights, &common::config(64)).expect("64 MiB");
-    let together = run(&mut engine, &mut caches, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    let together = run(&mut engine, &mut caches, &FULL, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
     for session in 0..8 {
         for chunk in [64, 7] {
-            let alone = run(&mut engine, &mut caches, &[session], chunk);
+            let alone = run(&mut engine, &mut caches, &FULL, &[session], chunk);
             let n = script(session, weights.geometry.vocab_size).decode.len() + 1;
             assert_eq!(alone[&session].len(), n, "a token after the prompt and after each decode row");
             assert!(
@@ -99,6 +110,40 @@ fn a_session_alone_and_in_a_batch_of_8_gives_the_same_bits_gpu() {
     assert!(bits(&together[&0]) != bits(&together[&1]), "different sessions should differ");
 }
 
+/// Sealed pages are made from the same f16 rows and read by the same rows, however a prompt is cut and whoever is near.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn compressed_sessions_alone_and_among_other_codecs_give_the_same_bits_gpu() {
+    let weights = common::tiny_model(11);
+    // Session 3, which decode splits, and sessions 0 and 6 are kivi2.
+    let codecs: Vec<HiddenCodec> =
+        ["kivi2", "k:int8,v:rot3", "f16"].map(|codec| codec.parse().expect("a codec")).into();
+    let sealing = codecs.iter().copied().filter(HiddenCodec::seals).collect();
+    let config = EngineConfig { codecs: sealing, page_size: 32, ..common::config(64) };
+    let (mut engine, mut caches) = Engine::new(common::device(), &weights, &config).expect("64 MiB");
+    let together = run(&mut engine, &mut caches, &codecs, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    for session in 0..8 {
+        // Chunks within a page, of about a page, and of more than a page.
+        for chunk in [7, 33, 64] {
+            let alone = run(&mut engine, &mut caches, &codecs, &[session], chunk);
+            let n = script(session, weights.geometry.vocab_size).decode.len() + 1;
+            assert_eq!(alone[&session].len(), n, "a token after the prompt and after each decode row");
+            assert!(
+                bits(&alone[&session]) == bits(&together[&session]),
+                "session {session} ({}) alone, in chunks of {chunk}, differs from the batch",
+                codecs[session as usize % codecs.len()]
+            );
+        }
+    }
+    let full = run(&mut engine, &mut caches, &FULL, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    for session in 0..8 {
+        // Every session fills a page, session 0 while it decodes.
+        let sealed = codecs[session as usize % codecs.len()].seals();
+        let same = bits(&full[&session]) == bits(&together[&session]);
+        assert_eq!(same, !sealed, "session {session}: codes should show in its logits, and only codes");
+    }
+}
+
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn the_reference_model_is_batch_invariant_too_gpu() {
@@ -106,7 +151,7 @@ fn the_reference_model_is_batch_invariant_too_gpu() {
     let mut config = common::config(128);
     config.page_size = 64;
     let (mut engine, mut caches) = Engine::new(common::device(), &model.weights, &config).expect("128 MiB suffice");
-    let together = run(&mut engine, &mut caches, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
-    let alone = run(&mut engine, &mut caches, &[5], 64);
+    let together = run(&mut engine, &mut caches, &FULL, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    let alone = run(&mut engine, &mut caches, &FULL, &[5], 64);
     assert!(bits(&alone[&5]) == bits(&together[&5]), "session 5 alone differs from the batch");
 }

@@ -2,17 +2,20 @@
 
 mod common;
 
+use concertina::compression::Compression;
 use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig};
-use concertina::eval::prompt;
+use concertina::eval::prompt::{self, Driver};
 use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
+use concertina::pool::page_table::{Sealing, TableShape};
 use concertina::reference::compare::{kl_divergence, widen};
 use concertina::reference::transformer::ReferenceModel;
 use concertina::schedule::{Finish, Phase, Request, ScheduleConfig, Scheduler};
 
 fn request(seed: u64, n: usize, max_new: u32, sampling: Sampling) -> Request {
-    Request { prompt: common::tokens(seed, n, 200), max_new, sampling, stop: Vec::new() }
+    let (prompt, stop, compression) = (common::tokens(seed, n, 200), Vec::new(), Compression::default());
+    Request { prompt, max_new, sampling, stop, compression }
 }
 
 fn schedule() -> ScheduleConfig {
@@ -46,6 +49,106 @@ fn a_whole_step_validates_on_the_noop_backend() {
     assert_eq!(s.report().pages_in_use_bytes, Bytes::ZERO, "all bytes are back");
 }
 
+fn compression(codec: &str) -> Compression {
+    codec.parse().expect("a codec")
+}
+
+/// An engine whose pages hold whole groups of the KIVI codecs.
+fn config_with(codecs: &[&str], budget_mib: u64) -> EngineConfig {
+    let codecs = codecs.iter().map(|codec| compression(codec).hidden).collect();
+    EngineConfig { codecs, page_size: 32, ..common::config(budget_mib) }
+}
+
+#[test]
+fn whole_steps_of_compressed_sessions_validate_on_the_noop_backend() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(1);
+    let codecs = ["kivi4", "rot3", "think:0.6+int8", "lowrank:8", "k:fp8,v:f32"];
+    let (mut engine, caches) = Engine::new(&device, &weights, &config_with(&codecs, 32)).expect("32 MiB suffice");
+    let mut s = Scheduler::new(schedule(), caches);
+    for (seed, codec) in (1..).zip(codecs.into_iter().chain(["f16"])) {
+        let request = request(seed, 30 + 40 * (seed as usize % 3), 40, Sampling::GREEDY);
+        s.submit(Request { compression: compression(codec), ..request }).expect("fits");
+    }
+    while !s.is_idle() {
+        s.step(&mut engine).expect("every call should validate");
+    }
+    let report = s.report();
+    assert_eq!(report.pages_in_use_bytes, Bytes::ZERO, "all bytes are back");
+    assert_eq!(report.allocated_bytes, engine.held_bytes(), "the pool says what the device holds");
+    let refused = s.submit(Request { compression: compression("rot2"), ..request(1, 9, 9, Sampling::GREEDY) });
+    assert!(refused.is_err(), "no kernels were made for it");
+}
+
+#[test]
+fn a_codec_that_does_not_fit_the_pages_is_refused_before_anything_is_made() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(1);
+    for (codec, reason) in [("kivi4:64", "32 tokens"), ("lowrank:32", "24 channels")] {
+        let error = Engine::new(&device, &weights, &config_with(&[codec], 32)).expect_err("it does not fit");
+        assert!(error.to_string().contains(reason), "{codec}: {error}");
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn compressed_caches_change_logits_a_little_over_one_arena_and_many_gpu() {
+    let weights = common::tiny_model(2);
+    let tokens = common::tokens(5, 300, 200);
+    let codecs = ["kivi4", "rot4", "rot2", "lowrank:24", "f32"];
+    let page = 32 * 24 * 4;
+    let mut bytes = Vec::new();
+    for (name, max_arena) in [("one arena", None), ("many arenas", Some(Bytes(2 * page * 16)))] {
+        let config = EngineConfig { max_arena, ..config_with(&codecs, 8) };
+        let (mut engine, mut caches) = Engine::new(common::device(), &weights, &config).expect("8 MiB suffice");
+        let report = caches.pool.report();
+        assert_eq!(report.arenas > 1, max_arena.is_some(), "{name}: {} arenas", report.arenas);
+        assert_eq!(report.allocated_bytes, engine.held_bytes(), "{name}: the pool says what the device holds");
+        assert!(report.allocated_bytes <= report.budget_bytes, "{name}: within the budget");
+        let mut logits = |codec: &str| {
+            let mut rows = Vec::new();
+            let mut keep = |_, row: Vec<f32>| rows.push(row);
+            let compression = compression(codec);
+            prompt::logits(&mut engine, &mut caches, &compression, &tokens, 270..300, 50, &mut keep).expect("fits");
+            assert_eq!(caches.pool.report().pages_in_use_bytes, Bytes::ZERO, "{name}, {codec}: all bytes are back");
+            rows
+        };
+        let full = logits("f16");
+        let divergence = |rows: &[Vec<f32>]| {
+            let each = full.iter().zip(rows).map(|(f, r)| kl_divergence(&widen(f), &widen(r)));
+            each.sum::<f64>() / full.len() as f64
+        };
+        let mut of_codec = Vec::new();
+        for codec in codecs {
+            let rows = logits(codec);
+            assert_eq!(rows.len(), 30, "a row per position");
+            let kl = divergence(&rows);
+            println!("{name}, {codec}: {kl:.1e} nats from f16");
+            of_codec.push(kl);
+            bytes.push((codec, rows));
+        }
+        let [kivi4, rot4, rot2, lowrank, f32] = of_codec[..] else { panic!("five codecs") };
+        for (codec, kl) in [("kivi4", kivi4), ("rot4", rot4)] {
+            assert!(
+                kl > 1e-9 && kl < 0.02,
+                "{name}: {codec} should be close to f16 and not equal, not {kl:e} nats away"
+            );
+        }
+        assert!(rot2 > 3.0 * rot4, "{name}: half the bits should cost more: {rot2:e} to {rot4:e} nats");
+        // As many latents as channels: only rounding is left. And f32 holds what f16 did.
+        assert!(lowrank < 1e-4, "{name}: all latents should lose nothing but rounding: {lowrank:e} nats");
+        assert!(f32 < 1e-9, "{name}: f32 pages hold what f16 pages did: {f32:e} nats");
+        assert!(divergence(&full[1..]) > 1e-3, "other positions should not pass as close");
+    }
+    let (one, many) = bytes.split_at(codecs.len());
+    for ((codec, one), (_, many)) in one.iter().zip(many) {
+        for (one, many) in one.iter().zip(many) {
+            let kl = kl_divergence(&widen(one), &widen(many));
+            assert!(kl < 1e-4, "{codec}: one arena and many are {kl:e} nats apart");
+        }
+    }
+}
+
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn logits_match_the_reference_over_one_arena_and_many_gpu() {
@@ -63,7 +166,8 @@ fn logits_match_the_reference_over_one_arena_and_many_gpu() {
         assert_eq!(arenas > 1, max_arena.is_some(), "{name}: {arenas} arenas");
         let mut got = Vec::new();
         let mut keep = |_, row: Vec<f32>| got.push(widen(&row));
-        prompt::logits(&mut engine, &mut caches, &tokens, 290..300, 50, &mut keep).expect("the prompt fits");
+        let full = Compression::default();
+        prompt::logits(&mut engine, &mut caches, &full, &tokens, 290..300, 50, &mut keep).expect("the prompt fits");
         assert_eq!(got.len(), expected.len(), "a row per position");
         for (got, expected) in got.iter().zip(&expected) {
             let kl = kl_divergence(expected, got);
@@ -73,6 +177,38 @@ fn logits_match_the_reference_over_one_arena_and_many_gpu() {
         let report = caches.pool.report();
         assert_eq!(report.allocated_bytes, engine.held_bytes(), "{name}: the pool says what the device holds");
     }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn pages_sealed_on_request_return_their_bytes_and_show_in_later_logits_only_gpu() {
+    let weights = common::tiny_model(2);
+    let tokens = common::tokens(5, 300, 200);
+    let (mut engine, mut caches) =
+        Engine::new(common::device(), &weights, &config_with(&["kivi4"], 16)).expect("16 MiB suffice");
+    let shape = caches.shape(&compression("kivi4"));
+    let mut driver = Driver::new(&mut engine, &mut caches);
+    let full = driver.admit(&Compression::default(), Sealing::WhenFull, 310).expect("fits");
+    let late = driver.admit(&compression("kivi4"), Sealing::OnRequest, 310).expect("fits");
+    let [of_full, of_late] = [full, late].map(|probe| {
+        let mut rows = Vec::new();
+        let mut keep = |_, row: Vec<f32>| rows.push(row);
+        driver.prefill(probe, &tokens, 290..300, 50, &mut keep).expect("the prompt fits");
+        rows
+    });
+    assert_eq!(of_full, of_late, "before it is sealed, a cache is the full one");
+    assert_eq!(driver.held_bytes(late), driver.held_bytes(full), "and holds as many bytes");
+    driver.seal(late).expect("every full page can be sealed");
+    let expected = TableShape { sealing: Sealing::WhenFull, ..shape }.bytes_for(300);
+    assert_eq!(driver.held_bytes(late), expected, "then it holds what a session that is sealed as it fills would");
+    for step in 0..10 {
+        let rows = driver.decode(&[(full, step), (late, step)]).expect("the step should run");
+        let kl = kl_divergence(&widen(&rows[0]), &widen(&rows[1]));
+        assert!(kl > 1e-9 && kl < 0.05, "step {step}: codes should show in later logits, a little: {kl:e} nats");
+    }
+    driver.end().expect("the pool agrees");
+    assert_eq!(caches.pool.report().pages_in_use_bytes, Bytes::ZERO, "all bytes are back");
+    assert_eq!(caches.pool.report().committed_bytes, Bytes::ZERO, "and all commitments");
 }
 
 #[test]

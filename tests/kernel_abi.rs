@@ -8,12 +8,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::Path;
 
+use concertina::compression::hidden::Side;
+use concertina::geometry::HeadGeometry;
 use concertina::kernels::abi::{
     AppendItem, AppendParams, AttentionParams, DecodeItem, EmbedParams, GatedActivationParams, Immediates,
-    MatmulParams, MergeItem, MergeParams, PrefillItem, RmsNormParams, RopeParams, SampleItem, SampleParams, VEC4_WORDS,
+    MatmulParams, MergeItem, MergeParams, PrefillItem, RmsNormParams, RopeParams, SampleItem, SampleParams, SealItem,
+    SealParams, VEC4_WORDS,
 };
-use concertina::kernels::link;
-use concertina::kernels::registry::all_specs;
+use concertina::kernels::attention::CacheShape;
+use concertina::kernels::registry::{all_specs, codecs, format_specs};
+use concertina::kernels::{KernelSpec, link};
+use rayon::prelude::*;
 
 /// A struct as either side declares it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,6 +44,7 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<RmsNormParams>(),
         host::<RopeParams>(),
         host::<SampleParams>(),
+        host::<SealParams>(),
     ];
     all.into_iter().map(|layout| (layout.name.clone(), layout)).collect()
 }
@@ -85,17 +91,17 @@ fn compare(host: &Layout, shader: &Layout) -> Result<(), String> {
 #[test]
 fn immediate_data_are_the_same_on_both_sides() {
     let hosts = host_layouts();
-    let mut seen = BTreeSet::new();
-    for spec in all_specs() {
-        let (module, _) = link(&spec).validate().unwrap_or_else(|e| panic!("{} {:?}: {e}", spec.name, spec.constants));
+    let read = |spec: &KernelSpec| {
+        let (module, _) = link(spec).validate().unwrap_or_else(|e| panic!("{} {:?}: {e}", spec.name, spec.constants));
         let shader = shader_layout(&module).unwrap_or_else(|e| panic!("{}: {e}", spec.name));
         let shader = shader.unwrap_or_else(|| panic!("{} reads no immediate data", spec.name));
         let host = hosts.get(&shader.name).unwrap_or_else(|| panic!("{}: no struct {} here", spec.name, shader.name));
         compare(host, &shader).unwrap_or_else(|e| panic!("{}: {e}", spec.name));
         assert_eq!(spec.immediate_bytes as usize, shader.bytes, "{}: bytes of immediate data", spec.name);
-        seen.insert(shader.name);
-    }
-    let known: BTreeSet<_> = hosts.into_keys().collect();
+        shader.name
+    };
+    let seen: BTreeSet<_> = all_specs().par_iter().map(read).collect();
+    let known: BTreeSet<_> = hosts.keys().cloned().collect();
     assert_eq!(seen, known, "every struct of the host should be read by some kernel");
 }
 
@@ -106,6 +112,7 @@ fn work_items_are_whole_rows_of_the_step_buffer() {
         ("PrefillItem", size_of::<PrefillItem>(), 48),
         ("MergeItem", size_of::<MergeItem>(), 16),
         ("AppendItem", size_of::<AppendItem>(), 32),
+        ("SealItem", size_of::<SealItem>(), 32),
         ("SampleItem", size_of::<SampleItem>(), 32),
     ] {
         assert_eq!(found, expected, "bytes of {name}");
@@ -200,17 +207,62 @@ fn wgsl_files(folder: &str, start: &str) -> Vec<(String, String)> {
 const PRELUDE: &str = "const HEAD_DIM = 64u; const GROUP_SIZE = 4u; const PAGE_SIZE = 16u; const NUM_KV_HEADS = 2u;
 const WORKGROUP_SIZE = 64u;\n";
 
+/// Whether a file in the codecs' folder is one: the others help them, and define no function of the set.
+fn is_codec(text: &str) -> bool {
+    text.lines().any(|line| line.trim_start().starts_with("fn codec_"))
+}
+
+/// A kernel that joins a codec's file as it is, under no side's names: one that seals pages of some codec.
+fn sealing_kernel(file: &str) -> Option<KernelSpec> {
+    let heads = HeadGeometry { num_qo_heads: 8, num_kv_heads: 2, head_dim: 64 };
+    let shape = CacheShape { heads, page_size: 128 };
+    let specs = codecs(shape.page()).into_iter().flat_map(|codec| format_specs(&shape.format(codec)));
+    let joins = |spec: &KernelSpec, side: Option<Side>| {
+        spec.parts.iter().any(|part| part.module.name == format!("codec/{file}") && part.side == side)
+    };
+    specs.into_iter().find(|spec| joins(spec, None))
+}
+
 #[test]
 fn all_page_codecs_export_the_same_functions() {
-    // Whatever a codec may use besides its own file; lane reductions exclude each other and are not among it.
-    let common = wgsl_files("common", "").into_iter().filter(|(name, _)| !name.starts_with("lanes_"));
-    let common: String = common.map(|(_, text)| text).collect();
-    let files: Vec<_> = wgsl_files("codec", "")
-        .into_iter()
-        .map(|(name, text)| (name, signatures(&parse(&format!("{PRELUDE}{common}{text}")), "codec_")))
-        .collect();
+    let mut files = Vec::new();
+    for (name, _) in wgsl_files("codec", "").into_iter().filter(|(_, text)| is_codec(text)) {
+        let spec = sealing_kernel(&name).unwrap_or_else(|| panic!("no kernel seals pages with {name}"));
+        let (module, _) = link(&spec).validate().unwrap_or_else(|e| panic!("{name}: {e}"));
+        files.push((name, signatures(&module, "codec_")));
+    }
+    assert!(files.len() >= 6, "f16, f32, fp8, int8, kivi and rot are codecs, not only {files:?}");
     same_exports(&files).unwrap_or_else(|e| panic!("{e}"));
     println!("{} codecs export {:#?}", files.len(), files[0].1);
+}
+
+/// Kernels that read both sides join a codec's file twice; each copy has the whole set, under names of its own.
+#[test]
+fn both_sides_of_a_page_have_every_function_of_their_codec() {
+    let heads = HeadGeometry { num_qo_heads: 8, num_kv_heads: 2, head_dim: 64 };
+    let shape = CacheShape { heads, page_size: 128 };
+    for codec in codecs(shape.page()) {
+        for spec in format_specs(&shape.format(codec)).iter().filter(|spec| !spec.name.starts_with("seal")) {
+            let (module, _) = link(spec).validate().unwrap_or_else(|e| panic!("{} of {codec}: {e}", spec.name));
+            let of_side = |prefix: &str, camel: &str| -> BTreeSet<String> {
+                let found = signatures(&module, prefix);
+                found.iter().map(|s| s.replace(prefix, "codec_").replace(camel, "Codec")).collect()
+            };
+            let (keys, values) = (of_side("key_codec_", "KeyCodec"), of_side("value_codec_", "ValueCodec"));
+            assert!(!keys.is_empty(), "{} of {codec} reads keys", spec.name);
+            assert_eq!(keys, values, "{} of {codec}: keys and values", spec.name);
+            assert!(signatures(&module, "codec_").is_empty(), "{} of {codec}: a function of no side", spec.name);
+        }
+    }
+}
+
+#[test]
+fn a_helper_is_told_from_a_codec() {
+    assert!(is_codec("// text\nfn codec_a() {}\n"), "a function of the set");
+    assert!(!is_codec("// fn codec_a() {}\nfn affine_a() { codec_a(); }\n"), "a comment, and a call");
+    let helpers: Vec<_> = wgsl_files("codec", "").into_iter().filter(|(_, text)| !is_codec(text)).collect();
+    assert!(helpers.iter().any(|(name, _)| name == "affine.wgsl"), "affine.wgsl helps codecs");
+    assert!(sealing_kernel("no such file.wgsl").is_none(), "a file that no kernel joins");
 }
 
 #[test]

@@ -1,6 +1,6 @@
-//! The attention plan, without a device: every row sees every token that it may see exactly once and in the form that it
-//! should have, every state is written once and merged once, every new token is appended once, every page that is sealed
-//! is sealed once.
+//! The attention plan, without a device: every row sees every token that it may see exactly once and in the form that
+//! it should have, every state is written once and merged once, every new token is appended once, every page that is
+//! sealed is sealed once.
 //!
 //! The check knows pages by what the table buffer would hold, as a shader does: an item's entry gives a cell, and the
 //! cell in the dispatch's arena is the page of some sequence, or a slot of the window.
@@ -413,7 +413,7 @@ fn check(setup: &Setup, plan: &AttentionPlan, layer: u32) -> Result<(), String> 
 
 fn segments(setup: &Setup) -> Vec<Segment<'_>> {
     let mut row_lo = 0;
-    let segment = |(s, table)| {
+    let segment = |(s, table): (&Sequence, _)| {
         let Sequence { cached, rows, decode, .. } = *s;
         let segment = Segment { table, row_lo, n_rows: rows, first_index: cached, decode, attend: rows > 0 };
         row_lo += rows;
@@ -524,7 +524,10 @@ fn a_wrong_plan_is_noticed() {
         ("a page sealed for another layer", Box::new(|p| p.seal[0].sealed_stride += 1)),
         ("sealing in another codec", Box::new(|p| p.plans[0].seal[0].0.codec = HiddenCodec::F16)),
         ("keys turned back by another page's positions", Box::new(|p| p.turned_pages.swap(0, 1))),
-        ("a slot of the window used twice", Box::new(move |p| p.append[window + 1].page_entry = p.append[window].page_entry)),
+        (
+            "a slot of the window used twice",
+            Box::new(move |p| p.append[window + 1].page_entry = p.append[window].page_entry),
+        ),
         ("rows in another slot", Box::new(|p| p.append[0].slot_in_page ^= 1)),
         ("codes read as f16", Box::new(move |p| p.plans[0].decode[sealed].0.codec = HiddenCodec::F16)),
         ("a page read twice", Box::new(move |p| p.decode[first_sealed].n_tokens += 64)),

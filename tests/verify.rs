@@ -3,7 +3,7 @@
 mod common;
 
 use concertina::compression::hidden::{self, HiddenCodec};
-use concertina::eval::verify::attention::{Batch, check_batch};
+use concertina::eval::verify::attention::{Batch, Flip, check_batch};
 use concertina::eval::verify::{Check, Extent, count, run};
 use concertina::geometry::{Bytes, HeadGeometry};
 use concertina::kernels::PipelineCache;
@@ -69,6 +69,25 @@ fn sequences_that_spill_over_arenas_are_merged_gpu() {
 
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn one_flipped_bit_in_one_scale_is_caught_gpu() {
+    let shape = shape(64, 3, 64);
+    let codec: HiddenCodec = "int8".parse().expect("a codec");
+    // Scales of keys lie behind 64 tokens of 16 words of codes; token 20 of the page.
+    let word = 64 * 16 + 20;
+    for bit in [0, 9, 16] {
+        let flip = Some(Flip { sequence: 0, page: 0, word, bit });
+        let batch = Batch { flip, ..Batch::uniform(shape, codec, &[70, 65]) };
+        let checks = check_batch(common::device(), &mut PipelineCache::default(), &batch).expect("the device should run");
+        let failed: Vec<_> = checks.iter().filter(|check| !check.passed()).map(|check| check.kernel).collect();
+        // The lowest bit of a minimum or a scale moves one token of 70 by less than attention's bound shows.
+        let expected: &[&str] = if bit == 9 { &["seal", "decode", "prefill"] } else { &["seal"] };
+        assert!(expected.iter().all(|kernel| failed.contains(kernel)), "bit {bit}: only {failed:?} failed");
+        assert!(!failed.contains(&"append"), "open pages are untouched");
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn a_wide_group_and_a_long_context_stay_within_their_bounds_gpu() {
     check(&Batch::uniform(shape(64, 4, 64), HiddenCodec::F16, &[4097, 63]));
     // Shapes beside the common ones: the widest groups, the narrowest head, and widths that leave lanes idle.
@@ -77,6 +96,6 @@ fn a_wide_group_and_a_long_context_stay_within_their_bounds_gpu() {
         let codecs: Vec<_> = hidden::examples().filter(|codec| codec.check(shape.page()).is_ok()).collect();
         check(&Batch::uniform(shape, HiddenCodec::F16, &[97, 64]));
         let sequences = codecs.into_iter().map(|codec| (codec, 150)).collect();
-        check(&Batch { shape, sequences, max_arena: None });
+        check(&Batch { shape, sequences, max_arena: None, flip: None });
     }
 }

@@ -4,7 +4,8 @@
 // Workgroup = one work item = (row, KV head, run of tokens). In QK a lane owns whole tokens, so a score needs no
 // exchange between lanes; in PV a lane owns a cell of 8 channels and a stripe of tokens. The GROUP_SIZE query heads
 // that share the KV head are packed four to a vec4, so one load of K or V serves all of them. Codes become numbers in
-// registers: a lane loads 16 bytes and uses them whole.
+// registers: a lane loads 16 bytes and uses them whole. Where values are the first channels of keys (latent attention),
+// pages hold keys alone and PV reads them once more.
 
 const HEAD_VECS = (GROUP_SIZE + 3u) / 4u;
 const TILE = WORKGROUP_SIZE * TOKENS_PER_LANE;
@@ -157,7 +158,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
         let first = (tile + block) % PAGE_SIZE;
         let raw = value_codec_load(page, first, cell);
         for (var u = 0u; u < VALUE_CODEC_SPAN; u++) {
-          let v = value_codec_cell(page, first + u, cell, value_codec_row(page, first + u, cell), raw);
+          var v: Cell;
+          if (VALUES_ARE_KEYS) {
+            let keys = key_codec_load(page, first + u, cell / KEY_CODEC_SPAN * KEY_CODEC_SPAN);
+            v = key_codec_cell(page, first + u, cell, key_codec_row(page, first + u, 0u), keys);
+          } else {
+            v = value_codec_cell(page, first + u, cell, value_codec_row(page, first + u, cell), raw);
+          }
           for (var h = 0u; h < HEAD_VECS; h++) {
             acc[h] = weighted(acc[h], p_tile[(block + u) * HEAD_VECS + h], v);
           }
@@ -208,6 +215,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
 fn write_state(slot: u32, h: u32, channel: u32, o: vec4<f32>) {
   for (var j = 0u; j < 4u; j++) {
     let head = h * 4u + j;
-    if (head < GROUP_SIZE) { state_o[(slot + head) * HEAD_DIM + channel] = o[j]; }
+    if (head < GROUP_SIZE) { state_o[(slot + head) * OUT_DIM + channel] = o[j]; }
   }
 }

@@ -133,7 +133,8 @@ fn project_strip(li: u32, page: u32, strip: u32, angles: u32, kv_head: u32) {
       let at = c * SIDE_WIDTH + r;
       sum += strip_tile[token * HEAD_DIM + c] * parameters[basis + at / 4u][at % 4u];
     }
-    strip_tile[STRIP * HEAD_DIM + i] = f16_value(f16_bits(sum));
+    // Devices disagree about the sign of a NaN.
+    strip_tile[STRIP * HEAD_DIM + i] = f16_value(select(0x7e00u, f16_bits(sum), is_finite(sum)));
   }
   workgroupBarrier();
 }

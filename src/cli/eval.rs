@@ -15,18 +15,21 @@ use concertina::report::{DeviceReport, PerplexityReport, Program};
 
 use super::args::{CacheArgs, CompressArg, DEFAULT_CHUNK, Global, ModelArg, budget, token_count};
 use super::failure::usage;
+use super::kl::{self, KlArgs};
 use super::load::{Model, engine, read_text};
 use super::output::Output;
 use super::progress;
 
-/// Measure how well a model predicts a text
+/// Measure how well a model predicts a text, and what compression costs
 ///
-/// Compare the same model with and without compression, or on different devices.
+/// `perplexity` is for one cache: run it with and without compression, or on different devices. `kl` compares many
+/// compressions with the full cache in one run.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   concertina eval perplexity --model model.gguf --text essay.txt
-  concertina eval perplexity --model model.gguf --text essay.txt --window 512 --reference")]
+  concertina eval perplexity --model model.gguf --text essay.txt --window 512 --reference
+  concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 rot3 --svg kl.svg")]
 pub(super) struct EvalArgs {
     #[command(subcommand)]
     measure: Measure,
@@ -35,6 +38,7 @@ pub(super) struct EvalArgs {
 #[derive(Clone, Debug, Subcommand)]
 enum Measure {
     Perplexity(PerplexityArgs),
+    Kl(KlArgs),
 }
 
 /// Perplexity of a text in windows
@@ -82,6 +86,7 @@ struct PerplexityArgs {
 pub(super) fn run(args: &EvalArgs, global: &Global) -> Result<ExitCode> {
     match &args.measure {
         Measure::Perplexity(args) => run_perplexity(args, global),
+        Measure::Kl(args) => kl::run(args, global),
     }
 }
 
@@ -126,10 +131,11 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
 
     let started = Instant::now();
     let bar = progress::counter("windows", windows.len() as u64);
-    let result = perplexity::on_engine(&mut engine, &mut caches, &compression, &windows, chunk as usize, &mut |_, nll| {
-        bar.set_message(format!("nll {nll:.4}"));
-        bar.inc(1);
-    });
+    let result =
+        perplexity::on_engine(&mut engine, &mut caches, &compression, &windows, chunk as usize, &mut |_, nll| {
+            bar.set_message(format!("nll {nll:.4}"));
+            bar.inc(1);
+        });
     bar.finish_and_clear();
     let on_engine = result?;
     let elapsed_s = started.elapsed().as_secs_f64();

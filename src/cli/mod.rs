@@ -12,12 +12,14 @@
 //! | 141 | the reader of the standard output has closed it |
 
 mod args;
+mod codecs;
 mod devices;
 mod documents;
 mod eval;
 mod failure;
 mod generate;
 mod interrupt;
+mod kl;
 mod load;
 mod output;
 mod progress;
@@ -51,6 +53,8 @@ Examples:
   concertina devices
   concertina run --model model.gguf --document a.txt b.txt --ask 'What is this about?' --kv-budget 64MiB
   concertina generate --model model.gguf --prompt 'Write a haiku about rivers.'
+  concertina codecs --model model.gguf
+  concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 kivi2
   concertina verify --quick
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
@@ -61,6 +65,7 @@ enum Command {
     Run(run::RunArgs),
     Generate(generate::GenerateArgs),
     Tokenize(tokenize::TokenizeArgs),
+    Codecs(codecs::CodecsArgs),
     Eval(eval::EvalArgs),
     Verify(verify::VerifyArgs),
 }
@@ -77,6 +82,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(args, global),
         Command::Generate(args) => generate::run(args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
+        Command::Codecs(args) => codecs::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };

@@ -1,6 +1,6 @@
-//! Where results go: text to the standard output, JSON to where `--json` says.
+//! Where results go: text to the standard output, JSON to where `--json` says, plots to files of their own.
 //!
-//! A file for JSON is probed before the work begins and written whole at the end: into a new file beside it, which then
+//! A file is probed before the work begins and written whole at the end: into a new file beside it, which then
 //! takes its name. So neither a full disk nor an interrupt leaves half a file, or harms the one that was there.
 
 use std::fs::{self, File, OpenOptions};
@@ -20,10 +20,24 @@ pub(super) struct Output {
 enum Target {
     /// The standard output, which then carries no text.
     Stdout,
+    File(OutputFile),
+}
+
+/// A file that can be written, before there is anything to write.
+#[derive(Debug)]
+pub(super) struct OutputFile {
+    /// What it will hold, for messages.
+    what: &'static str,
+    path: PathBuf,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
     /// A device or a pipe, open.
-    Special(File, PathBuf),
+    Special(File),
     /// A file, to be replaced.
-    Regular(PathBuf),
+    Regular,
 }
 
 impl Output {
@@ -32,7 +46,7 @@ impl Output {
         let json = match json {
             None => None,
             Some("-") => Some(Target::Stdout),
-            Some(path) => Some(Target::open(Path::new(path)).map_err(|e| refused(Path::new(path), &e))?),
+            Some(path) => Some(Target::File(OutputFile::open("the JSON report", Path::new(path))?)),
         };
         Ok(Self { json })
     }
@@ -63,31 +77,47 @@ impl Output {
                 let mut stdout = io::stdout();
                 Ok(stdout.write_all(&text).and_then(|()| stdout.flush()).map_err(stdout_error)?)
             }
-            Target::Special(mut file, path) => {
-                file.write_all(&text).and_then(|()| file.flush()).map_err(|e| refused(&path, &e))
-            }
-            Target::Regular(path) => replace(&path, &text).map_err(|e| refused(&path, &e)),
+            Target::File(file) => file.write(&text),
         }
     }
 }
 
-impl Target {
-    fn open(path: &Path) -> io::Result<Self> {
+impl OutputFile {
+    /// Checks that a file for `what` can be written.
+    pub(super) fn open(what: &'static str, path: &Path) -> Result<Self> {
+        let (kind, path) = Kind::open(path).map_err(|e| refused(what, path, &e))?;
+        Ok(Self { what, path, kind })
+    }
+
+    /// Writes all of it.
+    pub(super) fn write(self, contents: &[u8]) -> Result<()> {
+        let Self { what, path, kind } = self;
+        let result = match kind {
+            Kind::Special(mut file) => file.write_all(contents).and_then(|()| file.flush()),
+            Kind::Regular => replace(&path, contents),
+        };
+        result.map_err(|e| refused(what, &path, &e))
+    }
+}
+
+impl Kind {
+    /// What kind of file a path names, and the path to write to.
+    fn open(path: &Path) -> io::Result<(Self, PathBuf)> {
         match fs::metadata(path) {
             Ok(found) if found.is_dir() => Err(io::Error::from(io::ErrorKind::IsADirectory)),
             Ok(found) if !found.is_file() => {
-                Ok(Self::Special(OpenOptions::new().write(true).open(path)?, path.to_owned()))
+                Ok((Self::Special(OpenOptions::new().write(true).open(path)?), path.to_owned()))
             }
             Ok(_) => {
                 OpenOptions::new().write(true).open(path)?;
                 // A link stays; what it points to is replaced.
                 let path = fs::canonicalize(path)?;
                 beside(&path)?;
-                Ok(Self::Regular(path))
+                Ok((Self::Regular, path))
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 beside(path)?;
-                Ok(Self::Regular(path.to_owned()))
+                Ok((Self::Regular, path.to_owned()))
             }
             Err(e) => Err(e),
         }
@@ -116,10 +146,10 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-fn refused(path: &Path, error: &io::Error) -> anyhow::Error {
+fn refused(what: &str, path: &Path, error: &io::Error) -> anyhow::Error {
     // The path of the file beside, which nobody asked for, is around the cause.
     let cause = error.get_ref().and_then(|e| e.source()).map_or_else(|| error.to_string(), ToString::to_string);
-    anyhow!("can not write the JSON report to '{}': {cause}", path.display())
+    anyhow!("can not write {what} to '{}': {cause}", path.display())
 }
 
 /// A closed pipe is told from other errors by its kind.

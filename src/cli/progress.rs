@@ -26,6 +26,14 @@ pub(super) fn counter(what: &'static str, length: u64) -> ProgressBar {
     bar
 }
 
+/// A bar over `length` units of work of about equal length, with the time left.
+pub(super) fn work(what: &'static str, length: u64) -> ProgressBar {
+    let bar = ProgressBar::new(length).with_prefix(what);
+    bar.set_style(style("{prefix} {bar:30.cyan/dim} {percent:>3}%  {elapsed}, about {eta} left  {wide_msg}"));
+    bar.enable_steady_tick(TICK);
+    bar
+}
+
 /// A sign of life without a length.
 pub(super) fn spinner(what: &'static str) -> ProgressBar {
     let bar = ProgressBar::new_spinner().with_style(style("{spinner:.cyan} {msg}")).with_message(what);

@@ -371,6 +371,24 @@ impl<'d> PagedAttention<'d> {
     }
 }
 
+impl PagedAttention<'_> {
+    /// Turns over one bit of a sealed page of a sequence's first KV head, for tests of what finds it.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    ///
+    /// # Panics
+    /// When there is no such page or word.
+    pub fn flip(&mut self, sequence: SequenceId, page: usize, word: u32, bit: u32) -> Result<(), EngineError> {
+        let (sealed, _) = self.pages(sequence, 0)?;
+        let turned = sealed[page][word as usize] ^ (1 << bit);
+        let id = self.sequences[&sequence].list(0, 0).0[page];
+        let arena = &self.buffers.arenas[usize::from(id.arena)];
+        let at = u64::from(id.cell) * CELL_BYTES + u64::from(word) * WORD_BYTES;
+        Ok(self.uploader.upload(self.device, &turned.to_le_bytes(), arena, at)?)
+    }
+}
+
 /// Rows of a call that are still to be computed.
 #[derive(Clone, Copy)]
 struct Piece<'a> {

@@ -102,16 +102,16 @@ impl<'e, 'd> Driver<'e, 'd> {
         Ok(logits)
     }
 
-    /// Seals every full page of a sequence that was admitted to be sealed on request, `pages` at a time; its later pages are
-    /// sealed as they fill.
+    /// Seals every full page of a sequence that was admitted to be sealed on request, a page per list at a time, which is what
+    /// the work lists of any step have room for; its later pages are sealed as they fill.
     ///
     /// # Errors
     /// [`EngineError`].
-    pub fn seal(&mut self, probe: Probe, pages: u32) -> Result<(), EngineError> {
+    pub fn seal(&mut self, probe: Probe) -> Result<(), EngineError> {
         loop {
             let Caches { pool, tables, .. } = &mut *self.caches;
             let table = tables.get_mut(&probe.0).expect("an admitted sequence has a table");
-            table.seal(pool, pages.max(1))?;
+            table.seal(pool, 1)?;
             if table.sealing_pages().is_empty() {
                 return Ok(table.seal_when_full(pool)?);
             }

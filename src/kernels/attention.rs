@@ -133,6 +133,8 @@ impl Format {
         constants.extend(more.iter().map(|(name, value)| ((*name).into(), Constant::U32(*value))));
         self.side_constants(Side::Key, "KEY_", &mut constants);
         self.side_constants(Side::Value, "VALUE_", &mut constants);
+        constants.push(("OUT_DIM".into(), Constant::U32(self.shape.heads.head_dim)));
+        constants.push(("VALUES_ARE_KEYS".into(), Constant::Bool(false)));
         let mut parts: Vec<Part> =
             [&modules::F16, &modules::F16_VALUES, &modules::PLANES, &modules::CODEC_AFFINE].map(Part::from).into();
         for side in [Side::Key, Side::Value] {

@@ -17,6 +17,7 @@ pub mod attention;
 pub mod decode;
 pub mod elementwise;
 pub mod executor;
+pub mod latent_decode;
 pub mod link;
 pub mod matmul;
 pub mod parameters;

@@ -2,10 +2,11 @@
 
 use super::attention::{CacheShape, Format};
 use super::decode::DecodeSpec;
+use super::latent_decode::LatentDecodeSpec;
 use super::matmul::{self, Output};
 use super::prefill::PrefillSpec;
 use super::{KernelSpec, append, elementwise, merge_states, sample, seal};
-use crate::compression::hidden::{self, HiddenCodec, Side};
+use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;
 use crate::geometry::{HeadGeometry, PageGeometry};
 
@@ -47,6 +48,11 @@ pub fn all_specs() -> Vec<KernelSpec> {
     for output in [Output::Replace, Output::Accumulate] {
         specs.push(matmul::matmul(output));
         specs.extend([1, 4].map(|rows| matmul::matvec(output, rows)));
+    }
+    for tier in [Tier::Portable, Tier::Subgroup] {
+        let codec = Codec::default();
+        let latent = LatentDecodeSpec { num_qo_heads: 128, width_qk: 576, width_vo: 512, page_size: 64, codec, tier };
+        specs.extend([latent.kernel(), merge_states::kernel(&latent.merge_shape())]);
     }
     for shape in cache_shapes(&PAGE_SIZES) {
         specs.extend([merge_states::kernel(&shape), append::kernel(&shape)]);

@@ -10,19 +10,27 @@
 //! | `run` | [`RunReport`], collected from the steps by a [`Meter`] |
 //! | `generate` | [`GenerateReport`] |
 //! | `tokenize` | [`TokenizeReport`] |
+//! | `codecs` | [`CodecsReport`] |
 //! | `eval perplexity` | [`PerplexityReport`] |
+//! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `verify` | [`VerifyReport`] |
 
 mod checks;
+mod codecs;
 mod device;
+mod kl;
 mod meter;
+mod plot;
 mod run;
 mod run_tables;
 mod table;
 mod text;
 
 pub use checks::{PerplexityReport, VerifyReport};
+pub use codecs::{CodecReport, CodecsReport};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
+pub use kl::{KlReport, KlRow};
 pub use meter::{ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, PrefillMetric};
+pub use plot::{Guide, Plot, Point};
 pub use run::{RunReport, RunSettings, SessionReport, finish_name};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};

@@ -89,7 +89,7 @@ fn sessions_table(sessions: &[SessionReport], names: &[String]) -> String {
 }
 
 /// A compression without the dimensions that keep everything.
-fn cache(compression: &str) -> String {
+pub(super) fn cache(compression: &str) -> String {
     let short = compression.trim_start_matches("layer=full,head=full,token=full,");
     short.trim_start_matches("hidden=").to_owned()
 }

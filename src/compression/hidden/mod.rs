@@ -230,8 +230,8 @@ impl Codec {
                     }
                     Side::Value => lowrank::project(row, &parameters.value_basis, rank),
                 })
-                // What follows sees f16, as it does without a projection.
-                .map(|z| half::f16::from_f32(z).to_f32())
+                // What follows sees f16, as it does without a projection. Devices disagree about the sign of a NaN.
+                .map(|z| if z.is_finite() { half::f16::from_f32(z).to_f32() } else { f32::NAN })
                 .collect(),
         };
         self.quantizer.definition().encode(shape, &transformed, codes);

@@ -30,12 +30,27 @@ pub struct Batch {
     pub sequences: Vec<(HiddenCodec, u32)>,
     /// Largest arena, to force several.
     pub max_arena: Option<Bytes>,
+    /// A defect put in on purpose, which the checks must find.
+    pub flip: Option<Flip>,
+}
+
+/// One bit of a sealed page of a sequence's first KV head, turned over on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flip {
+    /// Sequence, by its place in the batch.
+    pub sequence: usize,
+    /// Sealed page.
+    pub page: usize,
+    /// Word of the page.
+    pub word: u32,
+    /// Bit of the word.
+    pub bit: u32,
 }
 
 impl Batch {
     /// Sequences of the given contexts, all with one codec.
     pub fn uniform(shape: CacheShape, codec: HiddenCodec, lengths: &[u32]) -> Self {
-        Self { shape, sequences: lengths.iter().map(|n| (codec, *n)).collect(), max_arena: None }
+        Self { shape, sequences: lengths.iter().map(|n| (codec, *n)).collect(), max_arena: None, flip: None }
     }
 
     fn codecs(&self) -> Vec<HiddenCodec> {
@@ -67,7 +82,7 @@ pub(super) fn batches(extent: Extent) -> Vec<Batch> {
             all.push((codec, shape.page_size + 1 + 37 * u32::try_from(all.len()).expect("codecs are few")));
         }
         if small {
-            batches.push(Batch { shape, sequences: all, max_arena: None });
+            batches.push(Batch { shape, sequences: all, max_arena: None, flip: None });
         }
     }
     batches
@@ -261,6 +276,9 @@ pub fn check_batch(device: &Device, cache: &mut PipelineCache, batch: &Batch) ->
             setup.attention.step(&[NewRows { sequence: sequence.id, q: &[], k, v, decode: false }])?;
             left -= rows;
         }
+    }
+    if let Some(Flip { sequence, page, word, bit }) = batch.flip {
+        setup.attention.flip(setup.sequences[sequence].id, page, word, bit)?;
     }
     let decode = check_rows(&mut setup, &mut rng, batch, 1)?;
     let prefill = check_rows(&mut setup, &mut rng, batch, PREFILL_ROWS as usize)?;

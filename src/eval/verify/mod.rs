@@ -4,6 +4,8 @@
 //! check whose fraction exceeds 1 has failed.
 
 pub mod attention;
+mod codecs;
+mod latent;
 pub mod operators;
 
 use serde::Serialize;
@@ -39,9 +41,9 @@ impl Check {
 /// How much to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
-    /// Every head width and group size, contexts to 4097 tokens.
+    /// Every head width, group size and codec, contexts to 4097 tokens.
     Full,
-    /// Two shapes and short contexts: a few seconds.
+    /// Two shapes, every codec and short contexts.
     Quick,
 }
 
@@ -56,13 +58,15 @@ pub fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(&Check)) -> Res
         checks.push(check);
     };
     operators::run(device, &mut report)?;
+    latent::run(device, &mut report)?;
+    codecs::run(device, extent, &mut report)?;
     attention::run(device, extent, &mut report)?;
     Ok(checks)
 }
 
 /// How many checks [`run`] will make.
 pub fn count(extent: Extent) -> usize {
-    operators::COUNT + attention::count(extent)
+    operators::COUNT + latent::COUNT + codecs::count(extent) + attention::count(extent)
 }
 
 #[cfg(test)]

@@ -1,0 +1,239 @@
+//! What compression costs in quality: next-token distributions over a compressed cache against those over the full one.
+//!
+//! ```text
+//! KL(position)    = sum_token p(token) (ln p(token) - ln q(token))     p over the full cache, q over the compressed one
+//! nll             = mean over the tail of -ln q(next token of the text)
+//! top-1 agreement = part of the tail's positions at which both have the same most probable token
+//! ```
+//!
+//! A window of text is a prefix and a tail. Each cache is filled with the prefix, then the tail is fed token by token, the same
+//! tokens whatever the model would have said; all caches advance together, one row each in a step, so that the sessions
+//! of one batch have different codecs. This is policy error: the kernels' own error is `verify`'s business.
+
+use serde::Serialize;
+
+use super::prompt::{Driver, Probe};
+use crate::compression::Compression;
+use crate::engine::{Engine, EngineError};
+use crate::geometry::Bytes;
+use crate::pool::page_table::Sealing;
+use crate::reference::compare::{agree_top1, kl_divergence, log_sum_exp, widen};
+use crate::schedule::Caches;
+
+/// When the prefix is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PrefixSealing {
+    /// The prefix is read over a full cache, then all of its pages are sealed: what the cache alone costs.
+    AfterPrefix,
+    /// Every page is sealed in the step that fills it, and the rest of the prefix reads it sealed: what a session does.
+    WhenFull,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct KlSettings {
+    /// Tokens of the prefix.
+    pub prefix_tokens: usize,
+    /// Tokens of the tail.
+    pub tail_tokens: usize,
+    /// When the prefix is compressed.
+    pub sealing: PrefixSealing,
+}
+
+impl KlSettings {
+    /// Tokens of a window: the last one is only a target.
+    pub const fn window(&self) -> usize {
+        self.prefix_tokens + self.tail_tokens + 1
+    }
+
+    /// Windows of a text, one after another from its start, at most `max_windows`.
+    ///
+    /// # Errors
+    /// A sentence with the numbers when there is none.
+    pub fn windows<'t>(&self, tokens: &'t [u32], max_windows: usize) -> Result<Vec<&'t [u32]>, String> {
+        let (prefix, tail) = (self.prefix_tokens, self.tail_tokens);
+        if prefix == 0 || tail == 0 || max_windows == 0 {
+            return Err(format!("{max_windows} windows with a prefix of {prefix} and a tail of {tail} tokens are nothing"));
+        }
+        let windows: Vec<_> = tokens.chunks_exact(self.window()).take(max_windows).collect();
+        if windows.is_empty() {
+            let (n, window) = (tokens.len(), self.window());
+            return Err(format!(
+                "the text has {n} tokens; a prefix of {prefix}, a tail of {tail} and one token to predict take {window}"
+            ));
+        }
+        Ok(windows)
+    }
+}
+
+/// The divergence of one compression from the full cache.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct KlResult {
+    /// What was done to the cache, in the form that `--compress` reads.
+    pub compression: String,
+    /// KL of every position of the tail, window after window, in nats.
+    pub kl: Vec<f64>,
+    /// Their mean.
+    pub mean_kl: f64,
+    /// Their median.
+    pub median_kl: f64,
+    /// The largest.
+    pub max_kl: f64,
+    /// Mean negative log-likelihood of the text, in nats.
+    pub nll: f64,
+    /// Part of the positions at which the most probable token is that of the full cache.
+    pub top1_agreement: f64,
+    /// Bytes of pages held at the end of a window, from the pool's counters.
+    pub held_bytes: Bytes,
+}
+
+/// Sums of one cache over positions.
+#[derive(Clone, Debug, Default)]
+struct Sums {
+    kl: Vec<f64>,
+    nll: f64,
+    agreed: usize,
+    held: Bytes,
+}
+
+impl Sums {
+    fn add(&mut self, full: &[f64], logits: &[f64], target: u32) {
+        self.kl.push(kl_divergence(full, logits));
+        self.nll += log_sum_exp(logits) - logits[target as usize];
+        self.agreed += usize::from(agree_top1(full, logits));
+    }
+
+    fn result(self, compression: &Compression) -> KlResult {
+        let n = self.kl.len() as f64;
+        let mut sorted = self.kl.clone();
+        sorted.sort_by(f64::total_cmp);
+        KlResult {
+            compression: compression.to_string(),
+            mean_kl: self.kl.iter().sum::<f64>() / n,
+            median_kl: median(&sorted),
+            max_kl: sorted.last().copied().unwrap_or(f64::NAN),
+            nll: self.nll / n,
+            top1_agreement: self.agreed as f64 / n,
+            held_bytes: self.held,
+            kl: self.kl,
+        }
+    }
+}
+
+/// The middle of sorted values.
+fn median(sorted: &[f64]) -> f64 {
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+    }
+}
+
+/// How far a measurement is: prefixes read and tail steps taken, of so many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Prompt tokens computed, and tail steps.
+    pub done: usize,
+    /// Of so many.
+    pub total: usize,
+}
+
+/// Measures `compressions` against the full cache over `windows`. The first result is that of the full cache itself.
+/// `chunk` are rows of a prompt step.
+///
+/// # Errors
+/// [`EngineError`], among them a pool too small for all caches at once.
+pub fn on_engine(
+    engine: &mut Engine<'_>,
+    caches: &mut Caches,
+    compressions: &[Compression],
+    windows: &[&[u32]],
+    settings: &KlSettings,
+    chunk: usize,
+    each: &mut dyn FnMut(Progress),
+) -> Result<Vec<KlResult>, EngineError> {
+    let all: Vec<Compression> = std::iter::once(Compression::default()).chain(compressions.iter().copied()).collect();
+    let mut sums = vec![Sums::default(); all.len()];
+    let per_window = all.len() * settings.prefix_tokens + settings.tail_tokens;
+    let mut progress = Progress { done: 0, total: per_window * windows.len() };
+    for window in windows {
+        let mut driver = Driver::new(engine, caches);
+        let mut step = |n: usize| {
+            progress.done += n;
+            each(progress);
+        };
+        let result = measure(&mut driver, &all, window, settings, chunk, &mut sums, &mut step);
+        driver.end()?;
+        result?;
+    }
+    Ok(sums.into_iter().zip(&all).map(|(sums, compression)| sums.result(compression)).collect())
+}
+
+fn measure(
+    driver: &mut Driver<'_, '_>,
+    all: &[Compression],
+    window: &[u32],
+    settings: &KlSettings,
+    chunk: usize,
+    sums: &mut [Sums],
+    step: &mut dyn FnMut(usize),
+) -> Result<(), EngineError> {
+    let (prefix, rest) = window.split_at(settings.prefix_tokens);
+    let sealing = match settings.sealing {
+        PrefixSealing::AfterPrefix => Sealing::OnRequest,
+        PrefixSealing::WhenFull => Sealing::WhenFull,
+    };
+    let mut probes = Vec::with_capacity(all.len());
+    for compression in all {
+        let probe = driver.admit(compression, sealing, window.len() - 1)?;
+        for rows in prefix.chunks(chunk.max(1)) {
+            driver.prefill(probe, rows, 0..0, chunk, &mut |_, _| ())?;
+            step(rows.len());
+        }
+        if sealing == Sealing::OnRequest {
+            driver.seal(probe)?;
+        }
+        probes.push(probe);
+    }
+    for pair in rest.windows(2) {
+        let rows: Vec<(Probe, u32)> = probes.iter().map(|probe| (*probe, pair[0])).collect();
+        let logits: Vec<Vec<f64>> = driver.decode(&rows)?.iter().map(|row| widen(row)).collect();
+        sums.iter_mut().zip(&logits).for_each(|(sums, row)| sums.add(&logits[0], row, pair[1]));
+        step(1);
+    }
+    sums.iter_mut().zip(&probes).for_each(|(sums, probe)| sums.held = driver.held_bytes(*probe));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_hold_a_prefix_a_tail_and_a_target() {
+        let settings = KlSettings { prefix_tokens: 5, tail_tokens: 2, sealing: PrefixSealing::AfterPrefix };
+        let tokens: Vec<u32> = (0..20).collect();
+        assert_eq!(settings.windows(&tokens, 9).expect("two windows"), [&tokens[..8], &tokens[8..16]], "whole windows");
+        assert!(settings.windows(&tokens[..7], 9).expect_err("too short").contains("7 tokens"), "the numbers");
+        assert!(settings.windows(&tokens, 0).is_err(), "no window");
+    }
+
+    #[test]
+    fn results_are_means_medians_and_counts() {
+        let mut sums = Sums::default();
+        let full = [0.0, 3.0_f64.ln()];
+        sums.add(&full, &full, 1);
+        sums.add(&full, &[3.0_f64.ln(), 0.0], 0);
+        sums.add(&full, &full, 0);
+        let result = sums.result(&Compression::default());
+        // KL of (1/4, 3/4) against (3/4, 1/4).
+        let kl = 0.5 * 3.0_f64.ln();
+        assert!((result.max_kl - kl).abs() < 1e-12 && result.median_kl == 0.0, "by hand");
+        assert!((result.mean_kl - kl / 3.0).abs() < 1e-12, "mean");
+        assert!((result.top1_agreement - 2.0 / 3.0).abs() < 1e-12, "two of three agree");
+        let nll = ((4.0_f64 / 3.0).ln() + (4.0_f64 / 3.0).ln() + 4.0_f64.ln()) / 3.0;
+        assert!((result.nll - nll).abs() < 1e-12, "likelihood");
+        assert_eq!(median(&[1.0, 2.0]), 1.5, "between two");
+    }
+}

@@ -1,0 +1,297 @@
+//! A plot of labelled points on two logarithmic axes, as SVG.
+//!
+//! Lower is better in both directions, and points that no other one beats in both are joined by a line. What a
+//! logarithmic axis has no place for, zero or far below everything else, is drawn hollow on the lower edge.
+
+use std::fmt::Write as _;
+
+/// Width and height of the picture.
+const SIZE: (f64, f64) = (960.0, 640.0);
+/// Left, top, right and bottom edge of the area that axes span.
+const AREA: (f64, f64, f64, f64) = (84.0, 52.0, 936.0, 578.0);
+/// Decades of the vertical axis at most.
+const DECADES_MAX: i32 = 7;
+/// Width and height of a character of a label, about.
+const LETTER: (f64, f64) = (6.4, 11.0);
+/// Radius of a point.
+const RADIUS: f64 = 4.0;
+
+/// A labelled point.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Point {
+    /// Horizontal, above 0.
+    pub x: f64,
+    /// Vertical.
+    pub y: f64,
+    /// What stands beside it.
+    pub label: String,
+}
+
+/// A labelled vertical line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Guide {
+    /// Horizontal, above 0.
+    pub x: f64,
+    /// What stands beside it.
+    pub label: String,
+}
+
+/// What is drawn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plot {
+    /// Above the axes.
+    pub title: String,
+    /// Below the horizontal axis.
+    pub x_title: String,
+    /// Beside the vertical axis.
+    pub y_title: String,
+    /// Where a reference lies.
+    pub guide: Option<Guide>,
+    /// The points.
+    pub points: Vec<Point>,
+}
+
+/// A logarithmic axis.
+#[derive(Clone, Copy, Debug)]
+struct Axis {
+    /// Decimal logarithms of both ends.
+    logs: (f64, f64),
+    /// Where they are drawn.
+    at: (f64, f64),
+}
+
+impl Axis {
+    fn place(&self, value: f64) -> f64 {
+        let part = (value.log10() - self.logs.0) / (self.logs.1 - self.logs.0);
+        // Negative values and NaN have no logarithm.
+        let part = if part.is_nan() { 0.0 } else { part.clamp(0.0, 1.0) };
+        self.at.0 + part * (self.at.1 - self.at.0)
+    }
+
+    /// The given multiples of powers of ten that lie on it.
+    fn ticks(&self, multiples: &[f64]) -> Vec<f64> {
+        #[expect(clippy::cast_possible_truncation, reason = "logarithms of f64 are small")]
+        let decades = self.logs.0.floor() as i32..=self.logs.1.ceil() as i32;
+        let all = decades.flat_map(|decade| multiples.iter().map(move |m| m * 10_f64.powi(decade)));
+        all.filter(|tick| (self.logs.0 - 1e-9..=self.logs.1 + 1e-9).contains(&tick.log10())).collect()
+    }
+}
+
+/// A rectangle: left, top, right, bottom.
+type Area = (f64, f64, f64, f64);
+
+fn overlap(a: &Area, b: &Area) -> bool {
+    a.0 < b.2 && b.0 < a.2 && a.1 < b.3 && b.1 < a.3
+}
+
+impl Plot {
+    /// The picture.
+    pub fn svg(&self) -> String {
+        let (width, height) = SIZE;
+        let mut svg = format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} \
+             {height}\" font-family=\"sans-serif\" font-size=\"12\" fill=\"#222\">\n<rect width=\"{width}\" \
+             height=\"{height}\" fill=\"white\"/>\n"
+        );
+        let (x, y) = (self.x_axis(), self.y_axis());
+        self.draw_axes(&mut svg, &x, &y);
+        let mut taken: Vec<Area> = Vec::new();
+        if let Some(guide) = &self.guide {
+            let at = x.place(guide.x);
+            line(&mut svg, (at, AREA.1), (at, AREA.3), "stroke=\"#888\" stroke-dasharray=\"5 4\"");
+            let half = text_width(&guide.label) / 2.0;
+            taken.push((at - half, AREA.1 + 1.0, at + half, AREA.1 + 15.0));
+            text(
+                &mut svg,
+                (at, AREA.1 + 12.0),
+                "middle",
+                "paint-order=\"stroke\" stroke=\"white\" stroke-width=\"4\"",
+                &guide.label,
+            );
+        }
+        let places: Vec<(f64, f64)> = self.points.iter().map(|p| (x.place(p.x), y.place(p.y))).collect();
+        self.draw_front(&mut svg, &places);
+        let around = |(px, py): (f64, f64)| (px - RADIUS, py - RADIUS, px + RADIUS, py + RADIUS);
+        taken.extend(places.iter().map(|place| around(*place)));
+        for (point, place) in self.points.iter().zip(&places) {
+            let fill = if point.y.log10() >= y.logs.0 { "#1f5fa8" } else { "white" };
+            let (px, py) = place;
+            let _ = writeln!(
+                svg,
+                "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"{RADIUS}\" fill=\"{fill}\" stroke=\"#1f5fa8\"/>"
+            );
+            label(&mut svg, *place, &point.label, &mut taken);
+        }
+        svg.push_str("</svg>\n");
+        svg
+    }
+
+    /// All points and the guide, with some room on both sides.
+    fn x_axis(&self) -> Axis {
+        let all = self.points.iter().map(|p| p.x).chain(self.guide.iter().map(|g| g.x));
+        let logs = all.filter(|x| *x > 0.0).map(f64::log10);
+        let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
+        let logs = if low <= high { (low - 0.08, high + 0.12) } else { (0.0, 1.0) };
+        Axis { logs, at: (AREA.0, AREA.2) }
+    }
+
+    /// Whole decades around the points, at most [`DECADES_MAX`] from above.
+    fn y_axis(&self) -> Axis {
+        let logs = self.points.iter().map(|p| p.y).filter(|y| *y > 0.0 && y.is_finite()).map(f64::log10);
+        let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), y| (l.min(y), h.max(y)));
+        let high = if high.is_finite() { (high + 0.02).ceil() } else { 1.0 };
+        let low = if low.is_finite() { low.floor().max(high - f64::from(DECADES_MAX)) } else { 0.0 };
+        // Upside down: large values are at the top.
+        Axis { logs: (low.min(high - 1.0), high), at: (AREA.3, AREA.1) }
+    }
+
+    fn draw_axes(&self, svg: &mut String, x: &Axis, y: &Axis) {
+        let (left, top, right, bottom) = AREA;
+        for tick in x.ticks(&[1.0, 2.0, 5.0]) {
+            let at = x.place(tick);
+            line(svg, (at, top), (at, bottom), "stroke=\"#e4e4e4\"");
+            text(svg, (at, bottom + 18.0), "middle", "", &thousands(tick));
+        }
+        for tick in y.ticks(&[1.0]) {
+            let at = y.place(tick);
+            line(svg, (left, at), (right, at), "stroke=\"#e4e4e4\"");
+            text(svg, (left - 8.0, at + 4.0), "end", "", &format!("{tick:.0e}"));
+        }
+        let frame = [((left, top), (left, bottom)), ((left, bottom), (right, bottom))];
+        frame.into_iter().for_each(|(from, to)| line(svg, from, to, "stroke=\"#222\""));
+        let middle = (f64::midpoint(left, right), f64::midpoint(top, bottom));
+        text(svg, (middle.0, 30.0), "middle", "font-size=\"15\"", &self.title);
+        text(svg, (middle.0, bottom + 44.0), "middle", "font-size=\"13\"", &self.x_title);
+        let turned = format!("font-size=\"13\" transform=\"rotate(-90 22 {})\"", middle.1);
+        text(svg, (22.0, middle.1), "middle", &turned, &self.y_title);
+    }
+
+    /// Joins the points that no other one beats.
+    fn draw_front(&self, svg: &mut String, places: &[(f64, f64)]) {
+        let mut order: Vec<usize> = (0..self.points.len()).filter(|i| !self.points[*i].y.is_nan()).collect();
+        let key = |i: &usize| (self.points[*i].x, self.points[*i].y);
+        order.sort_by(|a, b| key(a).0.total_cmp(&key(b).0).then(key(a).1.total_cmp(&key(b).1)));
+        let mut best = f64::INFINITY;
+        order.retain(|i| {
+            let better = self.points[*i].y < best;
+            best = best.min(self.points[*i].y);
+            better
+        });
+        let points: Vec<_> = order.iter().map(|i| format!("{:.1},{:.1}", places[*i].0, places[*i].1)).collect();
+        let _ = writeln!(
+            svg,
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"#9dbfe6\" stroke-width=\"2\"/>",
+            points.join(" ")
+        );
+    }
+}
+
+/// Puts a label where it hides nothing, as near to its point as there is room.
+fn label(svg: &mut String, (x, y): (f64, f64), words: &str, taken: &mut Vec<Area>) {
+    let (w, h) = (text_width(words), LETTER.1);
+    let box_at = |dx: f64, dy: f64| {
+        let left = if dx > 0.0 { x + dx } else { x + dx - w };
+        let left = if dx == 0.0 { x - w / 2.0 } else { left };
+        (left, y + dy - h / 2.0, left + w, y + dy + h / 2.0)
+    };
+    let inside = |a: &Area| a.0 > AREA.0 && a.1 > AREA.1 && a.2 < SIZE.0 && a.3 < AREA.3;
+    let near = [(8.0, 0.0), (-8.0, 0.0), (0.0, -12.0), (0.0, 12.0), (7.0, -9.0), (7.0, 9.0), (-7.0, -9.0), (-7.0, 9.0)];
+    let far = (2..9).flat_map(|ring| {
+        let r = f64::from(ring) * 12.0;
+        [(r, -r), (r, r), (-r, -r), (-r, r), (0.0, -r), (0.0, r), (r, 0.0), (-r, 0.0)]
+    });
+    let free = |(dx, dy): &(f64, f64)| {
+        let area = box_at(*dx, *dy);
+        inside(&area) && !taken.iter().any(|other| overlap(&area, other))
+    };
+    let (dx, dy) = near.into_iter().chain(far).find(free).unwrap_or(near[0]);
+    let area = box_at(dx, dy);
+    if dx.abs().max(dy.abs()) > 12.0 {
+        let end = (x.clamp(area.0, area.2), y.clamp(area.1, area.3));
+        line(svg, (x, y), end, "stroke=\"#888\" stroke-width=\"0.7\"");
+    }
+    text(svg, (area.0, area.3 - 1.5), "start", "", words);
+    taken.push(area);
+}
+
+fn text_width(words: &str) -> f64 {
+    words.chars().count() as f64 * LETTER.0
+}
+
+fn line(svg: &mut String, from: (f64, f64), to: (f64, f64), style: &str) {
+    let ((x1, y1), (x2, y2)) = (from, to);
+    let _ = writeln!(svg, "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" {style}/>");
+}
+
+fn text(svg: &mut String, (x, y): (f64, f64), anchor: &str, style: &str, words: &str) {
+    let words: String = words.chars().map(escaped).collect();
+    let _ = writeln!(svg, "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" {style}>{words}</text>");
+}
+
+/// A character as XML text; control characters have no form there.
+fn escaped(c: char) -> String {
+    match c {
+        '&' => "&amp;".to_owned(),
+        '<' => "&lt;".to_owned(),
+        '>' => "&gt;".to_owned(),
+        c if c.is_control() => "\u{FFFD}".to_owned(),
+        c => c.to_string(),
+    }
+}
+
+/// A tick of a count: thousands as k.
+fn thousands(tick: f64) -> String {
+    match tick {
+        t if t >= 1e6 => format!("{}M", t / 1e6),
+        t if t >= 1e3 => format!("{}k", t / 1e3),
+        t => format!("{t}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plot(points: &[(f64, f64, &str)]) -> Plot {
+        let point = |&(x, y, label): &(f64, f64, &str)| Point { x, y, label: label.to_owned() };
+        Plot {
+            title: "a < b & c".to_owned(),
+            x_title: "bytes".to_owned(),
+            y_title: "nats".to_owned(),
+            guide: Some(Guide { x: 20_000.0, label: "full".to_owned() }),
+            points: points.iter().map(point).collect(),
+        }
+    }
+
+    #[test]
+    fn a_picture_holds_every_point_and_its_label_within_its_edges() {
+        let svg = plot(&[(3000.0, 0.2, "kivi2"), (6000.0, 1e-3, "kivi4"), (7000.0, 0.5, "worse")]).svg();
+        assert_eq!(svg.matches("<circle").count(), 3, "points");
+        for words in ["kivi2", "kivi4", "worse", "full", "bytes", "nats", "a &lt; b &amp; c", ">5k<", ">1e-2<"] {
+            assert!(svg.contains(words), "'{words}' in {svg}");
+        }
+        let front = svg.split("<polyline points=\"").nth(1).and_then(|s| s.split('"').next()).expect("a front");
+        assert_eq!(front.split(' ').count(), 2, "a point that is beaten in both directions is not on the front");
+        let shown = svg.split("cx=\"").skip(1).map(|s| s.split('"').next().expect("quoted").parse::<f64>());
+        assert!(shown.into_iter().all(|x| (AREA.0..AREA.2).contains(&x.expect("a number"))), "{svg}");
+    }
+
+    #[test]
+    fn what_has_no_place_on_a_logarithmic_axis_is_hollow() {
+        let svg =
+            plot(&[(3000.0, 0.2, "a"), (6000.0, 0.0, "zero"), (7000.0, 1e-30, "tiny"), (8000.0, f64::NAN, "nan")])
+                .svg();
+        assert_eq!(svg.matches("fill=\"white\" stroke=\"#1f5fa8\"").count(), 3, "{svg}");
+        assert!(!svg.contains("\"NaN") && !svg.contains("inf"), "{svg}");
+        assert!(plot(&[]).svg().contains("nats"), "no points, no panic");
+    }
+
+    #[test]
+    fn labels_do_not_cover_one_another() {
+        let (mut svg, mut taken) = (String::new(), Vec::new());
+        (0..12).for_each(|_| label(&mut svg, (400.0, 300.0), "k:kivi2,v:rot4", &mut taken));
+        for (i, a) in taken.iter().enumerate() {
+            assert!(taken[i + 1..].iter().all(|b| !overlap(a, b)), "label {i} lies over another");
+        }
+    }
+}
