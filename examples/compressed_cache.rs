@@ -1,9 +1,9 @@
 //! Compressed caches through the library, without a model: what codecs save, and what they cost.
 //!
-//! Four sequences hold the same keys and values in one pool, one as they are and three sealed in codecs; one decode step
-//! attends to all of them in one batch. The answer over a sealed cache differs from that over the full one by the policy
-//! error of its codec. From dense attention in f64 over what its pages decode to it differs by the kernel error, which
-//! has to be tiny.
+//! Four sequences hold the same keys and values in one pool, one as they are and three sealed in codecs; one decode
+//! step attends to all of them in one batch. The answer over a sealed cache differs from that over the full one by the
+//! policy error of its codec. From dense attention in f64 over what its pages decode to it differs by the kernel error,
+//! which has to be tiny.
 //!
 //! ```text
 //! cargo run --example compressed_cache
@@ -63,7 +63,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let (q_width, kv_width) = (HEADS.q_width() as usize, HEADS.kv_width() as usize);
     let (mut k, v) = (numbers(1, N_TOKENS * kv_width), numbers(2, N_TOKENS * kv_width));
-    // A few channels of keys are much larger than the others in every model: what kivi scales by itself and rot spreads.
+    // A few channels of keys are much larger than the others, as in models: kivi scales them apart, rot spreads them.
     k.iter_mut().enumerate().filter(|(i, _)| [3, 40].contains(&(i % 64))).for_each(|(_, k)| *k *= 8.0);
     let q = numbers(3, q_width);
 

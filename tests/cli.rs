@@ -127,7 +127,10 @@ fn wrong_usage_is_refused_with_exit_code_2() {
         (run(&["--ask", "q", "--ask", "q"]), ["3 questions", "1 document"]),
         (run(&["--kv-budget", "48parsecs"]), ["48parsecs", "48MiB"]),
         (run(&["--kv-budget", "2000GiB"]), ["2000GiB", "1024.00 GiB"]),
-        (run(&["--compress", "hidden=kivi4"]), ["hidden=kivi4", "f16"]),
+        (run(&["--compress", "hidden=kivi3"]), ["hidden=kivi3 is not available", "kivi4[:G]"]),
+        (run(&["--compress", "int8", "kivi4"]), ["2 compressions", "1 document"]),
+        (run(&["--compress", "think:1.5"]), ["think:1.5", "at most 1"]),
+        (run(&["--compress", "token=snapkv"]), ["token=snapkv", "full"]),
         (run(&["--page-size", "24"]), ["24", "16, 32, 64, 128"]),
         (run(&["--max-new", "0"]), ["'0'", "1 to"]),
         (run(&["--chunk", "100000"]), ["100000", "16384"]),
@@ -144,7 +147,7 @@ fn wrong_usage_is_refused_with_exit_code_2() {
 
 #[test]
 fn help_explains_every_command() {
-    for command in ["", "devices", "run", "generate", "tokenize", "eval perplexity", "verify"] {
+    for command in ["", "devices", "run", "generate", "tokenize", "codecs", "eval perplexity", "eval kl", "verify"] {
         let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
         let output = concertina(&args);
         assert_eq!(output.status.code(), Some(0), "{command} --help");
@@ -251,6 +254,72 @@ fn texts_too_short_to_evaluate_are_refused() {
 }
 
 #[test]
+fn codecs_that_pages_can_not_have_are_refused_with_the_page_size_that_they_need() {
+    let files = Files::new();
+    let (model, document) = (model(), files.file("d.txt", "A text."));
+    let run = |more: &[&str]| join(&["run", "--model", &model, "--document", &document, "--ask", "Why?"], more);
+    refused(&run(&["--compress", "kivi4:128"]), 2, &["kivi4:128", "64 tokens", "--page-size 128"]);
+    refused(&run(&["--compress", "lowrank:128"]), 2, &["lowrank:128", "64 channels"]);
+    let two = ["--document", &document, "--compress", "full", "kivi2", "int8"];
+    refused(&run(&two), 2, &["3 compressions", "2 documents"]);
+}
+
+#[test]
+fn codecs_are_listed_with_what_they_cost() {
+    let find = |report: &Value, codec: &str| -> Value {
+        let all = report["codecs"].as_array().expect("a list");
+        all.iter().find(|c| c["codec"] == codec).unwrap_or_else(|| panic!("{codec} should be listed")).clone()
+    };
+    let plain = report(&["codecs"]);
+    assert_eq!((&plain["model"], &plain["head_dim"]), (&Value::Null, &128.into()), "no model, so 128 channels");
+    let kivi2 = find(&plain, "kivi2");
+    assert_eq!((&kivi2["effective_bits"], &kivi2["page_tokens"]), (&3.0.into(), &64.into()), "2 bits and metadata");
+    assert_eq!(kivi2["per_token_bytes"], Value::Null, "no model, no bytes");
+    let wide = find(&plain, "kivi4:128");
+    assert_eq!((&wide["effective_bits"], &wide["page_tokens"]), (&4.25.into(), &128.into()), "pages that hold a group");
+    assert!(wide["refusal"].as_str().is_some_and(|why| why.contains("--page-size 128")), "{wide}");
+
+    let model = model();
+    let of_model = report(&["codecs", "--model", &model, "--page-size", "128"]);
+    assert_eq!(of_model["head_dim"], 64, "the model's");
+    assert_eq!(find(&of_model, "f16")["per_token_bytes"], of_model["model"]["kv_per_token_bytes"], "the full cache");
+    let kivi2 = find(&of_model, "kivi2");
+    assert_eq!((&kivi2["per_token_bytes"], &kivi2["times_smaller"]), (&4320.into(), &(16.0 / 3.0).into()), "3 of 16");
+    assert_eq!(find(&of_model, "kivi4:128")["refusal"], Value::Null, "pages of 128 tokens hold its groups");
+
+    let text = String::from_utf8(concertina(&["codecs", "--model", &model]).stdout).expect("UTF-8");
+    for part in ["kivi4[:G]", "kivi4:128", "k:kivi2,v:rot4", "arXiv:2402.02750", "4,320", "bytes per"] {
+        assert!(text.contains(part), "'{part}' in: {text}");
+    }
+    refused(&["codecs", "--page-size", "48"], 2, &["48", "16, 32, 64, 128"]);
+    refused(&["codecs", "--model", &files_missing()], 1, &["no such file"]);
+}
+
+/// A path at which there is nothing.
+fn files_missing() -> String {
+    Files::new().path("missing.gguf")
+}
+
+#[test]
+fn comparisons_that_can_not_be_made_are_refused() {
+    let files = Files::new();
+    let (model, text) = (model(), files.file("t.txt", "Too short a text."));
+    let kl = |more: &[&str]| join(&["eval", "kl", "--model", &model, "--text", &text], more);
+    let report = files.path("report.json");
+    refused(&kl(&["--json", &report]), 1, &["t.txt", "prefix of 1024", "tail of 256"]);
+    refused(&kl(&["--prefix", "8000"]), 2, &["--prefix 8000", "8257", "8192"]);
+    refused(&kl(&["--prefix", "0"]), 2, &["'0'", "1 to"]);
+    refused(&kl(&["--windows", "0"]), 2, &["'0'", "1 to"]);
+    refused(&kl(&["--seal", "never"]), 2, &["never", "after-prefix, when-full"]);
+    refused(&kl(&["--compress", "int8", "kivi2", "hidden=int8"]), 2, &["int8 twice"]);
+    refused(&kl(&["--compress", "full", "int8"]), 2, &["full", "compared with"]);
+    refused(&kl(&["--compress", "kivi5"]), 2, &["kivi5", "kivi4[:G]"]);
+    refused(&kl(&["--compress", "kivi2:64", "--page-size", "32"]), 2, &["kivi2:64", "32 tokens", "--page-size 64"]);
+    refused(&kl(&["--svg", &files.path("no/such/plot.svg")]), 1, &["can not write the plot", "No such file"]);
+    assert_eq!(files.names(), ["t.txt"], "nothing was written");
+}
+
+#[test]
 fn reports_are_written_whole_or_not_at_all() {
     let files = Files::new();
     let model = model();
@@ -326,6 +395,66 @@ fn generate_streams_text_gpu() {
     assert!(text.contains("Paris"), "{text}");
     assert_eq!((&report["new_tokens"], &report["ended_by"]), (&4.into(), &"length".into()), "four tokens");
     assert_eq!(report["pool"]["pages_in_use_bytes"], 0, "all bytes are back");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn compressions_are_compared_with_the_full_cache_gpu() {
+    let files = Files::new();
+    let (model, svg) = (model(), files.path("kl.svg"));
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/essay.txt");
+    let kl = ["eval", "kl", "--model", &model, "--text", text, "--prefix", "96", "--tail", "8", "--page-size", "32"];
+    let found = report(&[&kl[..], &["--compress", "int8", "kivi2", "--svg", &svg]].concat());
+    let number = |v: &Value| v.as_f64().unwrap_or_else(|| panic!("{v} should be a number"));
+    let [full, int8, kivi2] = [0, 1, 2].map(|i| &found["results"][i]);
+    assert_eq!(found["results"].as_array().map(Vec::len), Some(3), "the full cache and two more");
+    for (row, codec, bits) in [(full, "f16", 16.0), (int8, "int8", 8.5), (kivi2, "kivi2", 3.0)] {
+        let name = row["compression"].as_str().expect("a name");
+        assert!(name.ends_with(&format!("hidden={codec}")), "{name} should be {codec}");
+        assert_eq!(number(&row["effective_bits"]), bits, "{codec}: bits per element");
+        assert_eq!(row["kl"].as_array().map(Vec::len), Some(8), "{codec}: a KL per position of the tail");
+    }
+    assert_eq!((number(&full["mean_kl"]), number(&full["nll_difference"])), (0.0, 0.0), "from itself");
+    let [fine, coarse] = [int8, kivi2].map(|row| number(&row["mean_kl"]));
+    assert!(fine > 0.0 && fine < 0.01 && fine < coarse / 10.0, "int8 {fine} should be far better than kivi2 {coarse}");
+    assert!(coarse < 1.0, "and kivi2 should not be noise: {coarse}");
+    // Three sealed pages and an open one in each of 90 lists.
+    let page = |bits: f64| 2.0 * 32.0 * 64.0 * bits / 8.0;
+    assert_eq!(number(&int8["held_bytes"]), 90.0 * (3.0 * page(8.5) + page(16.0)), "bytes that it held");
+    let picture = fs::read_to_string(&svg).expect("a plot");
+    assert!(picture.starts_with("<svg") && picture.contains(">kivi2<"), "{picture}");
+
+    let when_full = report(&[&kl[..], &["--compress", "kivi2", "--seal", "when-full", "--chunk", "40"]].concat());
+    assert_eq!(when_full["settings"]["sealing"], "when-full", "as asked for");
+    let sealed = number(&when_full["results"][1]["mean_kl"]);
+    assert!(sealed > fine && sealed != coarse, "the prefix reads sealed pages: {sealed}");
+    let message = refused(&[&kl[..], &["--kv-budget", "1MiB"]].concat(), 1, &["1.00 MiB is too small", "caches"]);
+    assert!(message.contains("without --kv-budget"), "{message}");
+    let fits_little = advised(&message);
+    let args = [&kl[..], &["--kv-budget", &fits_little]].concat();
+    refused(&args, 1, &["do not fit", "without --kv-budget"]);
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn each_document_has_its_own_compression_gpu() {
+    let files = Files::new();
+    let ([a, b], model) = (two_documents(&files), model());
+    let run = ["run", "--model", &model, "--document", &a, &b, "--ask", "Where is the town?", "--max-new", "3"];
+    let run = [&run[..], &["--page-size", "32"]].concat();
+    let found = report(&[&run[..], &["--compress", "full", "kivi2"]].concat());
+    let [full, kivi2] = [&found["sessions"][0], &found["sessions"][1]];
+    assert_eq!(full["compression"], "layer=full,head=full,token=full,hidden=f16", "the first stays as it is");
+    assert_eq!(kivi2["compression"], "layer=full,head=full,token=full,hidden=kivi2", "the second is compressed");
+    let [more, less] = [full, kivi2].map(|s| s["kv_bytes"].as_u64().expect("bytes"));
+    assert!(less < more / 2, "sealed pages are small: {less} of {more}");
+    assert_eq!(found["pool"]["pages_in_use_bytes"], 0, "all bytes are back");
+    let both = report(&[&run[..], &["--compress", "int8"]].concat());
+    for session in both["sessions"].as_array().expect("a list") {
+        assert!(session["compression"].as_str().is_some_and(|c| c.ends_with("hidden=int8")), "one for all: {session}");
+    }
+    let text = String::from_utf8(concertina(&[&run[..], &["--compress", "rot3"]].concat()).stdout).expect("UTF-8");
+    assert!(text.contains("rot3"), "the table says how caches were kept: {text}");
 }
 
 /// The size after "at least" in a message.

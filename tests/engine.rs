@@ -4,14 +4,15 @@ mod common;
 
 use concertina::compression::Compression;
 use concertina::device::Device;
-use concertina::engine::{Engine, EngineConfig};
+use concertina::engine::{Engine, EngineConfig, EngineError};
 use concertina::eval::prompt::{self, Driver};
 use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
+use concertina::pool::PoolError;
 use concertina::pool::page_table::{Sealing, TableShape};
 use concertina::reference::compare::{kl_divergence, widen};
 use concertina::reference::transformer::ReferenceModel;
-use concertina::schedule::{Finish, Phase, Request, ScheduleConfig, Scheduler};
+use concertina::schedule::{Finish, Phase, Request, ScheduleConfig, Scheduler, SubmitError};
 
 fn request(seed: u64, n: usize, max_new: u32, sampling: Sampling) -> Request {
     let (prompt, stop, compression) = (common::tokens(seed, n, 200), Vec::new(), Compression::default());
@@ -87,6 +88,40 @@ fn a_codec_that_does_not_fit_the_pages_is_refused_before_anything_is_made() {
     for (codec, reason) in [("kivi4:64", "32 tokens"), ("lowrank:32", "24 channels")] {
         let error = Engine::new(&device, &weights, &config_with(&[codec], 32)).expect_err("it does not fit");
         assert!(error.to_string().contains(reason), "{codec}: {error}");
+    }
+}
+
+/// From a budget of a single slab on: what a refusal advises has to be enough to admit the session.
+#[test]
+fn the_budget_that_a_refusal_advises_admits_the_session() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(1);
+    for served in [&["kivi4"][..], &["f32"], &["rot3", "f32"]] {
+        for codec in served.iter().chain(&["f16"]) {
+            let config = EngineConfig { max_rows: 8, max_logit_rows: 8, ..config_with(served, 0) };
+            let error = Engine::new(&device, &weights, &config).expect_err("no bytes at all");
+            let EngineError::Pool(PoolError::BudgetTooSmall { fixed, slab, .. }) = error else { panic!("{error}") };
+            let mut budget = fixed + slab;
+            let mut advised = 0;
+            loop {
+                let config = EngineConfig { budget, ..config.clone() };
+                let (mut engine, caches) = Engine::new(&device, &weights, &config).expect("as much as was advised");
+                let mut s = Scheduler::new(ScheduleConfig { max_rows: 8, ..schedule() }, caches);
+                let request = request(1, 900, 20, Sampling::GREEDY);
+                match s.submit(Request { compression: compression(codec), ..request }) {
+                    Ok(_) => {
+                        let report = s.step(&mut engine).expect("every call should validate");
+                        assert_eq!(report.admitted.len(), 1, "{codec} of {served:?} should not wait in {budget}");
+                        break;
+                    }
+                    Err(SubmitError::NeverFits { enough, .. }) => budget = enough,
+                    Err(other) => panic!("{other}"),
+                }
+                advised += 1;
+                assert!(advised <= 1, "{codec} of {served:?}: the first advice should be enough");
+            }
+            assert_eq!(advised, 1, "{codec} of {served:?}: one slab should be too little");
+        }
     }
 }
 

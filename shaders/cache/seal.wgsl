@@ -35,6 +35,9 @@ var<workgroup> kept_channels: array<u32, select(1u, SIDE_WIDTH, SIDE_PICKS)>;
 var<workgroup> channel_scores: array<f32, select(1u, HEAD_DIM, SIDE_PICKS)>;
 var<workgroup> channel_kept: array<u32, select(1u, HEAD_DIM, SIDE_PICKS)>;
 
+// Mean of each channel, where it is taken out.
+var<workgroup> means: array<f32, select(1u, HEAD_DIM, SIDE_CENTRES)>;
+
 // For the reading half of the codec, which sealing does not use.
 fn arena_cell(at: u32) -> vec4<u32> {
   return vec4<u32>(arena_word(at * 4u), arena_word(at * 4u + 1u), arena_word(at * 4u + 2u), arena_word(at * 4u + 3u));
@@ -55,6 +58,7 @@ fn open_value(page: u32, token: u32, channel: u32) -> f32 {
 // A number that the quantiser sees.
 fn strip_value(page: u32, strip: u32, token: u32, slot: u32) -> f32 {
   if (SIDE_PROJECTS) { return strip_tile[STRIP * HEAD_DIM + token * SIDE_WIDTH + slot]; }
+  if (SIDE_CENTRES) { return strip_tile[token * HEAD_DIM + slot] - means[slot]; }
   if (SIDE_ROTATES) { return strip_tile[token * HEAD_DIM + slot]; }
   if (SIDE_PICKS) { return open_value(page, strip + token, kept_channels[slot]); }
   return open_value(page, strip + token, slot);
@@ -92,6 +96,29 @@ fn rotate_strip(li: u32, page: u32, strip: u32) {
   workgroupBarrier();
   hadamard(li, 0u);
   if (SPAN < HEAD_DIM) { hadamard(li, HEAD_DIM - SPAN); }
+}
+
+// Means of the page's rotated channels, summed token by token. The page at position 0 keeps zeros.
+fn take_means(li: u32, page: u32, sealed: u32, first_position: u32) {
+  for (var c = li; c < HEAD_DIM; c += WORKGROUP_SIZE) { means[c] = 0.0; }
+  for (var strip = 0u; strip < PAGE_SIZE; strip += STRIP) {
+    rotate_strip(li, page, strip);
+    for (var c = li; c < HEAD_DIM; c += WORKGROUP_SIZE) {
+      for (var token = 0u; token < STRIP; token++) { means[c] += strip_tile[token * HEAD_DIM + c]; }
+    }
+    workgroupBarrier();
+  }
+  for (var i = li; i < HEAD_DIM / 2u; i += WORKGROUP_SIZE) {
+    var word = 0u;
+    for (var j = 0u; j < 2u; j++) {
+      var bits = f16_bits(means[2u * i + j] * (1.0 / f32(PAGE_SIZE)));
+      if (first_position == 0u || !f16_is_finite(bits)) { bits = 0u; }
+      means[2u * i + j] = f16_value(bits);
+      word |= bits << (16u * j);
+    }
+    sealed_arena[sealed + SIDE_MASK + i] = word;
+  }
+  workgroupBarrier();
 }
 
 // The upper 12 bits of the mantissa: products with f16 are then exact.
@@ -258,6 +285,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let page = tables[source.x + par.layer * source.y];
   let sealed = (tables[to.x + par.layer * to.y] + SIDE_AT) * 4u;
   let kv_head = source.z;
+  if (SIDE_CENTRES) { take_means(li, page, sealed, source.w); }
   if (SIDE_PICKS) { choose_channels(li, page, sealed); }
   for (var strip = 0u; strip < PAGE_SIZE; strip += STRIP) {
     if (SIDE_ROTATES) { rotate_strip(li, page, strip); }

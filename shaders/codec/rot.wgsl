@@ -56,7 +56,12 @@ fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) ->
   let low_m = vec4<f32>(2u * codes.low) - middle;
   let high_m = vec4<f32>(2u * codes.high) - middle;
   let bend = row.scale * (f32(CODEC_CUBIC) / 8192.0);
-  return Cell(low_m * (row.scale + bend * (low_m * low_m)), high_m * (row.scale + bend * (high_m * high_m)));
+  let low_y = low_m * (row.scale + bend * (low_m * low_m));
+  let high_y = high_m * (row.scale + bend * (high_m * high_m));
+  if (!SIDE_CENTRES) { return Cell(low_y, high_y); }
+  let mean = arena_cell(page + SIDE_AT + SIDE_MASK / 4u + cell);
+  return Cell(
+    low_y + vec4<f32>(plane_pair(mean.x), plane_pair(mean.y)), high_y + vec4<f32>(plane_pair(mean.z), plane_pair(mean.w)));
 }
 
 fn codec_start() -> CodecStat {

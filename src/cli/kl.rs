@@ -27,10 +27,10 @@ use super::progress;
 
 /// What compressions cost: next-token distributions over a compressed cache against those over the full one
 ///
-/// Each cache reads the same prefix; then the same tail is fed token by token, all caches in one batch. At every position
-/// of the tail the distribution over the next token is compared with that over the full cache: KL is in nats, 0 where
-/// they agree. nll is how well the text itself is predicted, lower is better. This is what compression costs; the kernels'
-/// own error is far below and is what `verify` checks.
+/// Each cache reads the same prefix; then the same tail is fed token by token, all caches in one batch. At every
+/// position of the tail the distribution over the next token is compared with that over the full cache: KL is in nats,
+/// 0 where they agree. nll is how well the text itself is predicted, lower is better. This is what compression costs;
+/// the kernels' own error is far below and is what `verify` checks.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -179,8 +179,8 @@ impl Job {
         if window > longest as usize {
             let (prefix, tail) = (args.prefix, args.tail);
             return Err(usage(format!(
-                "--prefix {prefix}, --tail {tail} and one token to predict are {window} tokens, longer than the model's \
-                 context of {longest}"
+                "--prefix {prefix}, --tail {tail} and one token to predict are {window} tokens, longer than the \
+                 model's context of {longest}"
             )));
         }
         let page = PageGeometry { page_size: args.cache.page_size, head_dim: model.heads.head_dim };
@@ -229,8 +229,8 @@ impl Job {
         Bytes(16 * self.codecs.iter().map(|codec| codec.page_bytes(self.page)).fold(open, Bytes::max).0)
     }
 
-    /// Bytes that hold the pages of all caches at once: each sealed with its open page, the full one, and one more in f16
-    /// while its prefix is read; more for slabs that several page sizes leave partly used.
+    /// Bytes that hold the pages of all caches at once: each sealed with its open page, the full one, and one more in
+    /// f16 while its prefix is read; more for slabs that several page sizes leave partly used.
     fn bytes_of_pages(&self, model: &ModelGeometry) -> Bytes {
         let n_tokens = u32::try_from(self.settings.window()).expect("no longer than the model's context");
         let bytes = |codec| {
@@ -290,8 +290,8 @@ fn every_example(page: PageGeometry) -> Vec<Compression> {
     fitting.map(|hidden| Compression { hidden, ..Compression::default() }).collect()
 }
 
-/// What the engine holds besides pages, from the refusal of a budget that has no room for any. Arenas of a single slab make
-/// it count what pages in many arenas take.
+/// What the engine holds besides pages, from the refusal of a budget that has no room for any. Arenas of a single slab
+/// make it count what pages in many arenas take.
 fn fixed_bytes(device: &Device, weights: &Weights, config: &EngineConfig, slab: Bytes) -> Result<Bytes> {
     let nothing = EngineConfig { budget: Bytes(1), max_arena: Some(slab), ..config.clone() };
     match Engine::new(device, weights, &nothing) {

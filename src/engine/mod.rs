@@ -15,18 +15,18 @@ mod weights;
 
 use std::time::{Duration, Instant};
 
-use crate::compression::hidden::HiddenCodec;
-use crate::device::staging::{ReadBack, Uploader};
+use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
+use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::timing::{Clock, StepTimer};
 use crate::device::{Device, DeviceError};
-use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
+use crate::geometry::{Bytes, CELL_BYTES, ModelGeometry, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
-use crate::pool::page_table::{Sealing, TableShape, Window};
+use crate::pool::page_table::{PageTable, Sealing, TableShape, Window};
 use crate::pool::{PagePool, PoolError, PoolLayout};
 use crate::schedule::{Backend, Caches, PlannedRows, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
@@ -107,6 +107,7 @@ pub struct StepStats {
 pub struct Engine<'d> {
     device: &'d Device,
     geometry: ModelGeometry,
+    context_length: u32,
     weights: DeviceWeights,
     buffers: PoolBuffers,
     scratch: Scratch,
@@ -171,6 +172,7 @@ impl<'d> Engine<'d> {
             device,
             frequencies: inverse_frequencies(&geometry),
             geometry,
+            context_length: config.context_length,
             weights,
             buffers,
             layers,
@@ -414,6 +416,46 @@ impl<'d> Engine<'d> {
         self.gather(&plan)?;
         self.submit(&plan, caches, Want::Logits)?;
         Ok(())
+    }
+
+    /// Keys, after rotary positions, and values of one list's open pages, each `[tokens][head_dim]`: for calibration, since it
+    /// reads page by page.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn open_rows(
+        &self,
+        table: &PageTable,
+        layer: u32,
+        kv_head: u32,
+    ) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+        let shape = table.shape();
+        let bytes = usize::try_from(shape.open_page().0).expect("a page fits in the address space");
+        let context = PageContext { parameters: &HeadParameters::default(), first_position: 0 };
+        let (sealed, open) = table.list(layer, kv_head);
+        let width = shape.page.head_dim as usize;
+        let n_tokens = table.n_tokens() as usize - sealed.len() * shape.page.page_size as usize;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for page in open {
+            let arena = &self.buffers.arenas[usize::from(page.arena)];
+            let words = download(self.device, arena, u64::from(page.cell) * CELL_BYTES, bytes)?;
+            let (k, v) = HiddenCodec::F16.decode(shape.page, context, &bytemuck::pod_collect_to_vec(&words));
+            keys.extend(k);
+            values.extend(v);
+        }
+        keys.truncate(n_tokens * width);
+        values.truncate(n_tokens * width);
+        Ok((keys, values))
+    }
+
+    /// Gives the codecs other parameters than those of the weights, per `[layer][KV head]`. Pages that were sealed before keep
+    /// their codes and become meaningless, so that no session may hold any.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn set_codec_parameters(&mut self, heads: &[HeadParameters]) -> Result<(), EngineError> {
+        let source = ParameterSource { heads, context_length: self.context_length };
+        Ok(self.attention.set_parameters(self.device, &mut self.uploader, &source)?)
     }
 
     fn read_logits(&mut self, plan: &StepPlan, caches: &mut Caches, want: Want) -> Result<Vec<Vec<f32>>, EngineError> {

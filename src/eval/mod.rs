@@ -1,5 +1,6 @@
 //! Measuring: kernels against the oracle, and models against texts.
 
+pub mod calibration;
 pub mod kl;
 pub mod perplexity;
 pub mod prompt;

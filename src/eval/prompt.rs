@@ -121,6 +121,14 @@ impl<'e, 'd> Driver<'e, 'd> {
         }
     }
 
+    /// Keys, after rotary positions, and values of a sequence whose pages are open, each `[tokens][head_dim]`.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn rows(&self, probe: Probe, layer: u32, kv_head: u32) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+        self.engine.open_rows(&self.caches.tables[&probe.0], layer, kv_head)
+    }
+
     /// Bytes of pages that a sequence holds.
     pub fn held_bytes(&self, probe: Probe) -> crate::geometry::Bytes {
         self.caches.tables[&probe.0].held_bytes()

@@ -243,8 +243,8 @@ pub struct SealItem {
     pub open_stride: u32,
     /// KV head.
     pub kv_head: u32,
-    /// Unused.
-    pub pad: u32,
+    /// Position of the page's first token.
+    pub first_position: u32,
     /// Table entry of the sealed page in layer 0.
     pub sealed_entry: u32,
     /// Table entries between one layer's sealed page and the next.
@@ -252,7 +252,7 @@ pub struct SealItem {
     /// First vec4 of (cos, sin) of the page's tokens in `step`, where the codec needs them.
     pub angles: u32,
     /// Unused.
-    pub pad_end: u32,
+    pub pad: u32,
 }
 
 /// Sample: one row of logits.

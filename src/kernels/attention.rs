@@ -99,7 +99,9 @@ impl Format {
         put("IS_KEY", Constant::Bool(side == Side::Key));
         put("SCALES", Constant::U32(scales));
         put("MASK", Constant::U32(codec.quantizer_words(side, page)));
-        put("ROTATES", Constant::Bool(codec.transform == Transform::Rotation));
+        let centred = codec.transform == Transform::CentredRotation;
+        put("ROTATES", Constant::Bool(centred || codec.transform == Transform::Rotation));
+        put("CENTRES", Constant::Bool(centred));
         put("PICKS", Constant::Bool(matches!(codec.transform, Transform::Pruning { .. })));
         put(if prefix == "SIDE_" { "PROJECTS" } else { "LIFTS" }, Constant::Bool(projects(codec)));
         let prefix = if prefix == "SIDE_" { "" } else { prefix };

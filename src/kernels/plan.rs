@@ -261,11 +261,11 @@ impl List<'_, '_> {
                 open_entry: open.entry,
                 open_stride: open.layer_stride,
                 kv_head: self.kv_head,
-                pad: 0,
+                first_position: page * self.page_size(),
                 sealed_entry: sealed.entry,
                 sealed_stride: sealed.layer_stride,
                 angles: turned + page - pages.start,
-                pad_end: 0,
+                pad: 0,
             };
             parts.seal.push(Place { codec: sealed.codec, arena: open.arena, sealed_arena: sealed.arena }, item);
         }

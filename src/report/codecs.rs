@@ -41,8 +41,8 @@ pub struct CodecReport {
     pub summary: &'static str,
     /// Where it comes from; empty where it is made of others.
     pub source: &'static str,
-    /// Tokens of a page: as asked for, or the fewest that hold its groups; `null` where heads of this width can not have
-    /// it.
+    /// Tokens of a page: as asked for, or the fewest that hold its groups; `null` where heads of this width have
+    /// no such codec.
     pub page_tokens: Option<u32>,
     /// Bits per element of a sealed page of so many tokens, all metadata included.
     pub effective_bits: Option<f64>,

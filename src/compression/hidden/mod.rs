@@ -8,6 +8,7 @@
 //! | `fp8`, `int8` | none | 8 bits | [`fp8`], [`int8`] |
 //! | `kivi4`, `kivi2` (`kivi4:64` for groups of 64) | none | keys per channel, values per token | [`kivi`] |
 //! | `rot4`, `rot3`, `rot2` | Hadamard rotation | codebook of a Gaussian, one scale per token | [`rot`] |
+//! | `mean+rot4`, `mean+rot3`, `mean+rot2` | the same, and a page's mean is taken out of keys | the same | [`rot`] |
 //! | `think:0.6`, `think:0.6+int8` | keys lose channels | the one that follows | [`think`] |
 //! | `lowrank:32`, `lowrank:32+int8` | projection to latents | the one that follows | [`lowrank`] |
 //!
@@ -82,6 +83,8 @@ pub enum Transform {
     None,
     /// Hadamard rotation.
     Rotation,
+    /// Hadamard rotation of keys, of which each page's mean is taken out.
+    CentredRotation,
     /// Keys lose channels; this many of 1000 stay.
     Pruning {
         /// Channels that stay, of 1000.
@@ -167,7 +170,7 @@ impl Codec {
     /// Channels, or latents, of one token.
     pub const fn width(&self, head_dim: u32) -> u32 {
         match self.transform {
-            Transform::None | Transform::Rotation => head_dim,
+            Transform::None | Transform::Rotation | Transform::CentredRotation => head_dim,
             Transform::Pruning { keep_permille } => think::kept(head_dim, keep_permille),
             Transform::LowRank { rank } => rank,
         }
@@ -178,7 +181,8 @@ impl Codec {
         SideShape { side, page_size: page.page_size, width: self.width(page.head_dim) }
     }
 
-    /// Words of codes, scales and minima; the mask of [`think`] follows.
+    /// Words of codes, scales and minima; what the transform keeps of a page follows: the mask of [`think`], or the mean of
+    /// [`rot`].
     pub fn quantizer_words(&self, side: Side, page: PageGeometry) -> u32 {
         self.quantizer.definition().words(self.shape(side, page)).next_multiple_of(4)
     }
@@ -187,6 +191,7 @@ impl Codec {
     pub fn words(&self, side: Side, page: PageGeometry) -> u32 {
         let mask = match self.transform {
             Transform::Pruning { .. } => think::mask_words(self.width(page.head_dim)),
+            Transform::CentredRotation => page.head_dim / 2,
             _ => 0,
         };
         self.quantizer_words(side, page) + mask
@@ -213,6 +218,16 @@ impl Codec {
             Transform::Rotation => {
                 let mut rows = values.to_vec();
                 rows.chunks_exact_mut(width).for_each(rot::rotate);
+                rows
+            }
+            Transform::CentredRotation => {
+                let mut rows = values.to_vec();
+                rows.chunks_exact_mut(width).for_each(rot::rotate);
+                let mean = rot::page_mean(&rows, page.head_dim, context.first_position);
+                bytemuck::cast_slice_mut(mask).copy_from_slice(&mean);
+                for row in rows.chunks_exact_mut(width) {
+                    row.iter_mut().zip(&mean).for_each(|(x, mean)| *x -= mean.to_f32());
+                }
                 rows
             }
             Transform::Pruning { .. } => {
@@ -253,6 +268,14 @@ impl Codec {
             Transform::None => rows,
             Transform::Rotation => {
                 rows.chunks_exact_mut(page.head_dim as usize).for_each(rot::rotate_back);
+                rows
+            }
+            Transform::CentredRotation => {
+                let mean: &[half::f16] = bytemuck::cast_slice(mask);
+                for row in rows.chunks_exact_mut(page.head_dim as usize) {
+                    row.iter_mut().zip(mean).for_each(|(x, mean)| *x += mean.to_f32());
+                    rot::rotate_back(row);
+                }
                 rows
             }
             Transform::Pruning { .. } => {

@@ -65,6 +65,12 @@ pub const REGISTRY: &[Entry] = &[
         examples: &["rot2"],
     },
     Entry {
+        syntax: "mean+rot4, mean+rot3, mean+rot2",
+        summary: "the same; the mean of each page is taken out of its keys",
+        source: "",
+        examples: &["mean+rot4", "mean+rot3", "mean+rot2"],
+    },
+    Entry {
         syntax: "think:KEEP[+CODEC]",
         summary: "keys keep the part KEEP of their channels, then CODEC for keys and values",
         source: "ThinK, arXiv:2407.21018",
@@ -108,6 +114,7 @@ impl fmt::Display for Codec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let transform = match self.transform {
             Transform::None | Transform::Rotation => return self.quantizer.fmt(f),
+            Transform::CentredRotation => return write!(f, "mean+{}", self.quantizer),
             Transform::Pruning { keep_permille } => format!("think:{}", f64::from(keep_permille) / 1000.0),
             Transform::LowRank { rank } => format!("lowrank:{rank}"),
         };
@@ -123,6 +130,7 @@ impl HiddenCodec {
     const fn values_of(k: Codec) -> Codec {
         match k.transform {
             Transform::Pruning { .. } => Codec { transform: Transform::None, quantizer: k.quantizer },
+            Transform::CentredRotation => Codec { transform: Transform::Rotation, quantizer: k.quantizer },
             _ => k,
         }
     }
@@ -173,9 +181,11 @@ impl FromStr for Codec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Some(bits) = text.strip_prefix("rot") {
+        let (centred, plain) = text.strip_prefix("mean+").map_or((false, text), |plain| (true, plain));
+        if let Some(bits) = plain.strip_prefix("rot") {
             let bits = bits.parse().ok().filter(|bits| (2..=4).contains(bits)).ok_or_else(|| unknown(text))?;
-            return Ok(Self { transform: Transform::Rotation, quantizer: Quantizer::Gaussian { bits } });
+            let transform = if centred { Transform::CentredRotation } else { Transform::Rotation };
+            return Ok(Self { transform, quantizer: Quantizer::Gaussian { bits } });
         }
         let (first, rest) = match text.split_once('+') {
             Some((first, rest)) => (first, Some(rest)),
@@ -243,8 +253,12 @@ impl FromStr for HiddenCodec {
             }
         }
         let v = v.unwrap_or_default();
-        if matches!(v.transform, Transform::Pruning { .. }) {
-            return Err(format!("'{text}': think leaves out channels of keys; values keep theirs"));
+        match v.transform {
+            Transform::Pruning { .. } => {
+                return Err(format!("'{text}': think leaves out channels of keys; values keep theirs"));
+            }
+            Transform::CentredRotation => return Err(format!("'{text}': only keys have a mean to take out")),
+            _ => {}
         }
         Ok(Self { k: k.unwrap_or_default(), v })
     }
@@ -275,6 +289,8 @@ mod tests {
             ("think:0", "above 0"),
             ("think:1.5", "at most 1"),
             ("v:think:0.5", "values keep theirs"),
+            ("v:mean+rot4", "only keys"),
+            ("mean+int8", "not available"),
             ("lowrank:12", "multiple of 8"),
             ("lowrank:16+kivi4", "groups of tokens"),
             ("lowrank:16+rot4", "one transform"),
@@ -311,6 +327,7 @@ mod tests {
             ("rot3", 64, 128, 3.125),
             ("rot2", 64, 64, 2.25),
             ("k:kivi2,v:rot4", 64, 64, (3.0 + 4.25) / 2.0),
+            ("mean+rot4", 64, 64, 4.25 + 0.125),
             ("lowrank:32", 64, 64, 8.0),
             // 40 of 64 channels of 8 bits, a scale and minimum per token, 48 bytes of mask; 64 channels of values.
             ("think:0.6+int8", 64, 64, (40.0 * 8.0 + 32.0 + 6.0 + 64.0 * 8.0 + 32.0) / 128.0),

@@ -1,4 +1,5 @@
-//! `rot4`, `rot3`, `rot2`: a rotation per head, then 4, 3 or 2 bits per value with one scale per token.
+//! `rot4`, `rot3`, `rot2`: a rotation per head, then 4, 3 or 2 bits per value with one scale per token; `mean+rot4` and so on
+//! take each page's mean out of the keys first.
 //!
 //! ```text
 //! y     = R x       R = H S: fixed signs S, then an orthonormal Hadamard transform H of the head's channels
@@ -12,6 +13,12 @@
 //! neither token groups nor calibration are needed: `QuaRot` (arXiv:2404.00456) for the rotation of keys after rotary
 //! positions, `TurboQuant` (arXiv:2504.19874) for the Lloyd-Max codebook of a Gaussian on rotated coordinates. Queries
 //! are rotated once per step, since `q . k = R q . R k`; outputs are rotated back once.
+//!
+//! Keys of neighbouring tokens share a large part, since the slow rotary pairs hardly turn within a page. With `mean+`
+//! the quantiser sees `y - mean`, where `mean` is that of the page's rotated keys in f16, kept in the page (16 / `page_size`
+//! more bits per key channel). The page at position 0 keeps mean 0: its first token is an attention sink unlike all
+//! others, and a mean that suits the rest spoils it. Measured on SmolLM2-135M that halves the divergence at every
+//! width.
 //!
 //! Chosen by measured error: on a unit Gaussian of 64 channels the squared error is 0.116, 0.034 and 0.0097 at 2, 3 and 4
 //! bits, where uniform levels of the best step give 0.117, 0.037 and 0.0115, and rounding between each token's minimum
@@ -119,6 +126,18 @@ pub fn rotate_back(y: &mut [f32]) {
             *y = -*y;
         }
     }
+}
+
+/// Mean of each channel over a page of rotated keys, `[tokens][width]`, in f16; zero for the page at position 0, and where it is
+/// no number.
+pub fn page_mean(rotated: &[f32], width: u32, first_position: u32) -> Vec<f16> {
+    let width = width as usize;
+    let factor = 1.0 / (rotated.len() / width) as f32;
+    let channel = |c: usize| {
+        let mean = f16::from_f32(rotated.chunks_exact(width).fold(0.0_f32, |sum, row| sum + row[c]) * factor);
+        if first_position == 0 || !mean.is_finite() { f16::ZERO } else { mean }
+    };
+    (0..width).map(channel).collect()
 }
 
 /// The quantiser of rotated values.
