@@ -26,19 +26,9 @@ fn codec_load(page: u32, token: u32, cell: u32) -> CodecRaw {
   return CodecRaw(plane_load_value(page + SIDE_AT, SIDE_WIDTH, token / CODEC_SPAN, cell));
 }
 
-// Below the smallest normal number the mantissa alone counts, in steps of 2^-9.
-fn codec_values(codes: vec4<u32>) -> vec4<f32> {
-  let magnitude = codes & vec4<u32>(127u);
-  let normal = bitcast<vec4<f32>>((magnitude << vec4<u32>(20u)) + vec4<u32>(120u << 23u));
-  let small = vec4<f32>(magnitude) * 0.001953125;
-  let nan = bitcast<vec4<f32>>(vec4<u32>(0x7fc00000u) | (codes & vec4<u32>(1u)));
-  let positive = select(select(normal, small, magnitude < vec4<u32>(8u)), nan, magnitude == vec4<u32>(127u));
-  return select(positive, -positive, codes >= vec4<u32>(128u));
-}
-
 fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) -> Cell {
   let codes = plane_codes(raw.codes, 8u, select(token, cell, SIDE_IS_KEY) % CODEC_SPAN);
-  return Cell(codec_values(codes.low), codec_values(codes.high));
+  return Cell(plane_e4m3(codes.low), plane_e4m3(codes.high));
 }
 
 fn codec_start() -> CodecStat {

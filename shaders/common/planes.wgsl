@@ -59,3 +59,14 @@ fn plane_codes(raw: vec4<u32>, bits: u32, unit: u32) -> Codes {
 fn plane_pair(word: u32) -> vec2<f32> {
   return unpack2x16float(word);
 }
+
+// e4m3 codes as numbers. Below the smallest normal number the mantissa alone counts, in steps of 2^-9.
+fn plane_e4m3(codes: vec4<u32>) -> vec4<f32> {
+  let magnitude = codes & vec4<u32>(127u);
+  let normal = bitcast<vec4<f32>>((magnitude << vec4<u32>(20u)) + vec4<u32>(120u << 23u));
+  let small = vec4<f32>(magnitude) * 0.001953125;
+  // Not from a constant, which may not be NaN.
+  let nan = bitcast<vec4<f32>>(vec4<u32>(0x7fc00000u) | (codes & vec4<u32>(1u)));
+  let positive = select(select(normal, small, magnitude < vec4<u32>(8u)), nan, magnitude == vec4<u32>(127u));
+  return select(positive, -positive, codes >= vec4<u32>(128u));
+}

@@ -284,6 +284,20 @@ impl PagePool {
         Ok(())
     }
 
+    /// Bytes of the whole slabs that an empty pool would need for pages of several sizes, since a slab serves one size at a
+    /// time.
+    pub fn slabs_for(&self, pages: &[(Bytes, u32)]) -> Bytes {
+        let mut sizes: Vec<(Bytes, u64)> = Vec::new();
+        for (page, n) in pages {
+            match sizes.iter_mut().find(|(size, _)| size == page) {
+                Some((_, all)) => *all += u64::from(*n),
+                None => sizes.push((*page, u64::from(*n))),
+            }
+        }
+        let slabs: u64 = sizes.iter().map(|(page, n)| n.div_ceil(self.slab.0 / page.0)).sum();
+        Bytes(slabs * self.slab.0)
+    }
+
     /// Gives back `pages` commitments that were not taken.
     ///
     /// # Errors

@@ -40,13 +40,13 @@ pub enum SubmitError {
     },
     /// Larger than the whole pool.
     #[error(
-        "a session of {tokens} tokens needs {needed} of pages, but the budget leaves {capacity} for pages; \
+        "a session of {tokens} tokens needs {needed} for pages, but the budget leaves {capacity} for pages; \
          give a budget of at least {enough}"
     )]
     NeverFits {
         /// Tokens that the session can reach.
         tokens: u32,
-        /// Bytes of its pages.
+        /// Bytes of the slabs that its pages fill.
         needed: Bytes,
         /// Bytes of all arenas.
         capacity: Bytes,
@@ -73,13 +73,16 @@ pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches)
     }
     let tokens = request.max_tokens();
     let shape = caches.shape(&request.compression);
-    let needed = shape.bytes_for(tokens);
+    let (open, sealed) = shape.pages_of_list(tokens);
+    // Saturating: no pool has so many pages.
+    let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
+    let needed = caches.pool.slabs_for(&[(shape.open_page(), pages(open)), (shape.sealed_page(), pages(sealed))]);
     let capacity = caches.pool.capacity();
     if needed > capacity {
         let report = caches.pool.report();
         let fixed = report.allocated_bytes - capacity;
-        // Whole slabs of each page size, and the table entries that come with the additional pages.
-        let more = Bytes(needed.0 - capacity.0 + 32 * shape.open_page().0);
+        // A slab more for rounding, and the table entries that come with the additional pages.
+        let more = Bytes(needed.0 - capacity.0 + 16 * shape.open_page().0);
         let entries = Bytes(more.0 / shape.sealed_page().0.min(shape.open_page().0) * 8);
         let enough = fixed + capacity + (more + entries).align_up(1 << 20);
         return Err(SubmitError::NeverFits { tokens, needed, capacity, enough });

@@ -228,6 +228,7 @@ impl Quantize for Gaussian {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compression::hidden::Side;
 
     #[test]
     fn a_rotation_keeps_products_and_can_be_undone() {
