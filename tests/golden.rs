@@ -5,11 +5,11 @@ mod common;
 use std::path::Path;
 
 use concertina::compression::Compression;
-use concertina::compression::hidden::HiddenCodec;
+use concertina::compression::hidden::{HeadParameters, HiddenCodec, PageContext, Side, lowrank, plane, rot};
 use concertina::engine::Engine;
 use concertina::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
 use concertina::eval::{perplexity, prompt};
-use concertina::geometry::{Bytes, HeadGeometry};
+use concertina::geometry::{Bytes, HeadGeometry, PageGeometry};
 use concertina::kernels::PipelineCache;
 use concertina::kernels::attention::CacheShape;
 use concertina::reference::attention::{Context, attend};
@@ -32,6 +32,8 @@ fn numbers(file: &SafeTensors<'_>, name: &str) -> (Vec<usize>, Vec<f64>) {
         Dtype::F16 => bytemuck::pod_collect_to_vec::<u8, half::f16>(data).iter().map(|v| v.to_f64()).collect(),
         Dtype::F32 => widen(&bytemuck::pod_collect_to_vec::<u8, f32>(data)),
         Dtype::F64 => bytemuck::pod_collect_to_vec::<u8, f64>(data),
+        Dtype::I8 => data.iter().map(|v| f64::from(v.cast_signed())).collect(),
+        Dtype::U8 => data.iter().map(|v| f64::from(*v)).collect(),
         Dtype::U16 => bytemuck::pod_collect_to_vec::<u8, u16>(data).iter().map(|v| f64::from(*v)).collect(),
         Dtype::U32 => bytemuck::pod_collect_to_vec::<u8, u32>(data).iter().map(|v| f64::from(*v)).collect(),
         other => panic!("{name} has dtype {other:?}"),
@@ -44,7 +46,7 @@ fn narrow(values: &[f64]) -> Vec<f32> {
     values.iter().map(|v| *v as f32).collect()
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the golden stores token ids")]
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the golden stores token ids and codes")]
 fn ids(values: &[f64]) -> Vec<u32> {
     values.iter().map(|v| *v as u32).collect()
 }
@@ -214,4 +216,181 @@ fn perplexity_agrees_with_pytorch_gpu() {
     for (got, want) in got.window_nll.iter().zip(each) {
         assert!((got - want.as_f64().expect("a number")).abs() < 1e-3, "{got} against {want}");
     }
+}
+
+/// The page of `codecs.safetensors`.
+const PAGE: PageGeometry = PageGeometry { page_size: 64, head_dim: 64 };
+
+fn codec_golden(name: &str) -> Vec<f64> {
+    let bytes = read("codecs.safetensors");
+    numbers(&SafeTensors::deserialize(&bytes).expect("a golden is a safetensors file"), name).1
+}
+
+/// Both sides of the page.
+fn codec_page() -> [(Side, &'static str, Vec<f32>); 2] {
+    [(Side::Key, "k", narrow(&codec_golden("k"))), (Side::Value, "v", narrow(&codec_golden("v")))]
+}
+
+/// A page whose tokens stand in another order.
+fn permuted(values: &[f32], width: usize) -> Vec<f32> {
+    let (first, rest) = values.split_at(width);
+    [rest, first].concat()
+}
+
+fn codec(text: &str) -> HiddenCodec {
+    text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))
+}
+
+/// The words of one side of a page, by [`HiddenCodec::encode`].
+fn encode(text: &str, side: Side, page: PageGeometry, values: &[f32]) -> Vec<u32> {
+    let parameters = HeadParameters::default();
+    let mut words =
+        codec(text).encode(page, PageContext { parameters: &parameters, first_position: 0 }, values, values);
+    let values = words.split_off(codec(text).k.words(Side::Key, page) as usize);
+    if side == Side::Key { words } else { values }
+}
+
+/// What attention reads after [`encode`].
+fn decode(text: &str, side: Side, page: PageGeometry, words: &[u32]) -> Vec<f32> {
+    let parameters = HeadParameters::default();
+    codec(text).side(side).decode(side, page, PageContext { parameters: &parameters, first_position: 0 }, words)
+}
+
+/// The codes of one side of a page, `[page_size][head_dim]`.
+fn unpack(text: &str, side: Side, bits: u32, values: &[f32]) -> Vec<u32> {
+    let (words, shape) = (encode(text, side, PAGE, values), codec(text).side(side).shape(side, PAGE));
+    let token = |t| (0..PAGE.head_dim).map(move |c| (t, c));
+    (0..PAGE.page_size).flat_map(token).map(|(t, c)| plane::unpack(shape, bits, &words, t, c)).collect()
+}
+
+/// The part of the codes that are equal, and the largest difference.
+fn agreement(ours: &[u32], golden: &[u32]) -> (f64, u32) {
+    assert_eq!(ours.len(), golden.len(), "as many codes");
+    let equal = ours.iter().zip(golden).filter(|(a, b)| a == b).count();
+    let worst = ours.iter().zip(golden).map(|(a, b)| a.abs_diff(*b)).max();
+    (equal as f64 / ours.len() as f64, worst.expect("codes"))
+}
+
+/// Sum of the squared differences.
+fn squared_error(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len(), "as many values");
+    got.iter().zip(want).map(|(a, b)| (f64::from(*a) - b).powi(2)).sum()
+}
+
+#[test]
+fn fp8_is_the_cast_of_pytorch() {
+    let edges = PageGeometry { page_size: 16, head_dim: 32 };
+    for (input, output, page) in [("k", "fp8_k", PAGE), ("fp8_edges", "fp8_edges_decoded", edges)] {
+        let (x, want) = (narrow(&codec_golden(input)), narrow(&codec_golden(output)));
+        for side in [Side::Key, Side::Value] {
+            let differ = |x: &[f32]| {
+                let got = decode("fp8", side, page, &encode("fp8", side, page, x));
+                got.iter().zip(&want).filter(|(got, want)| got.to_bits() != want.to_bits()).count()
+            };
+            assert_eq!(differ(&x), 0, "{input}, {side:?}: values unlike PyTorch's");
+            let moved = permuted(&x, page.head_dim as usize);
+            assert!(differ(&moved) > x.len() / 2, "{input}, {side:?}: another order of tokens should not pass");
+        }
+    }
+    let edges = codec_golden("fp8_edges");
+    assert!(edges.iter().any(|x| x.abs() > 480.0), "some edges lie beyond the range");
+}
+
+#[test]
+fn codes_are_those_of_the_papers_formulas() {
+    // Scales in f16 are up to 2^-10 larger than those of the formulas: `code` moves by up to `code / 1024`, and rounds
+    // otherwise that often. So 255 levels cannot agree as often as 15 or 3 do.
+    let cases = [("int8", 8, 0, "int8", 0.93), ("kivi4", 4, 0, "kivi", 0.99), ("kivi2", 2, 4, "kivi", 0.99)];
+    for (text, bits, shift, golden, least) in cases {
+        for (side, name, x) in codec_page() {
+            let stored = ids(&codec_golden(&format!("{golden}_{name}")));
+            let want: Vec<u32> = stored.iter().map(|c| c >> shift & ((1 << bits) - 1)).collect();
+            let ours = unpack(text, side, bits, &x);
+            let (part, worst) = agreement(&ours, &want);
+            println!("{text} {name}: {part:.5} of the codes are equal, the largest difference is {worst}");
+            assert!(part >= least && worst <= 1, "{text} {name}: {part} equal, largest difference {worst}");
+            let moved = unpack(text, side, bits, &permuted(&x, PAGE.head_dim as usize));
+            assert!(agreement(&moved, &want).0 < 0.9, "{text} {name}: another order of tokens should not pass");
+            // The other side of KIVI groups the other way.
+            if golden == "kivi" {
+                let other = if side == Side::Key { Side::Value } else { Side::Key };
+                let (part, _) = agreement(&unpack(text, other, bits, &x), &want);
+                assert!(part < 0.9, "{text} {name}: groups in the other direction should not pass");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_rotation_is_the_hadamard_matrix_of_sylvester() {
+    let (x, want) = (narrow(&codec_golden("k")), codec_golden("rotated_k"));
+    let signs: Vec<f64> = (0..PAGE.head_dim).map(|c| if rot::turns(c) { -1.0 } else { 1.0 }).collect();
+    assert_eq!(signs, codec_golden("signs"), "the signs");
+    let width = PAGE.head_dim as usize;
+    // The largest distance of a row, of its norm.
+    let worst = |x: &[f32]| {
+        let row = |(x, want): (&[f32], &[f64])| {
+            let mut y = x.to_vec();
+            rot::rotate(&mut y);
+            (squared_error(&y, want) / want.iter().map(|x| x * x).sum::<f64>()).sqrt()
+        };
+        x.chunks_exact(width).zip(want.chunks_exact(width)).map(row).fold(0.0, f64::max)
+    };
+    println!("rotation: {:.1e} of a row's norm", worst(&x));
+    assert!(worst(&x) <= 1e-5, "{:e} of a row's norm", worst(&x));
+    assert!(worst(&permuted(&x, width)) > 1e-2, "another order of tokens should not pass");
+    let unsigned: Vec<f32> = x.iter().zip(narrow(&signs).iter().cycle()).map(|(x, s)| x * s).collect();
+    assert!(worst(&unsigned) > 1e-2, "a rotation without signs should not pass");
+}
+
+#[test]
+fn rotated_codes_lose_what_the_lloyd_max_codebook_loses() {
+    let texts = [(2, "rot2"), (3, "rot3"), (4, "rot4")];
+    for (at, (side, name, x)) in codec_page().into_iter().enumerate() {
+        let wide = widen(&x);
+        let power: f64 = wide.iter().map(|x| x * x).sum();
+        let loss = |text: &str, x: &[f32]| {
+            squared_error(&decode(text, side, PAGE, &encode(text, side, PAGE, x)), &wide) / power
+        };
+        for (bits, text) in texts {
+            let best = codec_golden(&format!("lloyd_max_mse_{bits}"))[at];
+            let passes = |loss: f64| loss <= 1.08 * best;
+            let own = loss(text, &x);
+            println!("{text} {name}: {own:.5} of the power is lost, Lloyd-Max {best:.5}, ratio {:.4}", own / best);
+            assert!(passes(own), "{text} {name}: {own} against {best}");
+            assert!(own >= 0.9 * best, "{text} {name}: {own} is too little for {bits} bits");
+            assert!(
+                !passes(loss(text, &permuted(&x, PAGE.head_dim as usize))),
+                "another order of tokens should not pass"
+            );
+            if let Some((_, coarser)) = texts.iter().find(|(other, _)| other + 1 == bits) {
+                assert!(!passes(loss(coarser, &x)), "{coarser} should not pass as {text}");
+            }
+        }
+    }
+}
+
+#[test]
+fn latents_lose_what_the_singular_values_say() {
+    let (v, best) = (narrow(&codec_golden("v")), codec_golden("low_rank_v")[0]);
+    let (wide, width) = (widen(&v), PAGE.head_dim as usize);
+    let mut gram = vec![0.0; width * width];
+    for row in wide.chunks_exact(width) {
+        (0..width * width).for_each(|i| gram[i] += row[i / width] * row[i % width]);
+    }
+    let basis = lowrank::eigenvectors(gram, width);
+    let channels: Vec<_> =
+        (0..width * width).map(|i| half::f16::from_f32(if i / width == i % width { 1.0 } else { 0.0 })).collect();
+    let loss = |text: &str, basis: &[half::f16]| {
+        let parameters = HeadParameters { value_basis: basis.to_vec(), ..HeadParameters::default() };
+        let (codec, context) = (codec(text), PageContext { parameters: &parameters, first_position: 0 });
+        squared_error(&codec.decode(PAGE, context, &codec.encode(PAGE, context, &v, &v)).1, &wide)
+    };
+    let passes = |loss: f64| loss <= 1.01 * best;
+    let own = loss("k:f16,v:lowrank:32", &basis);
+    println!("lowrank:32: {own:.4} is lost, SVD {best:.4}, ratio {:.6}", own / best);
+    assert!(passes(own), "{own} against {best}");
+    assert!(own >= (1.0 - 1e-6) * best, "{own}: nothing of rank 32 is nearer than {best}");
+    assert!(!passes(loss("k:f16,v:lowrank:32", &channels)), "the first channels should not pass as a basis");
+    assert!(!passes(loss("k:f16,v:lowrank:24", &basis)), "a lower rank should not pass");
 }

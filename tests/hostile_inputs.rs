@@ -104,7 +104,7 @@ fn poison_in_a_page_that_is_sealed_stays_in_its_sequence_gpu() {
             (bits(other), bits(own))
         };
         let parts = [&prompt.o, &prompt.lse, &decode.o, &decode.lse].map(|values| halves(values));
-        let (sealed, _) = attention.pages(b, 0).expect("the pages are there");
+        let sealed = attention.pages(b, 0).expect("the pages are there").sealed;
         attention.release(a).expect("it exists");
         attention.release(b).expect("it exists");
         let (other, own): (Vec<_>, Vec<_>) = parts.into_iter().unzip();

@@ -77,7 +77,8 @@ fn one_flipped_bit_in_one_scale_is_caught_gpu() {
     for bit in [0, 9, 16] {
         let flip = Some(Flip { sequence: 0, page: 0, word, bit });
         let batch = Batch { flip, ..Batch::uniform(shape, codec, &[70, 65]) };
-        let checks = check_batch(common::device(), &mut PipelineCache::default(), &batch).expect("the device should run");
+        let checks =
+            check_batch(common::device(), &mut PipelineCache::default(), &batch).expect("the device should run");
         let failed: Vec<_> = checks.iter().filter(|check| !check.passed()).map(|check| check.kernel).collect();
         // The lowest bit of a minimum or a scale moves one token of 70 by less than attention's bound shows.
         let expected: &[&str] = if bit == 9 { &["seal", "decode", "prefill"] } else { &["seal"] };

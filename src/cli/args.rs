@@ -1,5 +1,7 @@
 //! Arguments that several commands share.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use concertina::compression::Compression;
@@ -116,6 +118,17 @@ impl CacheArgs {
         codecs.iter().try_for_each(|codec| codec.check(page)).map_err(usage)?;
         Ok(codecs)
     }
+}
+
+/// A text that codecs are fitted to.
+#[derive(Args, Clone, Debug)]
+pub(super) struct CalibrateArg {
+    /// Take the bases of `lowrank` codecs from this text, rather than from the weights alone
+    ///
+    /// The model reads its first 1024 tokens over a full cache; the bases are the directions in which its keys and values
+    /// vary there. Any text in the language of the documents will do.
+    #[arg(long, value_name = "FILE")]
+    pub(super) calibrate: Option<PathBuf>,
 }
 
 /// What is done to a cache.

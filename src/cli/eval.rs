@@ -13,10 +13,10 @@ use concertina::geometry::Bytes;
 use concertina::reference::transformer::ReferenceModel;
 use concertina::report::{DeviceReport, PerplexityReport, Program};
 
-use super::args::{CacheArgs, CompressArg, DEFAULT_CHUNK, Global, ModelArg, budget, token_count};
+use super::args::{CacheArgs, CalibrateArg, CompressArg, DEFAULT_CHUNK, Global, ModelArg, budget, token_count};
 use super::failure::usage;
 use super::kl::{self, KlArgs};
-use super::load::{Model, engine, read_text};
+use super::load::{Model, calibrate, engine, read_text};
 use super::output::Output;
 use super::progress;
 
@@ -80,6 +80,9 @@ struct PerplexityArgs {
 
     #[command(flatten)]
     compression: CompressArg,
+
+    #[command(flatten)]
+    calibration: CalibrateArg,
 }
 
 /// Evaluates.
@@ -125,6 +128,8 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         max_arena: None,
     };
     let (mut engine, mut caches) = engine(&device, &weights, &config)?;
+    let text_of_bases = args.calibration.calibrate.as_deref();
+    calibrate(&mut engine, &mut caches, &model, &config, text_of_bases)?;
     let device_report = DeviceReport::new(&device, None);
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;

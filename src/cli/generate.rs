@@ -11,7 +11,7 @@ use concertina::geometry::{Bytes, ModelGeometry};
 use concertina::report::{DeviceReport, GenerateReport, Meter, Program, finish_name};
 use concertina::schedule::{Request, Scheduler, SessionId, SubmitError};
 
-use super::args::{self, CacheArgs, CompressArg, Global, ModelArg, SamplingArgs};
+use super::args::{self, CacheArgs, CalibrateArg, CompressArg, Global, ModelArg, SamplingArgs};
 use super::failure::INTERRUPTED;
 use super::interrupt;
 use super::load::{self, Model};
@@ -60,6 +60,9 @@ pub(super) struct GenerateArgs {
     compression: CompressArg,
 
     #[command(flatten)]
+    calibration: CalibrateArg,
+
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -78,8 +81,9 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     let config = engine_config(args, prompt.len(), model.geometry())?;
     let device = Device::open(&adapter)?;
     let weights = model.weights()?;
-    let (mut engine, caches) = load::engine(&device, &weights, &config)?;
+    let (mut engine, mut caches) = load::engine(&device, &weights, &config)?;
     drop(weights);
+    load::calibrate(&mut engine, &mut caches, &model, &config, args.calibration.calibrate.as_deref())?;
 
     let mut scheduler = Scheduler::new(load::schedule_config(&config), caches);
     let prompt_tokens = prompt.len();
@@ -121,6 +125,9 @@ fn engine_config(args: &GenerateArgs, prompt: usize, model: &ModelGeometry) -> R
     let Some(context_length) = context_length else {
         return Err(SubmitError::TooLong { prompt, max_new, context_length: longest }.into());
     };
+    // A calibration text is read in the same engine.
+    let calibrated = args.calibration.calibrate.as_ref().map_or(0, |_| load::CALIBRATION_TOKENS.min(longest));
+    let context_length = context_length.max(calibrated);
     if prompt == 0 {
         return Err(anyhow!("the prompt has 0 tokens; give some text"));
     }

@@ -19,9 +19,9 @@ use concertina::report::{DeviceReport, KlReport, KlRow, Program};
 use concertina::theory::predict::kv_bytes;
 use concertina::weights::Weights;
 
-use super::args::{CacheArgs, DEFAULT_CHUNK, Global, ModelArg, budget, small_count, token_count};
+use super::args::{CacheArgs, CalibrateArg, DEFAULT_CHUNK, Global, ModelArg, budget, small_count, token_count};
 use super::failure::usage;
-use super::load::{Model, engine, read_text};
+use super::load::{Model, calibrate, engine, read_text};
 use super::output::{Output, OutputFile};
 use super::progress;
 
@@ -80,6 +80,9 @@ pub(super) struct KlArgs {
 
     #[command(flatten)]
     cache: CacheArgs,
+
+    #[command(flatten)]
+    calibration: CalibrateArg,
 }
 
 /// When the prefix is compressed.
@@ -125,6 +128,7 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
         Err(error) => error,
     })?;
     drop(weights);
+    calibrate(&mut engine, &mut caches, &model, &config, args.calibration.calibrate.as_deref())?;
     let device_report = DeviceReport::new(&device, None);
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
@@ -247,7 +251,7 @@ impl Job {
     fn name_budget(&self, config: &EngineConfig, error: EngineError) -> anyhow::Error {
         match error {
             EngineError::Pool(error @ (PoolError::BudgetTooSmall { .. } | PoolError::DoesNotFit { .. })) => anyhow!(
-                "{error}; {} caches share a --kv-budget of {}, and without --kv-budget it is as large as they need",
+                "{error} (for {} caches in a --kv-budget of {}; without --kv-budget it is as large as they need)",
                 caches(&self.compressions),
                 config.budget
             ),
@@ -298,5 +302,32 @@ fn fixed_bytes(device: &Device, weights: &Weights, config: &EngineConfig, slab: 
         Err(EngineError::Pool(PoolError::BudgetTooSmall { fixed, .. })) => Ok(fixed),
         Err(error) => Err(error.into()),
         Ok(_) => Err(anyhow!("an engine was made within one byte: a defect")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_counts_the_rows_of_a_tail_step_for_every_cache() {
+        let settings = KlSettings { prefix_tokens: 100, tail_tokens: 10, sealing: PrefixSealing::AfterPrefix };
+        let page = PageGeometry { page_size: 64, head_dim: 64 };
+        let compressions = every_example(page)[..3].to_vec();
+        let job = Job { settings, compressions, codecs: Vec::new(), page, chunk: 128 };
+        // Four caches: 400 steps of prefixes and 10 of a tail, in two windows.
+        let rows = |done| job.rows(Progress { done, total: 820 });
+        assert_eq!(rows(0), (0, 880), "nothing done");
+        assert_eq!(rows(400), (400, 880), "all prefixes of a window");
+        assert_eq!(rows(402), (408, 880), "two steps of the tail");
+        assert_eq!(rows(410 + 100), (440 + 100, 880), "a prefix of the second window");
+        assert_eq!(rows(820), (880, 880), "everything");
+    }
+
+    #[test]
+    fn every_example_fits_the_pages_and_is_no_full_cache() {
+        let some = |page_size| every_example(PageGeometry { page_size, head_dim: 64 });
+        assert!(some(64).iter().all(|c| *c != Compression::default()), "the full cache is measured anyway");
+        assert!(some(128).len() > some(64).len() && some(64).len() > some(16).len(), "groups of 128 and 32");
     }
 }

@@ -3,13 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
+use concertina::compression::hidden::{Codec, Transform};
 use concertina::engine::{Engine, EngineConfig};
+use concertina::eval::calibration;
 use concertina::geometry::{Bytes, ModelGeometry};
 use concertina::model::{ChatTemplate, GgufFile, Message, ModelError, Role, Tokenizer, locate};
 use concertina::report::ModelReport;
 use concertina::schedule::{Caches, ScheduleConfig};
 use concertina::weights::Weights;
 
+use super::failure::usage;
 use super::progress;
 
 /// A model file whose header has been read.
@@ -93,6 +96,44 @@ pub(super) fn read_text(what: &str, path: &Path) -> Result<String> {
         return Err(anyhow!("{what} '{}' is empty: {n_bytes} bytes without a letter", path.display()));
     }
     Ok(text)
+}
+
+/// Tokens of a calibration text that are used at most.
+pub(super) const CALIBRATION_TOKENS: u32 = 1024;
+
+/// Fits codecs that take bases from a text. Without a text they keep those of the weights, and the user is told.
+pub(super) fn calibrate(
+    engine: &mut Engine<'_>,
+    caches: &mut Caches,
+    model: &Model,
+    config: &EngineConfig,
+    text: Option<&Path>,
+) -> Result<()> {
+    let projects = |codec: Codec| matches!(codec.transform, Transform::LowRank { .. });
+    let wanted = config.codecs.iter().any(|codec| projects(codec.k) || projects(codec.v));
+    let Some(path) = text else {
+        if wanted {
+            eprintln!(
+                "the bases of lowrank codecs come from the weights alone, which loses much of what a text needs; \
+                 give --calibrate FILE"
+            );
+        }
+        return Ok(());
+    };
+    if !wanted {
+        return Err(usage("--calibrate fits lowrank codecs, and there is none"));
+    }
+    let tokens = model.tokenizer.encode(&read_text("the calibration text", path)?, false)?;
+    let full = caches.full;
+    let list = u64::from(full.num_lists()) * full.open_page().0;
+    let fits = caches.pool.capacity().0 / list * u64::from(full.page.page_size);
+    let most = u64::from(config.context_length.min(CALIBRATION_TOKENS)).min(fits);
+    let n = tokens.len().min(usize::try_from(most).unwrap_or(usize::MAX));
+    let bar = progress::counter("calibrating heads", u64::from(full.num_lists()));
+    let result = calibration::calibrate(engine, caches, &tokens[..n], config.max_rows as usize, &mut || bar.inc(1));
+    bar.finish_and_clear();
+    result.map_err(|error| anyhow!("'{}': {error}", path.display()))?;
+    Ok(())
 }
 
 /// The schedule that goes with an engine.

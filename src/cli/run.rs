@@ -12,7 +12,7 @@ use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, Meter, Program, RunReport, RunSettings, SessionReport};
 use concertina::schedule::{Request, Scheduler, SessionId};
 
-use super::args::{self, CacheArgs, Global, ModelArg, SamplingArgs};
+use super::args::{self, CacheArgs, CalibrateArg, Global, ModelArg, SamplingArgs};
 use super::documents::{self, Inquiry, Prompt};
 use super::failure::{INTERRUPTED, usage};
 use super::interrupt;
@@ -80,6 +80,9 @@ pub(super) struct RunArgs {
     compress: Vec<Compression>,
 
     #[command(flatten)]
+    calibration: CalibrateArg,
+
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -99,8 +102,9 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     let (job, model) = prepare(args)?;
     let device = Device::open(&request)?;
     let weights = model.weights()?;
-    let (mut engine, caches) = load::engine(&device, &weights, &job.config)?;
+    let (mut engine, mut caches) = load::engine(&device, &weights, &job.config)?;
     drop(weights);
+    load::calibrate(&mut engine, &mut caches, &model, &job.config, args.calibration.calibrate.as_deref())?;
     let device_report = DeviceReport::new(&device, Some(engine.clock()));
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;

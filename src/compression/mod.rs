@@ -176,13 +176,20 @@ mod tests {
             assert_eq!(compression.to_string().parse(), Ok(compression), "{codec}");
             assert_eq!(codec.to_string().parse(), Ok(compression), "{codec} alone");
         }
-        assert_eq!("hidden=k:int8,v:kivi2,token=full".parse::<Compression>().map(|c| c.hidden), "k:int8,v:kivi2".parse().map_err(ParseCompressionError::Codec), "a comma inside a method");
+        assert_eq!(
+            "hidden=k:int8,v:kivi2,token=full".parse::<Compression>().map(|c| c.hidden),
+            "k:int8,v:kivi2".parse().map_err(ParseCompressionError::Codec),
+            "a comma inside a method"
+        );
     }
 
     #[test]
     fn what_does_not_exist_is_refused_with_a_sentence() {
         let refusal = |text: &str| text.parse::<Compression>().expect_err("should be refused").to_string();
-        assert!(refusal("hidden=kivi3").starts_with("hidden=kivi3 is not available: hidden knows f16"), "no such codec");
+        assert!(
+            refusal("hidden=kivi3").starts_with("hidden=kivi3 is not available: hidden knows f16"),
+            "no such codec"
+        );
         assert!(refusal("hidden=k:think:0.5,v:think:0.5").contains("values keep theirs"), "a reason");
         assert_eq!(refusal("token=snapkv:0.25"), "token=snapkv:0.25 is not available: token knows full");
         assert!(refusal("colour=red").contains("layer, head, token and hidden"), "unknown dimension");

@@ -362,7 +362,8 @@ impl<'d> Engine<'d> {
         let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };
         if rows.all == 0 {
             // Nothing is computed; pages are sealed.
-            (0..self.geometry.num_layers).for_each(|l| self.attention.record(&mut recorder, attention, &offsets.lists, l));
+            (0..self.geometry.num_layers)
+                .for_each(|l| self.attention.record(&mut recorder, attention, &offsets.lists, l));
             return recorder.dispatches();
         }
         self.layers.embed(&mut recorder, offsets.tokens, rows.all);
@@ -423,12 +424,7 @@ impl<'d> Engine<'d> {
     ///
     /// # Errors
     /// [`EngineError`].
-    pub fn open_rows(
-        &self,
-        table: &PageTable,
-        layer: u32,
-        kv_head: u32,
-    ) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+    pub fn open_rows(&self, table: &PageTable, layer: u32, kv_head: u32) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
         let shape = table.shape();
         let bytes = usize::try_from(shape.open_page().0).expect("a page fits in the address space");
         let context = PageContext { parameters: &HeadParameters::default(), first_position: 0 };

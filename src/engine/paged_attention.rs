@@ -356,7 +356,7 @@ impl<'d> PagedAttention<'d> {
     ///
     /// # Errors
     /// [`EngineError`].
-    pub fn pages(&self, sequence: SequenceId, kv_head: u32) -> Result<(Vec<Vec<u32>>, Vec<Vec<u32>>), EngineError> {
+    pub fn pages(&self, sequence: SequenceId, kv_head: u32) -> Result<DevicePages, EngineError> {
         let table = self.sequences.get(&sequence).ok_or_else(|| unknown(sequence))?;
         let read = |pages: &[PageId], page: Bytes| -> Result<Vec<Vec<u32>>, DeviceError> {
             let bytes = usize::try_from(page.0).expect("a page fits in the address space");
@@ -367,7 +367,8 @@ impl<'d> PagedAttention<'d> {
             pages.iter().map(|id| Ok(bytemuck::pod_collect_to_vec(&one(id)?))).collect()
         };
         let (sealed, open) = table.list(0, kv_head);
-        Ok((read(sealed, table.shape().sealed_page())?, read(open, table.shape().open_page())?))
+        let (sealed_page, open_page) = (table.shape().sealed_page(), table.shape().open_page());
+        Ok(DevicePages { sealed: read(sealed, sealed_page)?, open: read(open, open_page)? })
     }
 }
 
@@ -380,13 +381,22 @@ impl PagedAttention<'_> {
     /// # Panics
     /// When there is no such page or word.
     pub fn flip(&mut self, sequence: SequenceId, page: usize, word: u32, bit: u32) -> Result<(), EngineError> {
-        let (sealed, _) = self.pages(sequence, 0)?;
+        let sealed = self.pages(sequence, 0)?.sealed;
         let turned = sealed[page][word as usize] ^ (1 << bit);
         let id = self.sequences[&sequence].list(0, 0).0[page];
         let arena = &self.buffers.arenas[usize::from(id.arena)];
         let at = u64::from(id.cell) * CELL_BYTES + u64::from(word) * WORD_BYTES;
         Ok(self.uploader.upload(self.device, &turned.to_le_bytes(), arena, at)?)
     }
+}
+
+/// Words of a list's pages as the device holds them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DevicePages {
+    /// Sealed pages, in order.
+    pub sealed: Vec<Vec<u32>>,
+    /// Open pages, in order.
+    pub open: Vec<Vec<u32>>,
 }
 
 /// Rows of a call that are still to be computed.

@@ -54,7 +54,9 @@ impl KlSettings {
     pub fn windows<'t>(&self, tokens: &'t [u32], max_windows: usize) -> Result<Vec<&'t [u32]>, String> {
         let (prefix, tail) = (self.prefix_tokens, self.tail_tokens);
         if prefix == 0 || tail == 0 || max_windows == 0 {
-            return Err(format!("{max_windows} windows with a prefix of {prefix} and a tail of {tail} tokens are nothing"));
+            return Err(format!(
+                "{max_windows} windows with a prefix of {prefix} and a tail of {tail} tokens are nothing"
+            ));
         }
         let windows: Vec<_> = tokens.chunks_exact(self.window()).take(max_windows).collect();
         if windows.is_empty() {

@@ -62,21 +62,15 @@ impl LatentDecodeSpec {
 
     /// The shape that [`merge_states`](super::merge_states) joins the states of.
     pub const fn merge_shape(&self) -> CacheShape {
-        let heads = HeadGeometry {
-            num_qo_heads: self.num_qo_heads,
-            num_kv_heads: self.tiles(),
-            head_dim: self.width_vo,
-        };
+        let heads =
+            HeadGeometry { num_qo_heads: self.num_qo_heads, num_kv_heads: self.tiles(), head_dim: self.width_vo };
         CacheShape { heads, page_size: self.page_size }
     }
 
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
-        let heads = HeadGeometry {
-            num_qo_heads: self.num_qo_heads,
-            num_kv_heads: self.tiles(),
-            head_dim: self.width_qk,
-        };
+        let heads =
+            HeadGeometry { num_qo_heads: self.num_qo_heads, num_kv_heads: self.tiles(), head_dim: self.width_qk };
         let shape = CacheShape { heads, page_size: self.page_size };
         let codec = HiddenCodec { k: self.codec, v: Codec::default() };
         let mut spec = DecodeSpec { format: shape.format(codec), tier: self.tier }.kernel();

@@ -133,7 +133,8 @@ mod tests {
 
     #[test]
     fn a_file_joined_for_a_side_has_the_names_of_that_side() {
-        let text = "struct CodecRow { x: u32 } // SIDE_AT\nfn codec_row() -> CodecRow { return CODEC_A + SIDE_AT + side; }";
+        let text =
+            "struct CodecRow { x: u32 } // SIDE_AT\nfn codec_row() -> CodecRow { return CODEC_A + SIDE_AT + side; }";
         assert_eq!(
             rename(text, Side::Key),
             "struct KeyCodecRow { x: u32 } // KEY_AT\nfn key_codec_row() -> KeyCodecRow { return KEY_CODEC_A + KEY_AT + side; }",

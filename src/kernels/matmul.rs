@@ -56,7 +56,10 @@ pub fn matvec(output: Output, rows: u32) -> KernelSpec {
     assert!(rows == 1 || rows == 4, "matvec is written for 1 or 4 rows, not {rows}");
     KernelSpec {
         name: "matvec",
-        constants: vec![("ACCUMULATE".into(), Constant::Bool(output == Output::Accumulate)), ("ROWS".into(), Constant::U32(rows))],
+        constants: vec![
+            ("ACCUMULATE".into(), Constant::Bool(output == Output::Accumulate)),
+            ("ROWS".into(), Constant::U32(rows)),
+        ],
         parts: vec![(&modules::PRODUCT).into(), (&modules::MATVEC).into()],
         bindings: BINDINGS,
         immediate_bytes: MatmulParams::BYTES,

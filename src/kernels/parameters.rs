@@ -40,10 +40,9 @@ pub(super) fn write(format: &Format, source: &ParameterSource<'_>) -> Vec<f32> {
     let mut out = Vec::new();
     for head in source.heads {
         let (codec, n) = (format.codec, head_dim as usize);
-        for (basis, codec, vecs) in [
-            (&head.key_basis, codec.k, vecs.value_basis),
-            (&head.value_basis, codec.v, vecs.all - vecs.value_basis),
-        ] {
+        for (basis, codec, vecs) in
+            [(&head.key_basis, codec.k, vecs.value_basis), (&head.value_basis, codec.v, vecs.all - vecs.value_basis)]
+        {
             if vecs > 0 {
                 let columns = codec.width(head_dim) as usize;
                 out.extend(basis.chunks_exact(n).flat_map(|row| row[..columns].iter().map(|b| b.to_f32())));

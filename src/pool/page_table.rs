@@ -21,63 +21,11 @@
 
 use std::ops::Range;
 
+pub use super::table_ranges::TableRanges;
+pub use super::table_shape::{Sealing, TableShape, Window};
 use super::{PageId, PagePool, PoolError};
 use crate::compression::hidden::HiddenCodec;
-use crate::geometry::{Bytes, CELL_BYTES, PageGeometry};
-
-/// First-fit ranges of table entries.
-#[derive(Clone, Debug)]
-pub struct TableRanges {
-    /// Free ranges (start, length), ascending, never adjacent.
-    free: Vec<(u32, u32)>,
-    total: u32,
-}
-
-impl TableRanges {
-    /// `total` free entries.
-    pub fn new(total: u32) -> Self {
-        Self { free: vec![(0, total)], total }
-    }
-
-    /// Entries in all.
-    pub const fn total(&self) -> u32 {
-        self.total
-    }
-
-    /// Reserves `length` adjacent entries.
-    pub fn reserve(&mut self, length: u32) -> Option<u32> {
-        let at = self.free.iter().position(|(_, free)| *free >= length)?;
-        let (start, free) = self.free[at];
-        if free == length {
-            self.free.remove(at);
-        } else {
-            self.free[at] = (start + length, free - length);
-        }
-        Some(start)
-    }
-
-    /// Returns entries that [`Self::reserve`] gave.
-    ///
-    /// # Panics
-    /// When any of them is already free.
-    pub fn release(&mut self, start: u32, length: u32) {
-        let at = self.free.partition_point(|(s, _)| *s < start);
-        let before_end = if at > 0 { self.free[at - 1].0 + self.free[at - 1].1 } else { 0 };
-        assert!(before_end <= start, "table entries from {start} should not be released twice");
-        if let Some((next, _)) = self.free.get(at) {
-            assert!(start + length <= *next, "table entries up to {} should not be released twice", start + length);
-        }
-        self.free.insert(at, (start, length));
-        if at + 1 < self.free.len() && start + length == self.free[at + 1].0 {
-            self.free[at].1 += self.free[at + 1].1;
-            self.free.remove(at + 1);
-        }
-        if at > 0 && before_end == start {
-            self.free[at - 1].1 += self.free[at].1;
-            self.free.remove(at);
-        }
-    }
-}
+use crate::geometry::Bytes;
 
 /// Consecutive pages of a list that lie in one arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,131 +68,6 @@ impl Pages {
 struct PageList {
     sealed: Pages,
     open: Pages,
-}
-
-/// When full pages become codes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Sealing {
-    /// In the step that fills them.
-    #[default]
-    WhenFull,
-    /// When [`PageTable::seal`] says so; until then every page stays open and holds its f16 bytes.
-    OnRequest,
-}
-
-/// The shape of a session's page table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TableShape {
-    /// Layers.
-    pub num_layers: u32,
-    /// KV heads.
-    pub num_kv_heads: u32,
-    /// A page of one (layer, KV head).
-    pub page: PageGeometry,
-    /// How full pages become bytes.
-    pub codec: HiddenCodec,
-    /// When they do.
-    pub sealing: Sealing,
-}
-
-impl TableShape {
-    /// Lists of pages.
-    pub const fn num_lists(&self) -> u32 {
-        self.num_layers * self.num_kv_heads
-    }
-
-    /// Bytes of an open page.
-    pub fn open_page(&self) -> Bytes {
-        HiddenCodec::F16.page_bytes(self.page)
-    }
-
-    /// Bytes of a sealed page.
-    pub fn sealed_page(&self) -> Bytes {
-        self.codec.page_bytes(self.page)
-    }
-
-    /// Open and sealed pages that one list of `n_tokens` tokens needs at most.
-    pub fn pages_of_list(&self, n_tokens: u32) -> (u32, u32) {
-        let (all, full) = (n_tokens.div_ceil(self.page.page_size), n_tokens / self.page.page_size);
-        match self.sealing {
-            _ if !self.codec.seals() => (all, 0),
-            Sealing::WhenFull => (all.min(1), full),
-            Sealing::OnRequest => (all, full),
-        }
-    }
-
-    /// Bytes that a session of `n_tokens` tokens needs over all lists at most.
-    pub fn bytes_for(&self, n_tokens: u32) -> Bytes {
-        let (open, sealed) = self.pages_of_list(n_tokens);
-        let list = u64::from(open) * self.open_page().0 + u64::from(sealed) * self.sealed_page().0;
-        Bytes(u64::from(self.num_lists()) * list)
-    }
-
-    /// How many of `n` rows from cache index `first` on a step may hold: rows that leave the page of `first` end on an
-    /// edge where pages are sealed.
-    pub fn cut(&self, first: u32, n: u32) -> u32 {
-        let size = self.page.page_size;
-        let end = first + n;
-        if !self.seals_when_full() || end % size == 0 || end / size == first / size {
-            return n;
-        }
-        end / size * size - first
-    }
-
-    /// Pages of the window that `n` rows from cache index `first` on pass through.
-    fn window_pages(&self, first: u32, n: u32) -> u32 {
-        let size = self.page.page_size;
-        if n == 0 || !self.seals_when_full() { 0 } else { (first + n - 1) / size - first / size }
-    }
-
-    fn seals_when_full(&self) -> bool {
-        self.codec.seals() && self.sealing == Sealing::WhenFull
-    }
-}
-
-/// f16 pages that a step's prompt rows pass through, `[KV head][slot]`, in a buffer of their own, with fixed entries at the
-/// start of the table buffer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Window {
-    slots: u32,
-    num_kv_heads: u32,
-    page: Bytes,
-    used: u32,
-}
-
-impl Window {
-    /// A window for steps of at most `max_rows` rows; without slots where no page is ever sealed.
-    pub fn new(page: PageGeometry, num_kv_heads: u32, max_rows: u32, seals: bool) -> Self {
-        let slots = if seals { max_rows / page.page_size } else { 0 };
-        Self { slots, num_kv_heads, page: HiddenCodec::F16.page_bytes(page), used: 0 }
-    }
-
-    /// Bytes of its pages.
-    pub fn bytes(&self) -> Bytes {
-        Bytes(u64::from(self.entries()) * self.page.0)
-    }
-
-    /// Its entries in the table buffer, from entry 0 on.
-    pub const fn entries(&self) -> u32 {
-        self.slots * self.num_kv_heads
-    }
-
-    /// What these entries hold.
-    pub fn write_entries(&self) -> Vec<u32> {
-        let cells = u32::try_from(self.page.0 / CELL_BYTES).expect("a page is counted in 32 bits");
-        (0..self.entries()).map(|i| i * cells).collect()
-    }
-
-    /// Begins a step: everything is free.
-    pub const fn clear(&mut self) {
-        self.used = 0;
-    }
-
-    fn take(&mut self, pages: u32) -> Option<u32> {
-        let first = self.used;
-        self.used = first.checked_add(pages).filter(|used| *used <= self.slots)?;
-        Some(first)
-    }
 }
 
 /// Pages that one item can read: consecutive in the table, in one arena.
@@ -367,7 +190,7 @@ impl PageTable {
         assert_eq!(shape.cut(self.n_tokens, n), n, "rows that leave a page should end on an edge");
         let passing = shape.window_pages(self.n_tokens, n);
         let slot = window.take(passing).expect("the window should hold the pages of a step");
-        self.window = (slot, window.slots);
+        self.window = (slot, window.slots());
         self.n_tokens = tokens;
         let open = tokens.div_ceil(shape.page.page_size) - self.retired - passing;
         self.fill(pool, open, self.sealed)?;
@@ -564,32 +387,4 @@ impl PageTable {
 
 fn to_u32(n: usize) -> u32 {
     u32::try_from(n).expect("pages of a list are counted in 32 bits")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_join_again_whatever_the_order_of_release() {
-        let mut ranges = TableRanges::new(100);
-        let a = ranges.reserve(30).expect("30 of 100");
-        let b = ranges.reserve(30).expect("60 of 100");
-        let c = ranges.reserve(40).expect("all");
-        assert_eq!(ranges.reserve(1), None, "full");
-        ranges.release(a, 30);
-        ranges.release(c, 40);
-        assert_eq!(ranges.reserve(70), None, "in two pieces");
-        ranges.release(b, 30);
-        assert_eq!(ranges.reserve(100), Some(0), "in one piece again");
-    }
-
-    #[test]
-    #[should_panic(expected = "should not be released twice")]
-    fn entries_can_not_be_released_twice() {
-        let mut ranges = TableRanges::new(10);
-        let a = ranges.reserve(4).expect("4 of 10");
-        ranges.release(a, 4);
-        ranges.release(a, 4);
-    }
 }

@@ -177,10 +177,10 @@ pub struct ContextSwitchMetric {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::sample::Sampling;
     use crate::compression::Compression;
     use crate::compression::hidden::HiddenCodec;
     use crate::geometry::PageGeometry;
+    use crate::kernels::sample::Sampling;
     use crate::pool::page_table::{Sealing, TableShape, Window};
     use crate::pool::{PagePool, PoolLayout};
     use crate::schedule::simulation::Simulation;

@@ -6,7 +6,8 @@
 Nothing here uses the Rust code. The model is read with the `gguf` package and
 run in float64 with torch, in the Hugging Face weight layout (half-split RoPE);
 the tokens come from llama.cpp through `llama_cpp` where that is installed, and
-otherwise from the `tokenizers` package.
+otherwise from the `tokenizers` package. The parts `attention` and `codecs` need
+no model.
 """
 
 import argparse
@@ -319,6 +320,138 @@ def make_attention(out):
         write_tensors(out / name, tensors, sm_scale="1/sqrt(head_dim)", lse="base 2")
 
 
+def codec_keys(rng, tokens, channels):
+    """Keys as models have them: a steady part and noise, turned by position.
+
+    Pair `i` is channels 2i and 2i + 1. The two outliers are in slow pairs, so
+    they stay large at every token of the page.
+    """
+    steady = rng.standard_normal(channels)
+    steady[[50, 60]] = [10.0, -10.0]
+    x = steady + 0.7 * rng.standard_normal((tokens, channels))
+    pair = (x[:, 0::2] + 1j * x[:, 1::2])
+    inv = 10000.0 ** (-np.arange(0, channels, 2) / channels)
+    pair = pair * np.exp(1j * np.outer(np.arange(tokens), inv))
+    out = np.empty((tokens, channels))
+    out[:, 0::2], out[:, 1::2] = pair.real, pair.imag
+    return out.astype(np.float16)
+
+
+def to_fp8(x):
+    """float16 values that torch's e4m3 stands for, saturating at 448."""
+    t = torch.from_numpy(x.astype(np.float32)).clamp(-448.0, 448.0)
+    y = t.to(torch.float8_e4m3fn).to(torch.float32)
+    assert torch.isfinite(y).all()
+    return y.to(torch.float16).numpy()
+
+
+def fp8_edges(rng, shape):
+    """Half-way points between neighbours of e4m3, the float16 on either side of
+    each, the ends of the range, and random values of all magnitudes.
+    """
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64).numpy()
+    assert grid[1] == 2.0 ** -9 and grid[126] == 448.0 and (np.diff(grid) > 0).all()
+    tie = ((grid[1:] + grid[:-1]) / 2).astype(np.float16)
+    assert (tie.astype(np.float64) == (grid[1:] + grid[:-1]) / 2).all(), "exact in float16"
+    near = np.concatenate([tie, np.nextafter(tie, np.float16(0)), np.nextafter(tie, np.float16(1000))])
+    signed = near * rng.choice(np.array([-1, 1], dtype=np.float16), near.size)
+    ends = [0.0, 2.0 ** -24, 2.0 ** -10, 448.0, 463.75, 464.0, 464.25, 480.0, 1000.0, 65504.0]
+    ends = np.array(ends + [-x for x in ends], dtype=np.float16)
+    rest = math.prod(shape) - signed.size - ends.size
+    wide = rng.choice([-1, 1], rest) * np.exp2(rng.uniform(-12, 9.5, rest))
+    return np.concatenate([signed, ends, wide.astype(np.float16)]).reshape(shape)
+
+
+def affine_codes(x, axis, levels):
+    """Asymmetric codes of the groups along `axis`, as the papers write them."""
+    x = x.astype(np.float64)
+    low, high = x.min(axis, keepdims=True), x.max(axis, keepdims=True)
+    codes = np.round((x - low) / ((high - low) / levels))
+    assert codes.min() == 0 and codes.max() == levels
+    return codes.astype(np.uint8)
+
+
+def kivi_codes(k, v, bits, group):
+    """Keys per channel in groups of tokens, values per token in groups of channels."""
+    (tokens, channels), levels = k.shape, 2 ** bits - 1
+    keys = affine_codes(k.reshape(tokens // group, group, channels), 1, levels)
+    values = affine_codes(v.reshape(tokens, channels // group, group), 2, levels)
+    return keys.reshape(k.shape), values.reshape(v.shape)
+
+
+def sign_vector(channels):
+    """The signs of the rotation, from their definition: a hash of the channel."""
+    signs = []
+    for channel in range(channels):
+        x = (channel + 1) * 0x9e3779b1 % 2 ** 32
+        x ^= x >> 15
+        signs.append(-1 if x * 0x85ebca6b % 2 ** 32 >= 2 ** 31 else 1)
+    return np.array(signs, dtype=np.int8)
+
+
+def sylvester(n):
+    """The orthonormal Hadamard matrix of order n, a power of two."""
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    assert len(h) == n and (h @ h.T == n * np.eye(n)).all()
+    return h / math.sqrt(n)
+
+
+def lloyd_max(bits):
+    """Levels and mean squared error of the best quantiser of a unit Gaussian."""
+    density = lambda x: math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    below = lambda x: math.erfc(-x / math.sqrt(2)) / 2
+    levels = np.linspace(-2, 2, 2 ** bits)
+    for _ in range(100_000):
+        edges = [-math.inf, *(levels[1:] + levels[:-1]) / 2, math.inf]
+        mass = np.diff([below(e) for e in edges])
+        moved = -np.diff([density(e) for e in edges]) / mass
+        change, levels = np.abs(moved - levels).max(), moved
+        if change < 1e-14:
+            break
+    # Every level is the mean of its cell: the error is what the levels lack in power.
+    mse = 1 - (mass * levels ** 2).sum()
+    # J. Max, Quantizing for Minimum Distortion (1960), table I
+    assert abs(mse / {2: 0.1175, 3: 0.03454, 4: 0.009497}[bits] - 1) < 5e-4, mse
+    return levels, mse
+
+
+def lloyd_max_mse(y, bits):
+    """Error over power of rows quantised to the levels times each row's rms."""
+    levels, _ = lloyd_max(bits)
+    unit = y / np.sqrt((y ** 2).mean(1, keepdims=True))
+    nearest = levels[np.abs(unit[..., None] - levels).argmin(-1)]
+    return (((nearest - unit) ** 2).mean(1) * (y ** 2).sum(1)).sum() / (y ** 2).sum()
+
+
+def make_codecs(out):
+    tokens, channels, group, rank = 64, 64, 32, 32
+    rng = np.random.default_rng(20250321)
+    k = codec_keys(rng, tokens, channels)
+    v = rng.standard_normal((tokens, channels)).astype(np.float16)
+    edges = fp8_edges(rng, (16, 32))
+    (k4, v4), (k2, v2) = (kivi_codes(k, v, bits, group) for bits in (4, 2))
+    signs = sign_vector(channels)
+    rotate = lambda x: (x.astype(np.float64) * signs) @ sylvester(channels).T
+    tensors = {
+        "k": k, "v": v,
+        "fp8_k": to_fp8(k), "fp8_edges": edges, "fp8_edges_decoded": to_fp8(edges),
+        "int8_k": affine_codes(k, 1, 255), "int8_v": affine_codes(v, 1, 255),
+        "kivi_k": k4 + 16 * k2, "kivi_v": v4 + 16 * v2,
+        "signs": signs, "rotated_k": rotate(k).astype(np.float32),
+    }
+    for bits in (2, 3, 4):
+        mse = [lloyd_max_mse(rotate(x), bits) for x in (k, v)]
+        tensors[f"lloyd_max_mse_{bits}"] = np.array(mse)
+        print(f"  Lloyd-Max, {bits} bits: {mse[0]:.6f} of K, {mse[1]:.6f} of V, "
+              f"{lloyd_max(bits)[1]:.6f} of a Gaussian")
+    singular = np.linalg.svd(v.astype(np.float64), compute_uv=False)
+    tensors["low_rank_v"] = np.array([(singular[rank:] ** 2).sum()])
+    print(f"  rank {rank}: {tensors['low_rank_v'][0]:.6f} of {(singular ** 2).sum():.6f}")
+    write_tensors(out / "codecs.safetensors", tensors, group=group)
+
+
 def make_perplexity(out, model, tokenizer):
     text = (HERE / "essay.txt").read_bytes().decode("utf-8")
     ids = tokenizer.encode(text)
@@ -361,9 +494,9 @@ def make_tokens(out, tokenizer, other):
 
 
 def main():
-    parts = ["logits", "attention", "perplexity", "tokens"]
+    parts = ["logits", "attention", "codecs", "perplexity", "tokens"]
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--gguf", type=Path, required=True, help="the model file")
+    p.add_argument("--gguf", type=Path, help="the model file")
     p.add_argument("--out", type=Path, required=True, help="folder to write to")
     p.add_argument("--only", nargs="+", choices=parts, default=parts, help="make only these")
     p.add_argument("--tokenizer", choices=["llama.cpp", "tokenizers"], default="llama.cpp")
@@ -374,8 +507,12 @@ def main():
 
     if "attention" in args.only:
         make_attention(args.out)
-    if set(args.only) == {"attention"}:
+    if "codecs" in args.only:
+        make_codecs(args.out)
+    if not set(args.only) - {"attention", "codecs"}:
         return
+    if args.gguf is None:
+        p.error("all parts but attention and codecs need --gguf")
     g = Gguf(args.gguf)
     hf = HfTokenizer(g)
     tokenizer = LlamaCppTokenizer(g) if args.tokenizer == "llama.cpp" else hf

@@ -4,7 +4,7 @@
 //! side  codes: plane of 8 bits, [page_size] words (scale, min) f16        8 + 32 / width bits per value
 //! ```
 //!
-//! Rounding as in [`affine`] with 255 levels. The token-wise scheme is that of QServe (arXiv:2405.04532) at 8 bits.
+//! Rounding as in [`affine`] with 255 levels. The token-wise scheme is that of `QServe` (arXiv:2405.04532) at 8 bits.
 //! Deviation: scale and minimum lie in the page behind the codes.
 
 use super::affine::{self, Affine};
@@ -25,10 +25,8 @@ impl Quantize for Int8 {
 
     fn encode(&self, shape: SideShape, values: &[f32], out: &mut [u32]) {
         let (codes, scales) = out.split_at_mut(plane::words(shape, BITS) as usize);
-        let rows: Vec<Affine> = values
-            .chunks_exact(shape.width as usize)
-            .map(|row| affine::measure(row.iter().copied(), LEVELS))
-            .collect();
+        let rows: Vec<Affine> =
+            values.chunks_exact(shape.width as usize).map(|row| affine::measure(row.iter().copied(), LEVELS)).collect();
         plane::pack(shape, BITS, |t, c| rows[t as usize].code(values[shape.index(t, c)], LEVELS), codes);
         scales.iter_mut().zip(&rows).for_each(|(word, row)| *word = row.word());
     }

@@ -64,8 +64,7 @@ impl Quantize for Kivi {
                 groups[self.scale_index(shape, token, channel)].push(values[shape.index(token, channel)]);
             }
         }
-        let groups: Vec<Affine> =
-            groups.iter().map(|g| affine::measure(g.iter().copied(), self.levels())).collect();
+        let groups: Vec<Affine> = groups.iter().map(|g| affine::measure(g.iter().copied(), self.levels())).collect();
         let code = |t, c| groups[self.scale_index(shape, t, c)].code(values[shape.index(t, c)], self.levels());
         plane::pack(shape, self.bits, code, codes);
         scales.iter_mut().zip(&groups).for_each(|(word, group)| *word = group.word());

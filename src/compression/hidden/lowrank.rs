@@ -52,7 +52,8 @@ pub fn turn_back(key: &[f32], angles: &[(f32, f32)]) -> Vec<f32> {
 
 /// `B^T x` for one row, sums in channel order. `basis` is `[head_dim][head_dim]`, of whose columns the first `rank` count.
 pub fn project(x: &[f32], basis: &[f16], rank: u32) -> Vec<f32> {
-    let latent = |r: usize| x.iter().zip(basis.chunks_exact(x.len())).fold(0.0, |sum, (x, row)| sum + x * row[r].to_f32());
+    let latent =
+        |r: usize| x.iter().zip(basis.chunks_exact(x.len())).fold(0.0, |sum, (x, row)| sum + x * row[r].to_f32());
     (0..rank as usize).map(latent).collect()
 }
 
@@ -120,10 +121,10 @@ mod tests {
     #[test]
     fn a_matrix_of_low_rank_is_caught_by_its_basis() {
         // Rank 2 in 8 channels: every combination of two directions comes back.
-        let (u, w) = ([1.0, 2.0, 0.0, -1.0, 0.5, 3.0, 1.0, 0.0], [0.0, 1.0, 1.0, 1.0, -2.0, 0.0, 0.5, 1.0]);
-        let gram: Vec<f64> = (0..64).map(|i| u[i / 8] * u[i % 8] + w[i / 8] * w[i % 8]).collect();
+        let (u, w) = ([1.0_f32, 2.0, 0.0, -1.0, 0.5, 3.0, 1.0, 0.0], [0.0_f32, 1.0, 1.0, 1.0, -2.0, 0.0, 0.5, 1.0]);
+        let gram: Vec<f64> = (0..64).map(|i| f64::from(u[i / 8] * u[i % 8] + w[i / 8] * w[i % 8])).collect();
         let basis = eigenvectors(gram, 8);
-        let x: Vec<f32> = u.iter().zip(&w).map(|(u, w)| (0.5 * u - 2.0 * w) as f32).collect();
+        let x: Vec<f32> = u.iter().zip(&w).map(|(u, w)| 0.5 * u - 2.0 * w).collect();
         let back = lift(&project(&x, &basis, 2), &basis, 8);
         let error: f64 = back.iter().zip(&x).map(|(b, x)| (b - f64::from(*x)).abs()).fold(0.0, f64::max);
         assert!(error < 5e-3, "largest error {error}");

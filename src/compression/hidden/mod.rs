@@ -201,13 +201,7 @@ impl Codec {
     ///
     /// # Panics
     /// When `values` is not one page.
-    pub fn encode(
-        &self,
-        side: Side,
-        page: PageGeometry,
-        context: PageContext<'_>,
-        values: &[f32],
-    ) -> Vec<u32> {
+    pub fn encode(&self, side: Side, page: PageGeometry, context: PageContext<'_>, values: &[f32]) -> Vec<u32> {
         assert_eq!(values.len() as u64, page.elements(), "a sealed page is full");
         let (width, shape) = (page.head_dim as usize, self.shape(side, page));
         let mut out = vec![0; self.words(side, page) as usize];
@@ -254,13 +248,7 @@ impl Codec {
     }
 
     /// What attention reads in a side: `[page_size][head_dim]`.
-    pub fn decode(
-        &self,
-        side: Side,
-        page: PageGeometry,
-        context: PageContext<'_>,
-        words: &[u32],
-    ) -> Vec<f32> {
+    pub fn decode(&self, side: Side, page: PageGeometry, context: PageContext<'_>, words: &[u32]) -> Vec<f32> {
         let shape = self.shape(side, page);
         let (codes, mask) = words.split_at(self.quantizer_words(side, page) as usize);
         let mut rows = self.quantizer.definition().decode(shape, codes);
@@ -278,9 +266,7 @@ impl Codec {
                 }
                 rows
             }
-            Transform::Pruning { .. } => {
-                think::scatter(&rows, page.head_dim, &think::read_mask(mask, shape.width))
-            }
+            Transform::Pruning { .. } => think::scatter(&rows, page.head_dim, &think::read_mask(mask, shape.width)),
             Transform::LowRank { .. } => (context.first_position..)
                 .zip(rows.chunks_exact(shape.width as usize))
                 .flat_map(|(position, z)| {
@@ -365,25 +351,14 @@ impl HiddenCodec {
     }
 
     /// Encodes a page from its K and V, each `[page_size][head_dim]` and exact in f16.
-    pub fn encode(
-        &self,
-        page: PageGeometry,
-        context: PageContext<'_>,
-        k: &[f32],
-        v: &[f32],
-    ) -> Vec<u32> {
+    pub fn encode(&self, page: PageGeometry, context: PageContext<'_>, k: &[f32], v: &[f32]) -> Vec<u32> {
         let mut words = self.k.encode(Side::Key, page, context, k);
         words.extend(self.v.encode(Side::Value, page, context, v));
         words
     }
 
     /// The K and V that attention reads in a page, each `[page_size][head_dim]`.
-    pub fn decode(
-        &self,
-        page: PageGeometry,
-        context: PageContext<'_>,
-        words: &[u32],
-    ) -> (Vec<f32>, Vec<f32>) {
+    pub fn decode(&self, page: PageGeometry, context: PageContext<'_>, words: &[u32]) -> (Vec<f32>, Vec<f32>) {
         let (k, v) = words.split_at(self.k.words(Side::Key, page) as usize);
         (self.k.decode(Side::Key, page, context, k), self.v.decode(Side::Value, page, context, v))
     }

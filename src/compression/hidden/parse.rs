@@ -138,11 +138,8 @@ impl HiddenCodec {
 
 impl fmt::Display for HiddenCodec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = if Self::values_of(self.k) == self.v {
-            self.k.to_string()
-        } else {
-            format!("k:{},v:{}", self.k, self.v)
-        };
+        let text =
+            if Self::values_of(self.k) == self.v { self.k.to_string() } else { format!("k:{},v:{}", self.k, self.v) };
         f.pad(&text)
     }
 }
@@ -206,7 +203,9 @@ impl FromStr for Codec {
         }
         let quantizer = rest.map_or(Ok(Quantizer::F16), |rest| {
             if rest.starts_with("rot") || rest.starts_with("think") || rest.starts_with("lowrank") {
-                return Err(format!("'{text}': {rest} transforms channels as well, and only one transform is possible"));
+                return Err(format!(
+                    "'{text}': {rest} transforms channels as well, and only one transform is possible"
+                ));
             }
             quantizer(rest)
         })?;
@@ -332,7 +331,11 @@ mod tests {
             // 40 of 64 channels of 8 bits, a scale and minimum per token, 48 bytes of mask; 64 channels of values.
             ("think:0.6+int8", 64, 64, (40.0 * 8.0 + 32.0 + 6.0 + 64.0 * 8.0 + 32.0) / 128.0),
         ] {
-            assert!((bits(text, page_size, head_dim) - expected).abs() < 1e-9, "{text}: {}", bits(text, page_size, head_dim));
+            assert!(
+                (bits(text, page_size, head_dim) - expected).abs() < 1e-9,
+                "{text}: {}",
+                bits(text, page_size, head_dim)
+            );
         }
     }
 }

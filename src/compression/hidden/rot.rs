@@ -274,8 +274,7 @@ mod tests {
             low
         };
         #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is what is wanted")]
-        let values: Vec<f32> =
-            (0..1024).map(|i| quantile((f64::from(i * 389 % 1024) + 0.5) / 1024.0) as f32).collect();
+        let values: Vec<f32> = (0..1024).map(|i| quantile((f64::from(i * 389 % 1024) + 0.5) / 1024.0) as f32).collect();
         for (bits, expected) in [(2, 0.1165), (3, 0.0345), (4, 0.0097)] {
             let quantizer = Gaussian { bits };
             let mut words = vec![0; quantizer.words(shape) as usize];

@@ -37,7 +37,8 @@ pub fn choose(keys: &[f32], head_dim: u32, kept: u32) -> Vec<u32> {
             if energy.is_finite() { energy } else { f32::MAX }
         })
         .collect();
-    let before = |c: usize| (0..width).filter(|o| scores[*o] > scores[c] || (scores[*o] == scores[c] && *o < c)).count();
+    let before =
+        |c: usize| (0..width).filter(|o| scores[*o] > scores[c] || (scores[*o] == scores[c] && *o < c)).count();
     (0..).zip(0..width).filter(|(_, c)| before(*c) < kept as usize).map(|(number, _)| number).collect()
 }
 

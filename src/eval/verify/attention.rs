@@ -10,7 +10,7 @@ use super::{Check, Extent};
 use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext, lowrank};
 use crate::device::Device;
 use crate::engine::EngineError;
-use crate::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig, SequenceId};
+use crate::engine::paged_attention::{DevicePages, NewRows, PagedAttention, PagedAttentionConfig, SequenceId};
 use crate::geometry::Bytes;
 use crate::kernels::PipelineCache;
 use crate::kernels::attention::CacheShape;
@@ -146,11 +146,7 @@ pub fn parameters(rng: &mut ChaCha8Rng, shape: &CacheShape) -> Vec<HeadParameter
         lowrank::eigenvectors(gram, n)
     };
     let bases: Vec<_> = (0..shape.heads.num_kv_heads).map(|_| (basis(), basis())).collect();
-    let one = |(key_basis, value_basis)| HeadParameters {
-        key_basis,
-        value_basis,
-        rope_theta: 10_000.0,
-    };
+    let one = |(key_basis, value_basis)| HeadParameters { key_basis, value_basis, rope_theta: 10_000.0 };
     bases.into_iter().map(one).collect()
 }
 
@@ -234,10 +230,8 @@ impl<'d> Setup<'d> {
                         let tokens = all[start..start + page_values].chunks_exact(kv_width);
                         tokens.flat_map(|row| row[head * width..(head + 1) * width].to_vec()).collect()
                     };
-                    let context = PageContext {
-                        parameters: &self.parameters[head],
-                        first_position: number * page.page_size,
-                    };
+                    let context =
+                        PageContext { parameters: &self.parameters[head], first_position: number * page.page_size };
                     let words = sequence.codec.encode(page, context, &rows(&sequence.k), &rows(&sequence.v));
                     let (k, v) = sequence.codec.decode(page, context, &words);
                     (words, k, v)
@@ -299,12 +293,7 @@ fn grow(rng: &mut ChaCha8Rng, sequence: &mut Sequence, rows: usize, kv_width: us
 }
 
 /// Adds `rows` rows to every sequence in one step and compares their attention.
-fn check_rows(
-    setup: &mut Setup<'_>,
-    rng: &mut ChaCha8Rng,
-    batch: &Batch,
-    rows: usize,
-) -> Result<Check, EngineError> {
+fn check_rows(setup: &mut Setup<'_>, rng: &mut ChaCha8Rng, batch: &Batch, rows: usize) -> Result<Check, EngineError> {
     let heads = setup.shape.heads;
     let (q_width, kv_width) = (heads.q_width() as usize, heads.kv_width() as usize);
     let queries: Vec<_> = setup.sequences.iter().map(|_| random(rng, rows * q_width)).collect();
@@ -384,7 +373,7 @@ fn check_pages(setup: &Setup<'_>, batch: &Batch) -> Result<Vec<Check>, EngineErr
     let (mut append, mut seal) = (Words::default(), Words::default());
     for sequence in &setup.sequences {
         for kv_head in 0..heads.num_kv_heads {
-            let (sealed, open) = setup.attention.pages(sequence.id, kv_head)?;
+            let DevicePages { sealed, open } = setup.attention.pages(sequence.id, kv_head)?;
             let expected = sequence.sealed.iter().skip(kv_head as usize).step_by(n_heads);
             assert_eq!(sealed.len(), expected.len(), "every full page should be sealed");
             sealed.iter().zip(expected).for_each(|(got, expected)| seal.compare(got, expected));

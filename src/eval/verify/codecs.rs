@@ -19,7 +19,16 @@ use crate::kernels::registry::HEAD_DIMS;
 
 /// Kinds of pages.
 const KINDS: [&str; 10] = [
-    "random", "constant", "zero", "signed zeros", "subnormal", "huge", "outlier channel", "outlier token", "NaN", "infinity",
+    "random",
+    "constant",
+    "zero",
+    "signed zeros",
+    "subnormal",
+    "huge",
+    "outlier channel",
+    "outlier token",
+    "NaN",
+    "infinity",
 ];
 /// Pages of 128 tokens hold the groups of every codec.
 const PAGE_SIZE: u32 = 128;
@@ -51,7 +60,9 @@ fn number(kind: &str, rng: &mut ChaCha8Rng, token: u32, channel: u32) -> f32 {
         "constant" => 1.375,
         "zero" => 0.0,
         "signed zeros" => 0.0_f32.copysign(x),
-        "subnormal" => f16::from_bits(u16::try_from(rng.random_range(0..0x400)).expect("a subnormal")).to_f32().copysign(x),
+        "subnormal" => {
+            f16::from_bits(u16::try_from(rng.random_range(0..0x400)).expect("a subnormal")).to_f32().copysign(x)
+        }
         "huge" => f16::MAX.to_f32() * x / 2.0,
         "outlier channel" if channel == 5 => 100.0 + x,
         "outlier token" if token == 7 => 300.0 * x,
@@ -91,7 +102,7 @@ fn kinds(device: &Device, codec: HiddenCodec, head_dim: u32) -> Result<Check, En
         expected.push(codec.encode(page, context, &k, &v));
     }
     let mut words = Words::default();
-    let (sealed, _) = attention.pages(sequence, 0)?;
+    let sealed = attention.pages(sequence, 0)?.sealed;
     assert_eq!(sealed.len(), expected.len(), "every page should be sealed");
     sealed.iter().zip(&expected).for_each(|(got, expected)| words.compare(got, expected));
     Ok(words.check("seal", format!("{codec}, head_dim {head_dim}, {} kinds of pages", KINDS.len())))

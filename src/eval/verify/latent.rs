@@ -20,12 +20,8 @@ const SPLIT: u32 = 512;
 const WIDTHS: (u32, u32) = (576, 512);
 
 /// Heads, and how latents are stored. Codes need full pages, so that contexts are then whole pages.
-const CASES: [(u32, Quantizer); 4] = [
-    (16, Quantizer::F16),
-    (128, Quantizer::F16),
-    (16, Quantizer::Int8),
-    (16, Quantizer::Kivi { bits: 4, group: 32 }),
-];
+const CASES: [(u32, Quantizer); 4] =
+    [(16, Quantizer::F16), (128, Quantizer::F16), (16, Quantizer::Int8), (16, Quantizer::Kivi { bits: 4, group: 32 })];
 
 pub(super) const COUNT: usize = CASES.len();
 
@@ -59,9 +55,8 @@ fn check(device: &Device, num_qo_heads: u32, codec: Codec) -> Result<Check, Engi
     let spec = LatentDecodeSpec { num_qo_heads, width_qk, width_vo, page_size: 64, codec, tier: device.tier() };
     let (wide, narrow) = (width_qk as usize, width_vo as usize);
     let mut rng = ChaCha8Rng::seed_from_u64(u64::from(num_qo_heads));
-    let mut random = |n: usize| -> Vec<f32> {
-        (0..n).map(|_| f16::from_f32(rng.random_range(-2.0_f32..2.0)).to_f32()).collect()
-    };
+    let mut random =
+        |n: usize| -> Vec<f32> { (0..n).map(|_| f16::from_f32(rng.random_range(-2.0_f32..2.0)).to_f32()).collect() };
     let whole_pages = codec != Codec::default();
     let lengths = LENGTHS.map(|n| if whole_pages { n.next_multiple_of(64) } else { n });
     let (mut arena, mut tables, mut decoded) = (Vec::new(), Vec::new(), Vec::new());
@@ -131,7 +126,13 @@ fn check(device: &Device, num_qo_heads: u32, codec: Codec) -> Result<Check, Engi
     }
     let lengths: Vec<_> = lengths.iter().map(ToString::to_string).collect();
     let case = format!("{codec}, {num_qo_heads} heads on one latent of 576/512, contexts {}", lengths.join("/"));
-    Ok(Check { kernel: "latent decode", case, compared: all.len(), error_over_bound: worst, nmse: Some(nmse(&got, &all)) })
+    Ok(Check {
+        kernel: "latent decode",
+        case,
+        compared: all.len(),
+        error_over_bound: worst,
+        nmse: Some(nmse(&got, &all)),
+    })
 }
 
 /// One query against keys whose first `narrow` channels are the values; the output, and the sum of p times |value|.

@@ -365,7 +365,7 @@ fn rounding(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     attention.step(&[NewRows { sequence, q: &[], k: &edges, v: &edges, decode: false }])?;
     let mut wrong = 0_usize;
     let side = |side| SideShape { side, page_size: 16, width: 64 };
-    for (page, words) in attention.pages(sequence, 0)?.1.iter().enumerate() {
+    for (page, words) in attention.pages(sequence, 0)?.open.iter().enumerate() {
         let values: &[f16] = bytemuck::cast_slice(words);
         let (keys, v_values) = values.split_at(16 * 64);
         for token in 0..16_u32 {

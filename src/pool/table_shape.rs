@@ -1,0 +1,136 @@
+//! What a session's page table needs: how many pages of which size, when they are sealed, and the window that prompt rows pass
+//! through meanwhile.
+
+use crate::compression::hidden::HiddenCodec;
+use crate::geometry::{Bytes, CELL_BYTES, PageGeometry};
+
+/// When full pages become codes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sealing {
+    /// In the step that fills them.
+    #[default]
+    WhenFull,
+    /// When [`PageTable::seal`] says so; until then every page stays open and holds its f16 bytes.
+    OnRequest,
+}
+
+/// The shape of a session's page table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TableShape {
+    /// Layers.
+    pub num_layers: u32,
+    /// KV heads.
+    pub num_kv_heads: u32,
+    /// A page of one (layer, KV head).
+    pub page: PageGeometry,
+    /// How full pages become bytes.
+    pub codec: HiddenCodec,
+    /// When they do.
+    pub sealing: Sealing,
+}
+
+impl TableShape {
+    /// Lists of pages.
+    pub const fn num_lists(&self) -> u32 {
+        self.num_layers * self.num_kv_heads
+    }
+
+    /// Bytes of an open page.
+    pub fn open_page(&self) -> Bytes {
+        HiddenCodec::F16.page_bytes(self.page)
+    }
+
+    /// Bytes of a sealed page.
+    pub fn sealed_page(&self) -> Bytes {
+        self.codec.page_bytes(self.page)
+    }
+
+    /// Open and sealed pages that one list of `n_tokens` tokens needs at most.
+    pub fn pages_of_list(&self, n_tokens: u32) -> (u32, u32) {
+        let (all, full) = (n_tokens.div_ceil(self.page.page_size), n_tokens / self.page.page_size);
+        match self.sealing {
+            _ if !self.codec.seals() => (all, 0),
+            Sealing::WhenFull => (all.min(1), full),
+            Sealing::OnRequest => (all, full),
+        }
+    }
+
+    /// Bytes that a session of `n_tokens` tokens needs over all lists at most.
+    pub fn bytes_for(&self, n_tokens: u32) -> Bytes {
+        let (open, sealed) = self.pages_of_list(n_tokens);
+        let list = u64::from(open) * self.open_page().0 + u64::from(sealed) * self.sealed_page().0;
+        Bytes(u64::from(self.num_lists()) * list)
+    }
+
+    /// How many of `n` rows from cache index `first` on a step may hold: rows that leave the page of `first` end on an
+    /// edge where pages are sealed.
+    pub fn cut(&self, first: u32, n: u32) -> u32 {
+        let size = self.page.page_size;
+        let end = first + n;
+        if !self.seals_when_full() || end.is_multiple_of(size) || end / size == first / size {
+            return n;
+        }
+        end / size * size - first
+    }
+
+    /// Pages of the window that `n` rows from cache index `first` on pass through.
+    pub(super) fn window_pages(&self, first: u32, n: u32) -> u32 {
+        let size = self.page.page_size;
+        if n == 0 || !self.seals_when_full() { 0 } else { (first + n - 1) / size - first / size }
+    }
+
+    pub(super) fn seals_when_full(&self) -> bool {
+        self.codec.seals() && self.sealing == Sealing::WhenFull
+    }
+}
+
+/// f16 pages that a step's prompt rows pass through, `[KV head][slot]`, in a buffer of their own, with fixed entries at the
+/// start of the table buffer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Window {
+    slots: u32,
+    num_kv_heads: u32,
+    page: Bytes,
+    used: u32,
+}
+
+impl Window {
+    /// A window for steps of at most `max_rows` rows; without slots where no page is ever sealed.
+    pub fn new(page: PageGeometry, num_kv_heads: u32, max_rows: u32, seals: bool) -> Self {
+        let slots = if seals { max_rows / page.page_size } else { 0 };
+        Self { slots, num_kv_heads, page: HiddenCodec::F16.page_bytes(page), used: 0 }
+    }
+
+    /// Bytes of its pages.
+    pub fn bytes(&self) -> Bytes {
+        Bytes(u64::from(self.entries()) * self.page.0)
+    }
+
+    /// Its entries in the table buffer, from entry 0 on.
+    pub const fn entries(&self) -> u32 {
+        self.slots * self.num_kv_heads
+    }
+
+    /// What these entries hold.
+    pub fn write_entries(&self) -> Vec<u32> {
+        let cells = u32::try_from(self.page.0 / CELL_BYTES).expect("a page is counted in 32 bits");
+        (0..self.entries()).map(|i| i * cells).collect()
+    }
+
+    /// Begins a step: everything is free.
+    pub const fn clear(&mut self) {
+        self.used = 0;
+    }
+
+    /// Slots for each KV head.
+    pub(super) const fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    /// Takes slots for some pages; the first of them.
+    pub(super) fn take(&mut self, pages: u32) -> Option<u32> {
+        let first = self.used;
+        self.used = first.checked_add(pages).filter(|used| *used <= self.slots)?;
+        Some(first)
+    }
+}
