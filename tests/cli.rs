@@ -428,7 +428,7 @@ fn compressions_are_compared_with_the_full_cache_gpu() {
     assert_eq!(when_full["settings"]["sealing"], "when-full", "as asked for");
     let sealed = number(&when_full["results"][1]["mean_kl"]);
     assert!(sealed > fine && sealed != coarse, "the prefix reads sealed pages: {sealed}");
-    let within = |budget: &str| [&kl[..], &["--compress", "int8", "--kv-budget", budget]].concat();
+    let within = |budget: &str| join(&kl, &["--compress", "int8", "--kv-budget", budget]);
     let message = refused(&within("1MiB"), 1, &["1.00 MiB is too small", "2 caches", "without --kv-budget"]);
     // What the pool advises is room for a slab; the caches need more.
     refused(&within(&advised(&message)), 1, &["do not fit", "2 caches", "without --kv-budget"]);

@@ -20,6 +20,7 @@ mod failure;
 mod generate;
 mod interrupt;
 mod kl;
+mod kl_job;
 mod load;
 mod output;
 mod progress;

@@ -1,7 +1,8 @@
 //! A plot of labelled points on two logarithmic axes, as SVG.
 //!
-//! Lower is better in both directions, and points that no other one beats in both are joined by a line. What a
-//! logarithmic axis has no place for, zero or far below everything else, is drawn hollow on the lower edge.
+//! Lower is better in both directions, and points that no other one beats in both are joined by a line, up to the
+//! guide. What a logarithmic axis has no place for, zero or far below everything else, is drawn hollow on the lower
+//! edge.
 
 use std::fmt::Write as _;
 
@@ -12,7 +13,9 @@ const AREA: (f64, f64, f64, f64) = (84.0, 52.0, 936.0, 578.0);
 /// Decades of the vertical axis at most.
 const DECADES_MAX: i32 = 7;
 /// Width and height of a character of a label, about.
-const LETTER: (f64, f64) = (6.4, 11.0);
+const LETTER: (f64, f64) = (7.1, 11.0);
+/// What makes words readable over lines.
+const HALO: &str = "paint-order=\"stroke\" stroke=\"white\" stroke-width=\"3\"";
 /// Radius of a point.
 const RADIUS: f64 = 4.0;
 
@@ -101,26 +104,22 @@ impl Plot {
             line(&mut svg, (at, AREA.1), (at, AREA.3), "stroke=\"#888\" stroke-dasharray=\"5 4\"");
             let half = text_width(&guide.label) / 2.0;
             taken.push((at - half, AREA.1 + 1.0, at + half, AREA.1 + 15.0));
-            text(
-                &mut svg,
-                (at, AREA.1 + 12.0),
-                "middle",
-                "paint-order=\"stroke\" stroke=\"white\" stroke-width=\"4\"",
-                &guide.label,
-            );
+            text(&mut svg, (at, AREA.1 + 12.0), "middle", HALO, &guide.label);
         }
         let places: Vec<(f64, f64)> = self.points.iter().map(|p| (x.place(p.x), y.place(p.y))).collect();
         self.draw_front(&mut svg, &places);
-        let around = |(px, py): (f64, f64)| (px - RADIUS, py - RADIUS, px + RADIUS, py + RADIUS);
-        taken.extend(places.iter().map(|place| around(*place)));
+        let room = RADIUS + 2.0;
+        taken.extend(places.iter().map(|(px, py)| (px - room, py - room, px + room, py + room)));
         for (point, place) in self.points.iter().zip(&places) {
+            label(&mut svg, *place, &point.label, &mut taken);
+        }
+        // Over the labels, so that none hides a point.
+        for (point, (px, py)) in self.points.iter().zip(&places) {
             let fill = if point.y.log10() >= y.logs.0 { "#1f5fa8" } else { "white" };
-            let (px, py) = place;
             let _ = writeln!(
                 svg,
                 "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"{RADIUS}\" fill=\"{fill}\" stroke=\"#1f5fa8\"/>"
             );
-            label(&mut svg, *place, &point.label, &mut taken);
         }
         svg.push_str("</svg>\n");
         svg
@@ -168,7 +167,10 @@ impl Plot {
 
     /// Joins the points that no other one beats.
     fn draw_front(&self, svg: &mut String, places: &[(f64, f64)]) {
-        let mut order: Vec<usize> = (0..self.points.len()).filter(|i| !self.points[*i].y.is_nan()).collect();
+        // What lies beyond the guide is beaten by what the guide stands for.
+        let end = self.guide.as_ref().map_or(f64::INFINITY, |guide| guide.x);
+        let candidate = |i: &usize| !self.points[*i].y.is_nan() && self.points[*i].x <= end;
+        let mut order: Vec<usize> = (0..self.points.len()).filter(candidate).collect();
         let key = |i: &usize| (self.points[*i].x, self.points[*i].y);
         order.sort_by(|a, b| key(a).0.total_cmp(&key(b).0).then(key(a).1.total_cmp(&key(b).1)));
         let mut best = f64::INFINITY;
@@ -210,7 +212,7 @@ fn label(svg: &mut String, (x, y): (f64, f64), words: &str, taken: &mut Vec<Area
         let end = (x.clamp(area.0, area.2), y.clamp(area.1, area.3));
         line(svg, (x, y), end, "stroke=\"#888\" stroke-width=\"0.7\"");
     }
-    text(svg, (area.0, area.3 - 1.5), "start", "", words);
+    text(svg, (area.0, area.3 - 1.5), "start", HALO, words);
     taken.push(area);
 }
 
@@ -265,13 +267,18 @@ mod tests {
 
     #[test]
     fn a_picture_holds_every_point_and_its_label_within_its_edges() {
-        let svg = plot(&[(3000.0, 0.2, "kivi2"), (6000.0, 1e-3, "kivi4"), (7000.0, 0.5, "worse")]).svg();
-        assert_eq!(svg.matches("<circle").count(), 3, "points");
+        let svg =
+            plot(&[(3000.0, 0.2, "kivi2"), (6000.0, 1e-3, "kivi4"), (7000.0, 0.5, "worse"), (4e4, 1e-9, "f32")]).svg();
+        assert_eq!(svg.matches("<circle").count(), 4, "points");
         for words in ["kivi2", "kivi4", "worse", "full", "bytes", "nats", "a &lt; b &amp; c", ">5k<", ">1e-2<"] {
             assert!(svg.contains(words), "'{words}' in {svg}");
         }
         let front = svg.split("<polyline points=\"").nth(1).and_then(|s| s.split('"').next()).expect("a front");
-        assert_eq!(front.split(' ').count(), 2, "a point that is beaten in both directions is not on the front");
+        assert_eq!(
+            front.split(' ').count(),
+            2,
+            "neither what is beaten in both directions nor what is larger than full"
+        );
         let shown = svg.split("cx=\"").skip(1).map(|s| s.split('"').next().expect("quoted").parse::<f64>());
         assert!(shown.into_iter().all(|x| (AREA.0..AREA.2).contains(&x.expect("a number"))), "{svg}");
     }
