@@ -301,6 +301,20 @@ fn files_missing() -> String {
 }
 
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn bases_from_a_text_serve_latents_better_than_those_of_the_weights_gpu() {
+    let model = model();
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/alice.txt");
+    let calibration = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/essay.txt");
+    let kl = ["eval", "kl", "--model", &model, "--text", text, "--prefix", "96", "--tail", "6", "--page-size", "32"];
+    let mean = |more: &[&str]| report(&[&kl[..], more].concat())["results"][1]["mean_kl"].as_f64().expect("a mean");
+    let weights = mean(&["--compress", "lowrank:48"]);
+    let calibrated = mean(&["--compress", "lowrank:48", "--calibrate", calibration]);
+    assert!(calibrated < weights / 4.0, "{calibrated} nats with a text, {weights} without");
+    refused(&[&kl[..], &["--compress", "int8", "--calibrate", calibration]].concat(), 1, &["--calibrate", "none"]);
+}
+
+#[test]
 fn comparisons_that_can_not_be_made_are_refused() {
     let files = Files::new();
     let (model, text) = (model(), files.file("t.txt", "Too short a text."));

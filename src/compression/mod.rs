@@ -105,8 +105,9 @@ fn lookup<T: Copy>(
 /// `hidden=k:kivi2,v:rot4`; a text without any is a codec.
 fn pairs(text: &str) -> Result<Vec<(&str, String)>, ParseCompressionError> {
     let syntax = || ParseCompressionError::Syntax(text.to_owned());
-    if !text.contains('=') && text.parse::<HiddenCodec>().is_ok() {
-        return Ok(vec![("hidden", text.to_owned())]);
+    let no_codec = ["", "layer", "head", "token", "hidden"].contains(&text.trim());
+    if !text.contains('=') && !no_codec {
+        return Ok(vec![("hidden", text.trim().to_owned())]);
     }
     let mut pairs: Vec<(&str, String)> = Vec::new();
     for part in text.split(',').map(str::trim) {
@@ -190,6 +191,8 @@ mod tests {
             refusal("hidden=kivi3").starts_with("hidden=kivi3 is not available: hidden knows f16"),
             "no such codec"
         );
+        assert!(refusal("kivi5").starts_with("hidden=kivi5 is not available"), "a codec alone");
+        assert!(refusal("think:1.5").contains("at most 1"), "its own reason");
         assert!(refusal("hidden=k:think:0.5,v:think:0.5").contains("values keep theirs"), "a reason");
         assert_eq!(refusal("token=snapkv:0.25"), "token=snapkv:0.25 is not available: token knows full");
         assert!(refusal("colour=red").contains("layer, head, token and hidden"), "unknown dimension");
