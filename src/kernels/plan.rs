@@ -254,9 +254,11 @@ impl List<'_, '_> {
     fn seal(&self, turned: u32, parts: &mut LayerParts) {
         let pages = self.table().sealing_pages();
         for page in pages.clone() {
-            let one = |mut extents: Box<dyn Iterator<Item = Extent> + '_>| extents.next().expect("a page being sealed");
-            let open = one(Box::new(self.table().open_extents(self.layer, self.kv_head, page..page + 1)));
-            let sealed = one(Box::new(self.table().sealed_extents(self.layer, self.kv_head, page..page + 1)));
+            let (layer, head) = (self.layer, self.kv_head);
+            let open = self.table().open_extents(layer, head, page..page + 1).next();
+            let open = open.expect("a page that is sealed in this step should still be open");
+            let sealed = self.table().sealed_extents(layer, head, page..page + 1).next();
+            let sealed = sealed.expect("a page that is sealed in this step should have a place");
             let item = SealItem {
                 open_entry: open.entry,
                 open_stride: open.layer_stride,

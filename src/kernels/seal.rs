@@ -12,8 +12,8 @@
 //! the page); the side's bytes written. Sealing happens once per `page_size` tokens.
 //!
 //! **Exactness.** Nothing depends on how a device divides, joins products with sums, or treats small numbers: see
-//! [`affine`](crate::compression::hidden::affine) and [`rot`](crate::compression::hidden::rot). The same page gives the same
-//! bits everywhere, whether its tokens came as a prompt or one by one.
+//! [`affine`](crate::compression::hidden::affine) and [`rot`]. The same page gives the same bits everywhere, whether its
+//! tokens came as a prompt or one by one.
 //!
 //! **Degenerate.** Groups with an infinity or a NaN decode to NaN; no other page is touched.
 

@@ -10,7 +10,7 @@ pub enum Sealing {
     /// In the step that fills them.
     #[default]
     WhenFull,
-    /// When [`PageTable::seal`] says so; until then every page stays open and holds its f16 bytes.
+    /// When [`PageTable::seal`](super::page_table::PageTable::seal) says so; until then every page stays open and holds its f16 bytes.
     OnRequest,
 }
 
