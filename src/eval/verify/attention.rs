@@ -64,7 +64,8 @@ impl Batch {
 /// Page sizes at which every codec of the registry is covered: groups of 128 tokens need pages of 128.
 const PAGE_SIZES: [u32; 2] = [DEFAULT_PAGE_SIZE, 128];
 
-/// Every batch of an extent: per shape and codec a ragged batch, per shape one in which all codecs meet.
+/// Every batch of an extent: per shape one of full caches, and one in which all codecs meet. Each codec is judged by
+/// itself.
 pub(super) fn batches(extent: Extent) -> Vec<Batch> {
     let mut batches = Vec::new();
     for shape in cache_shapes(&PAGE_SIZES) {
@@ -73,42 +74,32 @@ pub(super) fn batches(extent: Extent) -> Vec<Batch> {
         if extent == Extent::Quick && !quick {
             continue;
         }
-        // Of the second shape, all codecs at once are enough.
-        let each_alone = extent == Extent::Full || width == 64;
-        let small = shape.page_size == DEFAULT_PAGE_SIZE;
-        let needs_large = |codec: &HiddenCodec| codec.check(CacheShape { page_size: 64, ..shape }.page()).is_err();
-        let codecs = registry::codecs(shape.page()).into_iter().filter(|codec| small || needs_large(codec));
-        let mut all = Vec::new();
-        for codec in codecs {
-            if each_alone || !codec.seals() {
-                batches.push(Batch::uniform(shape, codec, &lengths(shape.page_size, codec, extent)));
-            }
-            all.push((codec, shape.page_size + 1 + 37 * u32::try_from(all.len()).expect("codecs are few")));
-        }
+        let page = shape.page_size;
+        let small = page == DEFAULT_PAGE_SIZE;
         if small {
-            batches.push(Batch { shape, sequences: all, max_arena: None, flip: None });
+            let long = if extent == Extent::Full { 4097 } else { 700 };
+            batches.push(Batch::uniform(shape, HiddenCodec::F16, &[1, page - 1, page, page + 1, long, 97]));
         }
+        let needs_large = |codec: &HiddenCodec| codec.check(CacheShape { page_size: 64, ..shape }.page()).is_err();
+        let codecs = registry::codecs(shape.page()).into_iter().filter(|codec| codec.seals());
+        let codecs: Vec<_> = codecs.filter(|codec| small || needs_large(codec)).collect();
+        // Page edges in turn, and contexts from one page to ten, the longest of which are split.
+        let edges = [page, page - 1, page + 1, 1, 97];
+        let short = codecs.iter().zip(edges.iter().cycle()).map(|(codec, n)| (*codec, *n));
+        let steps = (0..).map(|i| page + 1 + i * 9 * page / 20);
+        let long = codecs.iter().zip(steps).map(|(codec, n)| (*codec, n));
+        batches.push(Batch { shape, sequences: short.chain(long).collect(), max_arena: None, flip: None });
     }
     batches
-}
-
-/// Context lengths of a ragged batch: page edges, and one long sequence that is split.
-fn lengths(page_size: u32, codec: HiddenCodec, extent: Extent) -> Vec<u32> {
-    let long = match extent {
-        Extent::Full if !codec.seals() => 4097,
-        Extent::Quick if codec.seals() => 200,
-        _ => 700,
-    };
-    vec![1, page_size - 1, page_size, page_size + 1, long, 97]
 }
 
 pub(super) fn count(extent: Extent) -> usize {
     batches(extent).iter().map(checks_of).sum()
 }
 
-/// Append, decode and prefill, and sealing where there is any.
+/// For each codec append, decode and prefill, and sealing where its pages are sealed.
 fn checks_of(batch: &Batch) -> usize {
-    3 + usize::from(batch.sequences.iter().any(|(codec, _)| codec.seals()))
+    batch.codecs().iter().map(|codec| 3 + usize::from(codec.seals())).sum()
 }
 
 pub(super) fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(Check)) -> Result<(), EngineError> {
@@ -282,7 +273,7 @@ pub fn check_batch(device: &Device, cache: &mut PipelineCache, batch: &Batch) ->
     let decode = check_rows(&mut setup, &mut rng, batch, 1)?;
     let prefill = check_rows(&mut setup, &mut rng, batch, PREFILL_ROWS as usize)?;
     let mut checks = check_pages(&setup, batch)?;
-    checks.extend([decode, prefill]);
+    checks.extend(decode.into_iter().chain(prefill));
     Ok(checks)
 }
 
@@ -292,8 +283,13 @@ fn grow(rng: &mut ChaCha8Rng, sequence: &mut Sequence, rows: usize, kv_width: us
     sequence.v.extend(round(random(rng, rows * kv_width)));
 }
 
-/// Adds `rows` rows to every sequence in one step and compares their attention.
-fn check_rows(setup: &mut Setup<'_>, rng: &mut ChaCha8Rng, batch: &Batch, rows: usize) -> Result<Check, EngineError> {
+/// Adds `rows` rows to every sequence in one step and compares their attention, codec by codec.
+fn check_rows(
+    setup: &mut Setup<'_>,
+    rng: &mut ChaCha8Rng,
+    batch: &Batch,
+    rows: usize,
+) -> Result<Vec<Check>, EngineError> {
     let heads = setup.shape.heads;
     let (q_width, kv_width) = (heads.q_width() as usize, heads.kv_width() as usize);
     let queries: Vec<_> = setup.sequences.iter().map(|_| random(rng, rows * q_width)).collect();
@@ -311,33 +307,57 @@ fn check_rows(setup: &mut Setup<'_>, rng: &mut ChaCha8Rng, batch: &Batch, rows: 
         })
         .collect();
     let out = setup.attention.step(&new)?;
-    let mut worst = 0.0_f64;
-    let mut squared = (Vec::new(), Vec::new());
+    let mut errors: Vec<Errors> = Vec::new();
     for (i, (sequence, q)) in setup.sequences.iter().zip(&queries).enumerate() {
         let before = sequence.k.len() / kv_width - rows;
         let expected: Vec<Row> = (0..rows)
             .into_par_iter()
             .map(|r| expected(&setup.shape, sequence, &q[r * q_width..(r + 1) * q_width], before + r))
             .collect();
+        let errors = of_codec(&mut errors, sequence.codec);
         for (r, expected) in expected.iter().enumerate() {
             let row = i * rows + r;
             let got = &out.o[row * q_width..(row + 1) * q_width];
             let tolerance = Tolerance::attention(before + r + 1, heads.head_dim, PRODUCT_RMS);
-            worst = worst.max(tolerance.worst(got, &expected.o, &expected.absolute));
             let n = heads.num_qo_heads as usize;
             let ones: Vec<f64> = expected.lse.iter().map(|x| x.abs().max(1.0)).collect();
-            worst = worst.max(tolerance.worst(&out.lse[row * n..(row + 1) * n], &expected.lse, &ones));
-            squared.0.extend_from_slice(got);
-            squared.1.extend_from_slice(&expected.o);
+            let worst = tolerance.worst(got, &expected.o, &expected.absolute);
+            let worst = worst.max(tolerance.worst(&out.lse[row * n..(row + 1) * n], &expected.lse, &ones));
+            errors.worst = errors.worst.max(worst);
+            errors.got.extend_from_slice(got);
+            errors.expected.extend_from_slice(&expected.o);
         }
     }
-    Ok(Check {
-        kernel: if rows == 1 { "decode" } else { "prefill" },
-        case: describe(batch),
-        compared: squared.0.len(),
-        error_over_bound: worst,
-        nmse: Some(nmse(&squared.0, &squared.1)),
-    })
+    let kernel = if rows == 1 { "decode" } else { "prefill" };
+    Ok(errors.iter().map(|errors| errors.check(kernel, batch)).collect())
+}
+
+/// What was seen of one codec.
+struct Errors {
+    codec: HiddenCodec,
+    worst: f64,
+    got: Vec<f32>,
+    expected: Vec<f64>,
+}
+
+impl Errors {
+    fn check(&self, kernel: &'static str, batch: &Batch) -> Check {
+        Check {
+            kernel,
+            case: describe(batch, self.codec),
+            compared: self.got.len(),
+            error_over_bound: self.worst,
+            nmse: Some(nmse(&self.got, &self.expected)),
+        }
+    }
+}
+
+fn of_codec(errors: &mut Vec<Errors>, codec: HiddenCodec) -> &mut Errors {
+    let at = errors.iter().position(|errors| errors.codec == codec).unwrap_or_else(|| {
+        errors.push(Errors { codec, worst: 0.0, got: Vec::new(), expected: Vec::new() });
+        errors.len() - 1
+    });
+    &mut errors[at]
 }
 
 /// The oracle for the row at cache index `index`: pages before its own through the codec, its own in f16.
@@ -355,45 +375,49 @@ fn expected(shape: &CacheShape, sequence: &Sequence, q: &[f32], index: usize) ->
 /// Root mean square of the product of two numbers uniform in [-2, 2].
 const PRODUCT_RMS: f64 = 4.0 / 3.0;
 
-fn describe(batch: &Batch) -> String {
-    let codecs = match &batch.codecs()[..] {
-        [one] => one.to_string(),
-        several => format!("{} codecs", several.len()),
-    };
-    let lengths: Vec<_> = batch.sequences.iter().map(|(_, n)| n.to_string()).collect();
+fn describe(batch: &Batch, codec: HiddenCodec) -> String {
+    let own = batch.sequences.iter().filter(|(other, _)| *other == codec);
+    let lengths: Vec<_> = own.map(|(_, n)| n.to_string()).collect();
     let (d, g, page) = (batch.shape.heads.head_dim, batch.shape.heads.group_size(), batch.shape.page_size);
-    format!("{codecs}, head_dim {d}, group {g}, page {page}, contexts {}", lengths.join("/"))
+    let company = match batch.codecs().len() {
+        1 => String::new(),
+        n => format!(" among {n} codecs"),
+    };
+    format!("{codec}, head_dim {d}, group {g}, page {page}, contexts {}{company}", lengths.join("/"))
 }
 
-/// Words of every page against the CPU's: open pages with poison in every slot that was never written, and sealed ones.
+/// Words of every page against the CPU's, codec by codec: open pages with poison in every slot that was never written, and
+/// sealed ones.
 fn check_pages(setup: &Setup<'_>, batch: &Batch) -> Result<Vec<Check>, EngineError> {
     let (heads, page) = (setup.shape.heads, setup.shape.page());
     let (width, kv_width) = (heads.head_dim as usize, heads.kv_width() as usize);
     let n_heads = heads.num_kv_heads as usize;
-    let (mut append, mut seal) = (Words::default(), Words::default());
-    for sequence in &setup.sequences {
-        for kv_head in 0..heads.num_kv_heads {
-            let DevicePages { sealed, open } = setup.attention.pages(sequence.id, kv_head)?;
-            let expected = sequence.sealed.iter().skip(kv_head as usize).step_by(n_heads);
-            assert_eq!(sealed.len(), expected.len(), "every full page should be sealed");
-            sealed.iter().zip(expected).for_each(|(got, expected)| seal.compare(got, expected));
-            let first = sealed.len() * page.page_size as usize;
-            for (index, got) in open.iter().enumerate() {
-                let start = first + index * page.page_size as usize;
-                let end = (start + page.page_size as usize).min(sequence.k.len() / kv_width);
-                let rows = |all: &[f32]| -> Vec<f32> {
-                    let at = kv_head as usize * width;
-                    let tokens = all.chunks_exact(kv_width).take(end).skip(start);
-                    tokens.flat_map(|row| row[at..at + width].to_vec()).collect()
-                };
-                append.compare_open(got, page, &rows(&sequence.k), &rows(&sequence.v), sealed.is_empty());
+    let mut checks = Vec::new();
+    for codec in batch.codecs() {
+        let (mut append, mut seal) = (Words::default(), Words::default());
+        for sequence in setup.sequences.iter().filter(|sequence| sequence.codec == codec) {
+            for kv_head in 0..heads.num_kv_heads {
+                let DevicePages { sealed, open } = setup.attention.pages(sequence.id, kv_head)?;
+                let expected = sequence.sealed.iter().skip(kv_head as usize).step_by(n_heads);
+                assert_eq!(sealed.len(), expected.len(), "every full page should be sealed");
+                sealed.iter().zip(expected).for_each(|(got, expected)| seal.compare(got, expected));
+                let first = sealed.len() * page.page_size as usize;
+                for (index, got) in open.iter().enumerate() {
+                    let start = first + index * page.page_size as usize;
+                    let end = (start + page.page_size as usize).min(sequence.k.len() / kv_width);
+                    let rows = |all: &[f32]| -> Vec<f32> {
+                        let at = kv_head as usize * width;
+                        let tokens = all.chunks_exact(kv_width).take(end).skip(start);
+                        tokens.flat_map(|row| row[at..at + width].to_vec()).collect()
+                    };
+                    append.compare_open(got, page, &rows(&sequence.k), &rows(&sequence.v), sealed.is_empty());
+                }
             }
         }
-    }
-    let case = describe(batch);
-    let mut checks = vec![append.check("append", case.clone())];
-    if batch.sequences.iter().any(|(codec, _)| codec.seals()) {
-        checks.push(seal.check("seal", case));
+        checks.push(append.check("append", describe(batch, codec)));
+        if codec.seals() {
+            checks.push(seal.check("seal", describe(batch, codec)));
+        }
     }
     Ok(checks)
 }
