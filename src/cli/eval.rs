@@ -16,7 +16,7 @@ use concertina::report::{DeviceReport, PerplexityReport, Program};
 use super::args::{CacheArgs, CalibrateArg, CompressArg, DEFAULT_CHUNK, Global, ModelArg, budget, token_count};
 use super::failure::usage;
 use super::kl::{self, KlArgs};
-use super::load::{Model, calibrate, engine, read_text};
+use super::load::{Model, calibrate, context_for, engine, read_text};
 use super::output::Output;
 use super::progress;
 
@@ -122,7 +122,7 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         max_sessions: 1,
         // Logits of every row are read back.
         max_logit_rows: chunk,
-        context_length: args.window,
+        context_length: context_for(args.window, args.calibration.calibrate.as_deref(), longest),
         page_size: args.cache.page_size,
         codecs,
         max_arena: None,

@@ -125,9 +125,7 @@ fn engine_config(args: &GenerateArgs, prompt: usize, model: &ModelGeometry) -> R
     let Some(context_length) = context_length else {
         return Err(SubmitError::TooLong { prompt, max_new, context_length: longest }.into());
     };
-    // A calibration text is read in the same engine.
-    let calibrated = args.calibration.calibrate.as_ref().map_or(0, |_| load::CALIBRATION_TOKENS.min(longest));
-    let context_length = context_length.max(calibrated);
+    let context_length = load::context_for(context_length, args.calibration.calibrate.as_deref(), longest);
     if prompt == 0 {
         return Err(anyhow!("the prompt has 0 tokens; give some text"));
     }

@@ -75,7 +75,7 @@ pub(super) struct KlArgs {
     pub(super) cache: CacheArgs,
 
     #[command(flatten)]
-    calibration: CalibrateArg,
+    pub(super) calibration: CalibrateArg,
 }
 
 /// When the prefix is compressed.

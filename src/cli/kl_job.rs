@@ -17,12 +17,15 @@ use concertina::weights::Weights;
 
 use super::failure::usage;
 use super::kl::{KlArgs, Seal};
+use super::load::context_for;
 
 /// Everything that is known before the device is opened.
 pub(super) struct Job {
     pub(super) settings: KlSettings,
     pub(super) compressions: Vec<Compression>,
     codecs: Vec<HiddenCodec>,
+    /// Tokens that the engine is made for: a window, and a calibration text.
+    context: u32,
     pub(super) page: PageGeometry,
     pub(super) chunk: u32,
 }
@@ -58,7 +61,9 @@ impl Job {
         let codecs = args.cache.codecs(&compressions, model)?;
         // Every cache has a row in a step of the tail.
         let chunk = args.chunk.max(caches(&compressions));
-        Ok(Self { settings, compressions, codecs, page, chunk })
+        let window = u32::try_from(window).expect("no longer than the model's context");
+        let context = context_for(window, args.calibration.calibrate.as_deref(), longest);
+        Ok(Self { settings, compressions, codecs, context, page, chunk })
     }
 
     /// The engine's sizes; the budget is what all caches need unless one was given.
@@ -75,7 +80,7 @@ impl Job {
             max_sessions: caches,
             // One more than sessions: the engine then reads logits back rather than tokens.
             max_logit_rows: caches + 1,
-            context_length: u32::try_from(self.settings.window()).expect("no longer than the model's context"),
+            context_length: self.context,
             page_size: self.page.page_size,
             codecs: self.codecs.clone(),
             max_arena: None,
@@ -231,7 +236,7 @@ mod tests {
                 let compressions = every_example(page);
                 let codecs: Vec<_> = compressions.iter().map(|c| c.hidden).collect();
                 let settings = KlSettings { prefix_tokens, tail_tokens, sealing: name };
-                let job = Job { settings, compressions, codecs, page, chunk: DEFAULT_CHUNK };
+                let job = Job { settings, compressions, codecs, context: 8192, page, chunk: DEFAULT_CHUNK };
                 let window = Window::new(page, 3, job.chunk, true);
                 let smallest = job.codecs.iter().map(|codec| codec.page_bytes(page)).min().expect("codecs");
                 let layout = PoolLayout {
@@ -264,7 +269,7 @@ mod tests {
         let settings = KlSettings { prefix_tokens: 100, tail_tokens: 10, sealing: PrefixSealing::AfterPrefix };
         let page = PageGeometry { page_size: 64, head_dim: 64 };
         let compressions = every_example(page)[..3].to_vec();
-        let job = Job { settings, compressions, codecs: Vec::new(), page, chunk: 128 };
+        let job = Job { settings, compressions, codecs: Vec::new(), context: 8192, page, chunk: 128 };
         // Four caches: 400 steps of prefixes and 10 of a tail, in two windows.
         let rows = |done| job.rows(Progress { done, total: 820 });
         assert_eq!(rows(0), (0, 880), "nothing done");

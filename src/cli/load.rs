@@ -99,7 +99,12 @@ pub(super) fn read_text(what: &str, path: &Path) -> Result<String> {
 }
 
 /// Tokens of a calibration text that are used at most.
-pub(super) const CALIBRATION_TOKENS: u32 = 1024;
+const CALIBRATION_TOKENS: u32 = 1024;
+
+/// A context that holds `wanted` tokens, and a calibration text where there is one: it is read in the same engine.
+pub(super) fn context_for(wanted: u32, calibrate: Option<&Path>, longest: u32) -> u32 {
+    wanted.max(calibrate.map_or(0, |_| CALIBRATION_TOKENS.min(longest)))
+}
 
 /// Fits codecs that take bases from a text. Without a text they keep those of the weights, and the user is told.
 pub(super) fn calibrate(

@@ -156,6 +156,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
     }
     let model = Model::open(&args.model.model)?;
     let context_length = args::context(args.context, model.geometry())?;
+    let longest = model.geometry().context_length;
     let limit = args.document_tokens.map(|n| n as usize);
     let mut prompts = Vec::with_capacity(inquiries.len());
     for inquiry in &inquiries {
@@ -168,7 +169,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         max_rows: args.chunk,
         max_sessions,
         max_logit_rows: max_sessions,
-        context_length,
+        context_length: load::context_for(context_length, args.calibration.calibrate.as_deref(), longest),
         page_size: args.cache.page_size,
         codecs: args.cache.codecs(&compressions, model.geometry())?,
         max_arena: None,
