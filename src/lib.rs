@@ -4,15 +4,15 @@
 //!
 //! If several long contexts must share one GPU and memory is what runs out, and the GPU may be anyone's: attention runs
 //! in WGSL compute shaders over a paged KV cache, a Rust host keeps a byte budget of device memory and schedules
-//! sessions in it, and a CPU reference answers for every kernel. The cache is f16 today; [`compression`] is where
-//! smaller ones will go. If you serve one model on one vendor's data-centre card, a server for that card is faster.
+//! sessions in it, and a CPU reference answers for every kernel. Pages can be compressed; [`compression`] says how and
+//! what is still to come. If you serve one model on one vendor's data-centre card, a server for that card is faster.
 //!
 //! # Example
 //!
 //! ```
 //! use concertina::compression::Compression;
-//! use concertina::geometry::{Bytes, HeadGeometry, ModelGeometry};
-//! use concertina::pool::page_table::TableShape;
+//! use concertina::geometry::{Bytes, HeadGeometry, ModelGeometry, PageGeometry};
+//! use concertina::pool::page_table::{Sealing, TableShape};
 //! use concertina::theory::predict::kv_bytes;
 //!
 //! // What does a context cost? SmolLM2-135M keeps 22.5 KiB per token.
@@ -28,8 +28,13 @@
 //! };
 //! assert_eq!(kv_bytes(&model, &Compression::default(), 1), Bytes(23_040));
 //! // In pages of 64 tokens per (layer, KV head), 1000 tokens round up to 16 pages in each of 90 lists.
-//! let table = TableShape { num_layers: 30, num_kv_heads: 3, page_size: 64, page: Bytes(16 << 10) };
-//! assert_eq!(table.bytes_for(1000), Bytes(90 * 16 * (16 << 10)));
+//! let page = PageGeometry { page_size: 64, head_dim: 64 };
+//! let codec = Compression::default().hidden;
+//! let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec, sealing: Sealing::WhenFull };
+//! assert_eq!(full.bytes_for(1000), Bytes(90 * 16 * (16 << 10)));
+//! // With 4 bits and their scales, 15 sealed pages of 5 KiB and one that is still open.
+//! let kivi4 = TableShape { codec: "kivi4".parse().unwrap(), ..full };
+//! assert_eq!(kivi4.bytes_for(1000), Bytes(90 * (15 * (5 << 10) + (16 << 10))));
 //! ```
 //!
 //! `examples/minimal_decode.rs` runs attention on a GPU in a hundred lines.
