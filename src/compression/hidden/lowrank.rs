@@ -8,7 +8,8 @@
 //! ```
 //!
 //! B holds the leading eigenvectors of the Gram matrix of the head's projection, `W diag(gain)^2 W^T`: the directions in
-//! which a normalised hidden state moves keys (or values) most. It needs the weights and no text.
+//! which a normalised hidden state moves keys (or values) most. That needs no text and loses much; bases from the keys and
+//! values of a text ([`HeadParameters`](super::HeadParameters) are replaced then) lose far less.
 //!
 //! Open pages hold keys after rotary positions, so sealing turns them back first. Cosines and sines are split into two
 //! halves of 12 bits, and B is f16: all products are then exact in f32 and every device writes the same latents.

@@ -78,7 +78,7 @@ pub const REGISTRY: &[Entry] = &[
     },
     Entry {
         syntax: "lowrank:R[+CODEC]",
-        summary: "R latents per head from the weights, then CODEC (f16, f32, fp8 or int8)",
+        summary: "R latents per head (bases from --calibrate), then CODEC (f16, f32, fp8 or int8)",
         source: "after Palu, arXiv:2407.21118",
         examples: &["lowrank:48", "lowrank:32+int8"],
     },
