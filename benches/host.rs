@@ -114,7 +114,8 @@ fn schedule(c: &mut Criterion) {
                 let mut s = Scheduler::new(config, Caches::new(pool, SHAPE, window, vec![kivi4().hidden]));
                 for i in 0..32 {
                     let (prompt, stop) = (vec![1; 500 + 40 * i], Vec::new());
-                    let request = Request { prompt, max_new: 64, sampling: Sampling::GREEDY, stop, compression };
+                    let (sampling, compression) = (Sampling::GREEDY, compression.clone());
+                    let request = Request { prompt, max_new: 64, sampling, stop, compression };
                     s.submit(request).expect("each fits alone");
                 }
                 let mut backend = Simulation::new(1, 1000);

@@ -45,7 +45,7 @@ fn decoded(codec: HiddenCodec, k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
             let gather =
                 |from: &[f32]| (0..tokens_of_page).flat_map(|t| from[channels(t)].to_vec()).collect::<Vec<_>>();
             let first_position = u32::try_from(first).expect("few tokens");
-            let context = PageContext { parameters: &HeadParameters::default(), first_position };
+            let context = PageContext::at(&HeadParameters::default(), first_position);
             let words = codec.encode(page, context, &gather(k), &gather(v));
             let (k_page, v_page) = codec.decode(page, context, &words);
             for t in 0..tokens_of_page {

@@ -130,7 +130,7 @@ fn wrong_usage_is_refused_with_exit_code_2() {
         (run(&["--compress", "hidden=kivi3"]), ["hidden=kivi3 is not available", "kivi4[:G]"]),
         (run(&["--compress", "int8", "kivi4"]), ["2 compressions", "1 document"]),
         (run(&["--compress", "hidden=think:1.5"]), ["think:1.5", "at most 1"]),
-        (run(&["--compress", "token=snapkv"]), ["token=snapkv", "full"]),
+        (run(&["--compress", "token=snapkv"]), ["token=snapkv lacks a budget", "full is all"]),
         (run(&["--page-size", "24"]), ["24", "16, 32, 64, 128"]),
         (run(&["--max-new", "0"]), ["'0'", "1 to"]),
         (run(&["--chunk", "100000"]), ["100000", "16384"]),
@@ -147,7 +147,9 @@ fn wrong_usage_is_refused_with_exit_code_2() {
 
 #[test]
 fn help_explains_every_command() {
-    for command in ["", "devices", "run", "generate", "tokenize", "codecs", "eval perplexity", "eval kl", "verify"] {
+    for command in
+        ["", "devices", "run", "generate", "tokenize", "codecs", "policies", "eval perplexity", "eval kl", "verify"]
+    {
         let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
         let output = concertina(&args);
         assert_eq!(output.status.code(), Some(0), "{command} --help");
@@ -260,6 +262,7 @@ fn codecs_that_pages_can_not_have_are_refused_with_the_page_size_that_they_need(
     let run = |more: &[&str]| join(&["run", "--model", &model, "--document", &document, "--ask", "Why?"], more);
     refused(&run(&["--compress", "kivi4:128"]), 2, &["kivi4:128", "64 tokens", "--page-size 128"]);
     refused(&run(&["--compress", "lowrank:128"]), 2, &["lowrank:128", "64 channels"]);
+    refused(&run(&["--compress", "snapkv:0.25"]), 2, &["token=snapkv:0.25", "not carried out yet"]);
     let two = ["--document", &document, "--compress", "full", "kivi2", "int8"];
     refused(&run(&two), 2, &["3 compressions", "2 documents"]);
 }
@@ -293,6 +296,19 @@ fn codecs_are_listed_with_what_they_cost() {
     }
     refused(&["codecs", "--page-size", "48"], 2, &["48", "16, 32, 64, 128"]);
     refused(&["codecs", "--model", &files_missing()], 1, &["no such file"]);
+}
+
+#[test]
+fn methods_of_the_other_dimensions_are_listed() {
+    let found = report(&["policies"]);
+    let all = found["policies"].as_array().expect("a list");
+    let snapkv = all.iter().find(|policy| policy["name"] == "snapkv").expect("snapkv should be listed");
+    assert_eq!(snapkv["dimension"], "token", "{snapkv}");
+    assert_eq!(snapkv["defaults"], serde_json::json!(["window32", "kernel5"]), "{snapkv}");
+    let text = String::from_utf8(concertina(&["policies"]).stdout).expect("UTF-8");
+    for part in ["share:N", "duo:PART", "snapkv:BUDGET[:windowN]", "arXiv:2404.14469", "everyN"] {
+        assert!(text.contains(part), "'{part}' in: {text}");
+    }
 }
 
 /// A path at which there is nothing.

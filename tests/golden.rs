@@ -245,7 +245,7 @@ fn codec(text: &str) -> HiddenCodec {
 fn encode(text: &str, side: Side, page: PageGeometry, values: &[f32]) -> Vec<u32> {
     let parameters = HeadParameters::default();
     let mut words =
-        codec(text).encode(page, PageContext { parameters: &parameters, first_position: 0 }, values, values);
+        codec(text).encode(page, PageContext::at(&parameters, 0), values, values);
     let values = words.split_off(codec(text).k.words(Side::Key, page) as usize);
     if side == Side::Key { words } else { values }
 }
@@ -253,7 +253,7 @@ fn encode(text: &str, side: Side, page: PageGeometry, values: &[f32]) -> Vec<u32
 /// What attention reads after [`encode`].
 fn decode(text: &str, side: Side, page: PageGeometry, words: &[u32]) -> Vec<f32> {
     let parameters = HeadParameters::default();
-    codec(text).side(side).decode(side, page, PageContext { parameters: &parameters, first_position: 0 }, words)
+    codec(text).side(side).decode(side, page, PageContext::at(&parameters, 0), words)
 }
 
 /// The codes of one side of a page, `[page_size][head_dim]`.
@@ -383,7 +383,7 @@ fn latents_lose_what_the_singular_values_say() {
         (0..width * width).map(|i| half::f16::from_f32(if i / width == i % width { 1.0 } else { 0.0 })).collect();
     let loss = |text: &str, basis: &[half::f16]| {
         let parameters = HeadParameters { value_basis: basis.to_vec(), ..HeadParameters::default() };
-        let (codec, context) = (codec(text), PageContext { parameters: &parameters, first_position: 0 });
+        let (codec, context) = (codec(text), PageContext::at(&parameters, 0));
         squared_error(&codec.decode(PAGE, context, &codec.encode(PAGE, context, &v, &v)).1, &wide)
     };
     let passes = |loss: f64| loss <= 1.01 * best;

@@ -131,7 +131,8 @@ fn simulate(seed: u64) -> (u64, u64, usize) {
             let served = s.caches().serves(compression.hidden);
             let tokens = u32::try_from(prompt.len()).expect("short") + max_new - 1;
             let fits = fits_alone(s.caches(), &s.caches().shape(&compression), tokens);
-            let request = Request { prompt, max_new, sampling: Sampling::GREEDY, stop, compression };
+            let request =
+                Request { prompt, max_new, sampling: Sampling::GREEDY, stop, compression: compression.clone() };
             match s.submit(request) {
                 Ok(id) => {
                     assert!(served, "{compression} should be refused");

@@ -65,9 +65,10 @@ struct Scores {
   s: array<vec4<f32>, HEAD_VECS>,
 }
 
-fn scores(page: u32, token: u32, position: u32, basis: u32) -> Scores {
+fn scores(page: u32, token: u32, basis: u32) -> Scores {
   var scores: Scores;
   if (KEY_LIFTS) {
+    let position = key_position(page, token);
     var latents = load_latents(page, token);
     for (var c = 0u; c < KEY_CELLS; c++) {
       let k = lifted_cell(&latents, basis, position, c);
@@ -99,8 +100,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
   let n_tokens = head_item.y;
   let pages = head_item.z + par.layer * place_item.x;
   let slot = head_item.w;
-  let first_token = place_item.y;
-  let basis = head_parameters(kv_head);
+  let basis = head_parameters(place_item.y);
 
   for (var i = li; i < HEAD_DIM * HEAD_VECS; i += WORKGROUP_SIZE) {
     let channel = i / HEAD_VECS;
@@ -126,7 +126,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
       let place = i * WORKGROUP_SIZE + li;
       let token = min(tile + place, n_tokens - 1u);
       let page = tables[pages + token / PAGE_SIZE];
-      let all = scores(page, token % PAGE_SIZE, first_token + token, basis + KEY_BASIS);
+      let all = scores(page, token % PAGE_SIZE, basis);
       let inside = tile + place < n_tokens;
       for (var h = 0u; h < HEAD_VECS; h++) {
         let score = select(vec4<f32>(MASKED), all.s[h], inside);

@@ -100,10 +100,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let first_row = a.x;
   let n_rows = a.y * GROUP_SIZE;
   let kv_head = a.z;
-  let pages = a.w + par.layer * step[par.items + item * 3u + 2u].x;
+  let c = step[par.items + item * 3u + 2u];
+  let pages = a.w + par.layer * c.x;
   let n_tokens = b.x;
-  let first_token = b.y;   // cache index of the run's first token
-  let first_index = b.z;   // cache index of the first query row
+  let first_token = b.y;   // position of the run's first token, or one that it does not exceed
+  let first_index = b.z;   // position of the first query row
   let slot = b.w;
 
   for (var i = li; i < TILE_ROWS * HEAD_DIM / 4u; i += WORKGROUP_SIZE) {
@@ -118,7 +119,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   }
   workgroupBarrier();
   if (KEY_ROTATES) { rotate(li); }
-  let basis = head_parameters(kv_head);
+  let basis = head_parameters(c.y);
 
   let quad = li / TOKEN_LANES;
   let token_lane = li % TOKEN_LANES;
@@ -141,8 +142,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       for (var i = 0u; i < LANE_TOKENS; i++) {
         let token = min(tile + i * TOKEN_LANES + token_lane, n_tokens - 1u);
         var latents = load_latents(page_of[i], token % PAGE_SIZE);
+        let position = key_position(page_of[i], token % PAGE_SIZE);
         for (var c = 0u; c < KEY_CELLS; c++) {
-          s[i] += score(quad, page_of[i], c, lifted_cell(&latents, basis + KEY_BASIS, first_token + token, c));
+          s[i] += score(quad, page_of[i], c, lifted_cell(&latents, basis, position, c));
         }
       }
     } else {

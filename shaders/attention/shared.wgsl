@@ -1,31 +1,14 @@
-// What decode and prefill share: parameters, bindings, and eight channels of an accumulator.
+// What every reader of pages shares: cells of keys and values through their codecs, and accumulators of eight channels.
+// The kernel declares `par` (with `layer` and `angles`), `arena` and `parameters`.
 
 // Finite, so that no infinity meets a zero.
 const MASKED = -1e30;
-
-struct AttentionParams {
-  items: u32,       // first vec4 of the work list in `step`
-  n_items: u32,
-  layer: u32,
-  q_stride: u32,    // f32 values between query rows
-  scale_log2: f32,  // sm_scale * log2(e)
-  angles: u32,      // first vec4 of the rotary tables in `parameters`
-}
 
 // One cell of channels for four rows (or heads) at a time.
 struct Channels {
   c0: vec4<f32>, c1: vec4<f32>, c2: vec4<f32>, c3: vec4<f32>,
   c4: vec4<f32>, c5: vec4<f32>, c6: vec4<f32>, c7: vec4<f32>,
 }
-
-var<immediate> par: AttentionParams;
-@group(0) @binding(0) var<storage, read> step: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> tables: array<u32>;
-@group(0) @binding(2) var<storage, read> arena: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> q: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
-@group(0) @binding(5) var<storage, read_write> state_ml: array<vec2<f32>>;
-@group(0) @binding(6) var<storage, read> parameters: array<vec4<f32>>;
 
 fn arena_cell(at: u32) -> vec4<u32> {
   return arena[at];
@@ -56,13 +39,18 @@ fn key_slots(page: u32, cell: u32) -> Slots {
 const KEY_CELLS = select(KEY_WIDTH, HEAD_DIM, KEY_LIFTS) / 8u;
 const VALUE_CELLS = VALUE_WIDTH / 8u;
 
-// First vec4 of a head's parameters, and of the bases in them: [HEAD_DIM][latents].
-const KEY_BASIS = 0u;
+// First vec4 of the bases in a head's parameters, [HEAD_DIM][latents]; that of keys comes first.
 const VALUE_BASIS = select(0u, HEAD_DIM * KEY_WIDTH / 4u, KEY_LIFTS);
 const HEAD_PARAMETERS = VALUE_BASIS + select(0u, HEAD_DIM * VALUE_WIDTH / 4u, VALUE_LIFTS);
 
-fn head_parameters(kv_head: u32) -> u32 {
-  return (par.layer * NUM_KV_HEADS + kv_head) * HEAD_PARAMETERS;
+// `list` is that of the first layer of the work list.
+fn head_parameters(list: u32) -> u32 {
+  return (list + par.layer * NUM_KV_HEADS) * HEAD_PARAMETERS;
+}
+
+// Position of a key whose page keeps it: latents are turned when they are read.
+fn key_position(page: u32, token: u32) -> u32 {
+  return arena_word((page + KEY_AT) * 4u + KEY_MASK + token);
 }
 
 // Latents of one key.

@@ -5,7 +5,7 @@
 struct AppendParams {
   items: u32,     // first vec4 of the work list in `step`
   n_items: u32,
-  layer: u32,
+  layer: u32,     // layers after the one whose pages the items name
   stride: u32,    // f32 values between rows
   k_offset: u32,  // f32 values before the keys in a row
   v_offset: u32,  // f32 values before the values in a row

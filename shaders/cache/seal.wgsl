@@ -7,7 +7,7 @@
 struct SealParams {
   items: u32,    // first vec4 of the work list in `step`
   n_items: u32,
-  layer: u32,
+  layer: u32,    // layers after the one whose pages the items name
 }
 
 const CELLS = HEAD_DIM / 8u;
@@ -128,7 +128,7 @@ fn upper_half(x: f32) -> f32 {
 
 // Turns keys back by their positions, or copies values, then projects them. `angles` is the first vec4 of (cos, sin)
 // of the page's tokens in `step`.
-fn project_strip(li: u32, page: u32, strip: u32, angles: u32, kv_head: u32) {
+fn project_strip(li: u32, page: u32, strip: u32, angles: u32, list: u32) {
   for (var i = li; i < STRIP * HEAD_DIM / 2u; i += WORKGROUP_SIZE) {
     let token = i / (HEAD_DIM / 2u);
     let pair = i % (HEAD_DIM / 2u);
@@ -151,7 +151,7 @@ fn project_strip(li: u32, page: u32, strip: u32, angles: u32, kv_head: u32) {
     strip_tile[token * HEAD_DIM + 2u * pair + 1u] = y;
   }
   workgroupBarrier();
-  let basis = (par.layer * NUM_KV_HEADS + kv_head) * HEAD_PARAMETERS + SIDE_BASIS;
+  let basis = (list + par.layer * NUM_KV_HEADS) * HEAD_PARAMETERS + SIDE_BASIS;
   for (var i = li; i < STRIP * SIDE_WIDTH; i += WORKGROUP_SIZE) {
     let token = i / SIDE_WIDTH;
     let r = i % SIDE_WIDTH;
@@ -284,12 +284,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let to = step[par.items + index * 2u + 1u];
   let page = tables[source.x + par.layer * source.y];
   let sealed = (tables[to.x + par.layer * to.y] + SIDE_AT) * 4u;
-  let kv_head = source.z;
+  let list = source.z;
   if (SIDE_CENTRES) { take_means(li, page, sealed, source.w); }
   if (SIDE_PICKS) { choose_channels(li, page, sealed); }
+  if (SIDE_PROJECTS && SIDE_IS_KEY) {
+    // Consecutive positions, or those of a list of words in `step`.
+    for (var token = li; token < PAGE_SIZE; token += WORKGROUP_SIZE) {
+      let at = to.w + token;
+      sealed_arena[sealed + SIDE_MASK + token] = select(source.w + token, step[at / 4u][at % 4u], to.w > 0u);
+    }
+  }
   for (var strip = 0u; strip < PAGE_SIZE; strip += STRIP) {
     if (SIDE_ROTATES) { rotate_strip(li, page, strip); }
-    if (SIDE_PROJECTS) { project_strip(li, page, strip, to.z, kv_head); }
+    if (SIDE_PROJECTS) { project_strip(li, page, strip, to.z, list); }
     if (GROUPS > 0u) {
       measure(li, page, sealed, strip);
     }

@@ -1,17 +1,21 @@
 //! Arguments that several commands share.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use concertina::compression::Compression;
+use concertina::compression::head::{HeadPattern, HeadScores};
 use concertina::compression::hidden::HiddenCodec;
 use concertina::device::{AdapterChoice, AdapterRequest, Tier};
+use concertina::engine::EvictionConfig;
 use concertina::geometry::{Bytes, ModelGeometry, PageGeometry};
 use concertina::kernels::registry::{DEFAULT_PAGE_SIZE, PAGE_SIZES};
 use concertina::kernels::sample::Sampling;
 
 use super::failure::usage;
+use super::load::{Model, read_text};
 
 /// Rows of a step where nothing else is said.
 pub(super) const DEFAULT_CHUNK: u32 = 128;
@@ -98,18 +102,28 @@ pub(super) struct ModelArg {
     pub(super) model: String,
 }
 
+/// Scores of the heads of the model that the demo runs: made by `concertina calibrate heads`.
+const BUILT_IN_HEADS: &str = include_str!("../../patterns/smollm2-135m-instruct.tsv");
+/// What `kvzip` asks a model to do.
+const REPEAT: &str = "\n\nRepeat the previous context exactly:\n\n";
+
 /// How a cache is kept.
 #[derive(Args, Clone, Debug)]
 pub(super) struct CacheArgs {
     /// Tokens of one page of the cache: 16, 32, 64 or 128
     #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_PAGE_SIZE, value_parser = page_size)]
     pub(super) page_size: u32,
+
+    /// Scores of KV heads that `head=duo` and `head=prune` choose by, as `concertina calibrate heads` writes them; those of
+    /// SmolLM2-135M-Instruct are built in
+    #[arg(long, value_name = "FILE")]
+    pub(super) head_scores: Option<PathBuf>,
 }
 
 impl CacheArgs {
     /// The codecs of some compressions, each once; kernels are made for them.
     ///
-    /// A codec that pages of this size can not have is wrong usage.
+    /// A codec that pages of this size can not have is wrong usage, 
     pub(super) fn codecs(&self, compressions: &[Compression], model: &ModelGeometry) -> Result<Vec<HiddenCodec>> {
         let page = PageGeometry { page_size: self.page_size, head_dim: model.heads.head_dim };
         let mut codecs: Vec<_> = compressions.iter().map(|c| c.hidden).filter(HiddenCodec::seals).collect();
@@ -117,6 +131,46 @@ impl CacheArgs {
         codecs.dedup();
         codecs.iter().try_for_each(|codec| codec.check(page)).map_err(usage)?;
         Ok(codecs)
+    }
+
+    /// What evictions need, so many sessions being observed at once; `None` where nothing is evicted.
+    ///
+    /// Scores of another model's heads are wrong usage.
+    pub(super) fn evictions(
+        &self,
+        compressions: &[Compression],
+        model: &Model,
+        slots: u32,
+    ) -> Result<Option<EvictionConfig>> {
+        let Some(config) = EvictionConfig::of(compressions, slots) else { return Ok(None) };
+        for eviction in compressions.iter().filter_map(|compression| compression.token.eviction()) {
+            if let Some(every) = eviction.every.filter(|every| every % self.page_size != 0) {
+                let size = self.page_size;
+                return Err(usage(format!("token={eviction}: every{every} is no multiple of the pages of {size} tokens")));
+            }
+        }
+        let geometry = model.geometry();
+        let name = model.name();
+        let mut head_scores = None;
+        if compressions.iter().any(|compression| compression.head != HeadPattern::Full) {
+            let scores = match &self.head_scores {
+                Some(path) => {
+                    let text = read_text("the head scores", path)?;
+                    HeadScores::parse(&text).map_err(|e| usage(format!("'{}': {e}", path.display())))?
+                }
+                None => HeadScores::parse(BUILT_IN_HEADS).map_err(usage)?,
+            };
+            scores.check(&name, geometry.num_layers, geometry.heads.num_kv_heads).map_err(usage)?;
+            for compression in compressions {
+                compression
+                    .head
+                    .lists(Some(&scores), geometry.num_layers, geometry.heads.num_kv_heads)
+                    .map_err(usage)?;
+            }
+            head_scores = Some(Arc::new(scores));
+        }
+        let repeat_prompt = model.tokenizer.encode(REPEAT, false)?;
+        Ok(Some(EvictionConfig { head_scores, repeat_prompt, ..config }))
     }
 }
 

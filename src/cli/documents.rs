@@ -25,6 +25,8 @@ pub(super) struct Inquiry {
 pub(super) struct Prompt {
     /// The tokens.
     pub(super) tokens: Vec<u32>,
+    /// Of these, those before the question.
+    pub(super) compressed_tokens: u32,
     /// Tokens of the whole document.
     pub(super) document_tokens: usize,
     /// Of these, tokens that are in the prompt.
@@ -58,7 +60,11 @@ pub(super) fn prompt(model: &Model, inquiry: &Inquiry, limit: Option<usize>) -> 
     let cut = (used_tokens < tokens.len()).then(|| first_text(&model.tokenizer, &tokens[..used_tokens]));
     let document = cut.as_deref().unwrap_or(&inquiry.text);
     let prompt = model.chat(&format!("{document}\n\n{}", inquiry.question))?;
-    Ok(Prompt { tokens: prompt, document_tokens: tokens.len(), used_tokens })
+    // What every question about the document begins with is compressed before the question is read.
+    let any_question = model.chat(&format!("{document}\n\n"))?;
+    let common = prompt.iter().zip(&any_question).take_while(|(a, b)| a == b).count();
+    let compressed_tokens = u32::try_from(common).map_err(|_| anyhow!("a prompt of {common} tokens is too long"))?;
+    Ok(Prompt { tokens: prompt, compressed_tokens, document_tokens: tokens.len(), used_tokens })
 }
 
 /// The text of the first tokens, without the part of a character that a cut can leave at the end.

@@ -111,8 +111,8 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
     let path = args.text.display();
     let windows = perplexity::windows(&tokens, args.window as usize, args.max_windows)
         .map_err(|sentence| anyhow!("'{path}': {sentence}"))?;
-    let compression = args.compression.compress;
-    let codecs = args.cache.codecs(&[compression], model.geometry())?;
+    let compression = &args.compression.compress;
+    let codecs = args.cache.codecs(std::slice::from_ref(compression), model.geometry())?;
     let device = Device::open(&request)?;
     let weights = model.weights()?;
     let chunk = DEFAULT_CHUNK.min(args.window);
@@ -125,6 +125,7 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         context_length: context_for(args.window, args.calibration.calibrate.as_deref(), longest),
         page_size: args.cache.page_size,
         codecs,
+        evictions: args.cache.evictions(std::slice::from_ref(compression), &model, 1)?,
         max_arena: None,
     };
     let (mut engine, mut caches) = engine(&device, &weights, &config)?;
@@ -137,7 +138,7 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
     let started = Instant::now();
     let bar = progress::counter("windows", windows.len() as u64);
     let result =
-        perplexity::on_engine(&mut engine, &mut caches, &compression, &windows, chunk as usize, &mut |_, nll| {
+        perplexity::on_engine(&mut engine, &mut caches, compression, &windows, chunk as usize, &mut |_, nll| {
             bar.set_message(format!("nll {nll:.4}"));
             bar.inc(1);
         });

@@ -7,7 +7,7 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig};
-use concertina::geometry::{Bytes, ModelGeometry};
+use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, GenerateReport, Meter, Program, finish_name};
 use concertina::schedule::{Request, Scheduler, SessionId, SubmitError};
 
@@ -77,8 +77,8 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     };
     let model = Model::open(&args.model.model)?;
     let prompt = if args.raw { model.raw(&text)? } else { model.chat(&text)? };
-    let compression = args.compression.compress;
-    let config = engine_config(args, prompt.len(), model.geometry())?;
+    let compression = args.compression.compress.clone();
+    let config = engine_config(args, prompt.len(), &model)?;
     let device = Device::open(&adapter)?;
     let weights = model.weights()?;
     let (mut engine, mut caches) = load::engine(&device, &weights, &config)?;
@@ -88,7 +88,7 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     let mut scheduler = Scheduler::new(load::schedule_config(&config), caches);
     let prompt_tokens = prompt.len();
     let stop = model.tokenizer.eos_ids().to_vec();
-    let request = Request { prompt, max_new: args.max_new, sampling, stop, compression };
+    let request = Request { prompt, max_new: args.max_new, sampling, stop, compression, document: None };
     let mut meter = Meter::default();
     meter.session(&scheduler, &request);
     let id = scheduler.submit(request)?;
@@ -101,7 +101,7 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
         program: Program::THIS,
         device: DeviceReport::new(&device, Some(engine.clock())),
         model: model.report(Some(engine.weight_bytes())),
-        compression: compression.to_string(),
+        compression: args.compression.compress.to_string(),
         sampling,
         prompt_tokens,
         new_tokens: session.produced.len(),
@@ -118,8 +118,9 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
 }
 
 /// An engine for just this context, so that scratch does not grow with contexts that are not used.
-fn engine_config(args: &GenerateArgs, prompt: usize, model: &ModelGeometry) -> Result<EngineConfig> {
-    let longest = model.context_length;
+fn engine_config(args: &GenerateArgs, prompt: usize, model: &Model) -> Result<EngineConfig> {
+    let longest = model.geometry().context_length;
+    let compressions = std::slice::from_ref(&args.compression.compress);
     let (prompt, max_new) = (prompt as u64, args.max_new);
     let context_length = u32::try_from(prompt + u64::from(max_new)).ok().filter(|n| *n <= longest);
     let Some(context_length) = context_length else {
@@ -136,7 +137,8 @@ fn engine_config(args: &GenerateArgs, prompt: usize, model: &ModelGeometry) -> R
         max_logit_rows: 1,
         context_length,
         page_size: args.cache.page_size,
-        codecs: args.cache.codecs(&[args.compression.compress], model)?,
+        codecs: args.cache.codecs(compressions, model.geometry())?,
+        evictions: args.cache.evictions(compressions, model, 1)?,
         max_arena: None,
     })
 }

@@ -95,7 +95,7 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
     let text = read_text("the text", &args.text)?;
     let path = args.text.display();
     let model = Model::open(&args.model.model)?;
-    let job = Job::new(args, model.geometry())?;
+    let job = Job::new(args, &model)?;
     let tokens = model.tokenizer.encode(&text, false)?;
     let windows =
         job.settings.windows(&tokens, args.windows as usize).map_err(|sentence| anyhow!("'{path}': {sentence}"))?;
@@ -144,7 +144,7 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
         page_tokens: job.page.page_size,
         chunk_tokens: job.chunk,
         kv_budget_bytes: config.budget,
-        results: job.rows_of(result.map_err(named)?, model.geometry()),
+        results: job.rows_of(result.map_err(named)?),
         elapsed_s: started.elapsed().as_secs_f64(),
     };
     output.text(&report)?;

@@ -6,24 +6,25 @@ use anyhow::{Result, anyhow};
 use concertina::compression::Compression;
 use concertina::compression::hidden::{HiddenCodec, examples};
 use concertina::device::Device;
-use concertina::engine::{Engine, EngineConfig, EngineError};
-use concertina::eval::kl::{KlResult, KlSettings, PrefixSealing, Progress};
+use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
+use concertina::eval::kl::{KlResult, KlSettings, PrefixSealing, Progress, prefixes, slots};
 use concertina::geometry::{Bytes, ModelGeometry, PageGeometry};
 use concertina::pool::PoolError;
-use concertina::pool::page_table::{Sealing, TableShape};
+use concertina::pool::page_table::TableShape;
 use concertina::report::KlRow;
-use concertina::theory::predict::kv_bytes;
+use concertina::schedule::REPEAT_ROOM;
 use concertina::weights::Weights;
 
 use super::failure::usage;
 use super::kl::{KlArgs, Seal};
-use super::load::context_for;
+use super::load::{Model, context_for};
 
 /// Everything that is known before the device is opened.
 pub(super) struct Job {
     pub(super) settings: KlSettings,
     pub(super) compressions: Vec<Compression>,
     codecs: Vec<HiddenCodec>,
+    evictions: EvictionConfig,
     /// Tokens that the engine is made for: a window, and a calibration text.
     context: u32,
     pub(super) page: PageGeometry,
@@ -32,7 +33,8 @@ pub(super) struct Job {
 
 impl Job {
     /// Checks what was asked for against the model.
-    pub(super) fn new(args: &KlArgs, model: &ModelGeometry) -> Result<Self> {
+    pub(super) fn new(args: &KlArgs, opened: &Model) -> Result<Self> {
+        let model = opened.geometry();
         let sealing = match args.seal {
             Seal::AfterPrefix => PrefixSealing::AfterPrefix,
             Seal::WhenFull => PrefixSealing::WhenFull,
@@ -59,11 +61,19 @@ impl Job {
             }
         }
         let codecs = args.cache.codecs(&compressions, model)?;
+        // Caches are made of one prefix, and each policy observes it into a slot of its own.
+        let slots = u32::try_from(slots(&compressions).0.len()).expect("a command line is short");
+        let evictions = args.cache.evictions(&compressions, opened, slots)?.unwrap_or_default();
+        for compression in &compressions {
+            if let Some(eviction) = compression.token.eviction() {
+                eviction.check_kept(eviction.kept(args.prefix)).map_err(usage)?;
+            }
+        }
         // Every cache has a row in a step of the tail.
         let chunk = args.chunk.max(caches(&compressions));
         let window = u32::try_from(window).expect("no longer than the model's context");
         let context = context_for(window, args.calibration.calibrate.as_deref(), longest);
-        Ok(Self { settings, compressions, codecs, context, page, chunk })
+        Ok(Self { settings, compressions, codecs, evictions, context, page, chunk })
     }
 
     /// The engine's sizes; the budget is what all caches need unless one was given.
@@ -83,6 +93,7 @@ impl Job {
             context_length: self.context,
             page_size: self.page.page_size,
             codecs: self.codecs.clone(),
+            evictions: Some(self.evictions.clone()),
             max_arena: None,
         };
         if budget.is_some() {
@@ -99,17 +110,22 @@ impl Job {
         Bytes(16 * self.codecs.iter().map(|codec| codec.page_bytes(self.page)).fold(open, Bytes::max).0)
     }
 
-    /// Bytes that hold the pages of all caches at once: each sealed with its open page, the full one, and one more in
-    /// f16 while its prefix is read; more for slabs that several page sizes leave partly used.
+    /// Bytes that hold the pages of all caches at once, and one more in f16 while its prefix is read; more for slabs that
+    /// several page sizes leave partly used.
     fn bytes_of_pages(&self, model: &ModelGeometry) -> Bytes {
         let n_tokens = u32::try_from(self.settings.window()).expect("no longer than the model's context");
-        let bytes = |codec| {
+        let prefix = u32::try_from(self.settings.prefix_tokens).expect("no longer than the model's context");
+        let bytes = |codec, n_tokens| {
             let (num_layers, num_kv_heads) = (model.num_layers, model.heads.num_kv_heads);
-            let shape = TableShape { num_layers, num_kv_heads, page: self.page, codec, sealing: Sealing::WhenFull };
-            shape.bytes_for(n_tokens)
+            TableShape { num_layers, num_kv_heads, page: self.page, codec }.bytes_for(n_tokens)
         };
-        let sealed: Bytes = self.compressions.iter().map(|compression| bytes(compression.hidden)).sum();
-        let all = sealed.0 + 2 * bytes(HiddenCodec::F16).0;
+        let of_cache = |compression: &Compression| {
+            let kept = compression.token.eviction().map_or(prefix, |eviction| eviction.kept(prefix).min(prefix));
+            // What was kept and the tail each end in a page that is partly used.
+            bytes(compression.hidden, n_tokens - prefix + kept + 2 * self.page.page_size)
+        };
+        let compressed: Bytes = self.compressions.iter().map(of_cache).sum();
+        let all = compressed.0 + 2 * bytes(HiddenCodec::F16, n_tokens + REPEAT_ROOM).0;
         Bytes(all + all / 10 + 64 * self.slab().0)
     }
 
@@ -128,7 +144,7 @@ impl Job {
     /// Rows computed of rows in all: a step of the tail has one for each cache.
     pub(super) fn rows(&self, progress: Progress) -> (u64, u64) {
         let caches = u64::from(caches(&self.compressions));
-        let prefixes = caches * self.settings.prefix_tokens as u64;
+        let prefixes = (prefixes(&self.compressions, &self.settings) * self.settings.prefix_tokens) as u64;
         let tail = self.settings.tail_tokens as u64;
         let (done, total) = (progress.done as u64, progress.total as u64);
         let (windows, here) = (done / (prefixes + tail), done % (prefixes + tail));
@@ -138,12 +154,11 @@ impl Job {
     }
 
     /// The report's rows.
-    pub(super) fn rows_of(&self, results: Vec<KlResult>, model: &ModelGeometry) -> Vec<KlRow> {
+    pub(super) fn rows_of(&self, results: Vec<KlResult>) -> Vec<KlRow> {
         let Some(full) = results.first().cloned() else { return Vec::new() };
-        let all = std::iter::once(Compression::default()).chain(self.compressions.iter().copied());
+        let all = std::iter::once(Compression::default()).chain(self.compressions.iter().cloned());
         let row = |(result, compression): (KlResult, Compression)| {
-            let bits = compression.hidden.effective_bits(self.page);
-            KlRow::new(result, &full, (bits, kv_bytes(model, &compression, 1)))
+            KlRow::new(result, &full, compression.hidden.effective_bits(self.page), self.settings.prefix_tokens)
         };
         results.into_iter().zip(all).map(row).collect()
     }

@@ -40,6 +40,12 @@ impl Model {
         self.gguf.geometry()
     }
 
+    /// What the file calls the model, or else the file's name.
+    pub(super) fn name(&self) -> String {
+        let named = self.gguf.text("general.name").ok().flatten().map(ToOwned::to_owned);
+        named.unwrap_or_else(|| self.path.file_stem().unwrap_or_default().to_string_lossy().into_owned())
+    }
+
     /// For reports.
     pub(super) fn report(&self, weights: Option<Bytes>) -> ModelReport {
         let name = self.path.file_name().unwrap_or(self.path.as_os_str());

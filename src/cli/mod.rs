@@ -23,6 +23,7 @@ mod kl;
 mod kl_job;
 mod load;
 mod output;
+mod policies;
 mod progress;
 mod run;
 mod run_progress;
@@ -67,6 +68,7 @@ enum Command {
     Generate(generate::GenerateArgs),
     Tokenize(tokenize::TokenizeArgs),
     Codecs(codecs::CodecsArgs),
+    Policies(policies::PoliciesArgs),
     Eval(eval::EvalArgs),
     Verify(verify::VerifyArgs),
 }
@@ -84,6 +86,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Codecs(args) => codecs::run(args, global),
+        Command::Policies(_) => policies::run(global),
         Command::Eval(args) => eval::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };

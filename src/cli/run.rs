@@ -67,6 +67,10 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "N", default_value = "8", value_parser = args::small_count)]
     max_sessions: u32,
 
+    /// Sessions whose prompts are scored at once for what evictions keep; others wait
+    #[arg(long, value_name = "N", default_value = "4", value_parser = args::small_count)]
+    observed: u32,
+
     /// Rows of one step: decode rows of all sessions and prompt tokens beside them
     #[arg(long, value_name = "ROWS", default_value_t = args::DEFAULT_CHUNK, value_parser = args::small_count)]
     chunk: u32,
@@ -172,6 +176,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         context_length: load::context_for(context_length, args.calibration.calibrate.as_deref(), longest),
         page_size: args.cache.page_size,
         codecs: args.cache.codecs(&compressions, model.geometry())?,
+        evictions: args.cache.evictions(&compressions, &model, max_sessions.min(args.observed))?,
         max_arena: None,
     };
     let settings = RunSettings {
@@ -190,7 +195,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
 /// A compression per document: as many as there are documents, or one for all.
 fn one_each(compressions: &[Compression], documents: usize) -> Result<Vec<Compression>> {
     match compressions {
-        [one] => Ok(vec![*one; documents]),
+        [one] => Ok(vec![one.clone(); documents]),
         several if several.len() == documents => Ok(several.to_vec()),
         several => Err(usage(format!(
             "{} compressions for {documents} documents; give each document its --compress, or a single one for all",
@@ -209,7 +214,8 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
             max_new: job.settings.max_new_tokens,
             sampling: job.settings.sampling,
             stop: model.tokenizer.eos_ids().to_vec(),
-            compression: *compression,
+            compression: compression.clone(),
+            document: Some(prompt.compressed_tokens),
         };
         meter.session(scheduler, &request);
         ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);
@@ -217,17 +223,17 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
     Ok(ids)
 }
 
-/// Steps until every session has ended, or an interrupt cancels those that have not; the tokens that each had cached at
-/// its end.
+/// Steps until every session has ended, or an interrupt cancels those that have not; the bytes of pages that each held
+/// last.
 fn steps(
     job: &Job,
     ids: &[SessionId],
     engine: &mut Engine<'_>,
     scheduler: &mut Scheduler,
     meter: &mut Meter,
-) -> Result<Vec<u32>> {
+) -> Result<Vec<Bytes>> {
     let bars = SessionBars::new(ids.iter().copied().zip(job.inquiries.iter().map(|i| i.document.as_str())));
-    let mut cached = vec![0; ids.len()];
+    let mut cached = vec![Bytes::ZERO; ids.len()];
     while !scheduler.is_idle() && !interrupt::requested() {
         bars.update(scheduler);
         let step = scheduler.step(engine)?;
@@ -236,15 +242,8 @@ fn steps(
         }
         meter.step(scheduler, &step, engine.last_step().device);
         for (id, cached) in ids.iter().zip(&mut cached) {
-            match scheduler.caches().tables.get(id) {
-                Some(table) => *cached = table.n_tokens(),
-                // It ended in this step and its table is gone. All of its tokens but the last one were cached.
-                None if step.finished.iter().any(|(finished, _)| finished == id) => {
-                    let session = scheduler.session(*id).expect("a submitted session is known");
-                    *cached = session.request.max_tokens() - session.request.max_new
-                        + u32::try_from(session.produced.len()).expect("tokens are counted in 32 bits");
-                }
-                None => {}
+            if let Some(table) = scheduler.caches().tables.get(id) {
+                *cached = table.held_bytes();
             }
         }
     }
@@ -260,18 +259,17 @@ fn session_reports(
     model: &Model,
     ids: &[SessionId],
     scheduler: &Scheduler,
-    cached: &[u32],
+    cached: &[Bytes],
 ) -> Vec<SessionReport> {
     let all = ids.iter().zip(cached).zip(job.inquiries.iter().zip(&job.prompts));
     all.map(|((id, cached), (inquiry, prompt))| {
         let session = scheduler.session(*id).expect("a submitted session is known");
         let (document, question) = (inquiry.document.clone(), inquiry.question.clone());
-        let shape = scheduler.caches().shape(&session.request.compression);
         SessionReport {
             answer: model.tokenizer.decode(&session.produced),
             document_tokens: prompt.document_tokens,
             used_tokens: prompt.used_tokens,
-            ..SessionReport::new(document, question, session, *cached, shape)
+            ..SessionReport::new(document, question, session, *cached)
         }
     })
     .collect()

@@ -49,7 +49,7 @@ impl SessionBars {
             bar.set_position(position);
             bar.set_message(match session.phase {
                 Phase::Waiting => {
-                    let needed = scheduler.caches().needed(&session.request);
+                    let needed = scheduler.caches().needed(&session.request).unwrap_or_default();
                     // Sessions begin in order, when the step begins; the first that does not fit holds up the others.
                     nobody_waits &= needed <= free;
                     let shown = free;

@@ -10,36 +10,40 @@
 //! | token | [`token`] | which tokens of a head stay |
 //! | hidden | [`hidden`] | how one page of K and V becomes bytes |
 //!
-//! Each dimension knows its registry of methods; layer, head and token hold only the uncompressed choice today. Anything
-//! else is refused when it is parsed, with a sentence that says what there is. A codec alone means the hidden
-//! dimension: `kivi4` is `hidden=kivi4`.
+//! Each dimension knows its registry of methods. Anything else is refused when it is parsed, with a sentence that says
+//! what there is, and so are methods that can not work together. A method alone is looked for in all dimensions: `kivi4`
+//! is `hidden=kivi4`, `snapkv:0.25` is `token=snapkv:0.25`.
 //!
 //! ```
 //! use concertina::compression::Compression;
 //! let full: Compression = "hidden=f16".parse().unwrap();
 //! assert_eq!(full, Compression::default());
 //! assert_eq!("full".parse::<Compression>().unwrap(), full);
-//! let mixed: Compression = "hidden=k:kivi2,v:rot4".parse().unwrap();
+//! let mixed: Compression = "layer=share:0,0,2,2,token=snapkv:0.25,hidden=k:kivi2,v:rot4".parse().unwrap();
 //! assert_eq!(mixed.hidden, "k:kivi2,v:rot4".parse().unwrap());
+//! assert_eq!(mixed.layer.owners(4).unwrap(), [0, 0, 2, 2]);
+//! assert_eq!("token=snapkv:0.25".parse::<Compression>().unwrap().short(), "token=snapkv:0.25");
 //! let refused = "hidden=kivi3".parse::<Compression>().unwrap_err();
 //! assert!(refused.to_string().contains("kivi4"));
 //! ```
 
 pub mod head;
 pub mod hidden;
+pub mod keep;
 pub mod layer;
+mod syntax;
 pub mod token;
 
 use std::fmt;
 use std::str::FromStr;
 
 use head::HeadPattern;
-use hidden::HiddenCodec;
-use layer::LayerPolicy;
+use hidden::{HiddenCodec, Transform};
+use layer::{LayerPolicy, Sharing};
 use token::TokenPolicy;
 
 /// What is done to a KV cache in each of the four dimensions.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Compression {
     /// Which layers own a cache.
     pub layer: LayerPolicy,
@@ -65,49 +69,41 @@ pub enum ParseCompressionError {
     /// A dimension is given twice.
     #[error("the dimension {0} is given twice")]
     Repeated(&'static str),
-    /// The codec does not exist, or its parameters do not fit.
+    /// The method does not exist, or its parameters do not fit.
     #[error("{0}")]
-    Codec(String),
-    /// The method is not in the dimension's registry.
-    #[error("{dimension}={method} is not available: {dimension} knows {}", known.join(", "))]
-    UnknownMethod {
-        /// The dimension.
-        dimension: &'static str,
-        /// What was asked for.
-        method: String,
-        /// What there is.
-        known: Vec<&'static str>,
-    },
+    Method(String),
+    /// The methods exist, but not together.
+    #[error("{0}")]
+    Together(String),
 }
 
 impl fmt::Display for Compression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { layer, head, token, hidden } = self;
-        write!(f, "layer={},head={},token={},hidden={}", layer.name(), head.name(), token.name(), hidden)
+        write!(f, "layer={layer},head={head},token={token},hidden={hidden}")
     }
 }
 
-/// Finds `method` in a dimension's registry.
-fn lookup<T: Copy>(
-    dimension: &'static str,
-    method: &str,
-    all: &[T],
-    name: fn(&T) -> &'static str,
-) -> Result<T, ParseCompressionError> {
-    all.iter().find(|m| name(m) == method).copied().ok_or_else(|| ParseCompressionError::UnknownMethod {
-        dimension,
-        method: method.to_owned(),
-        known: all.iter().map(name).collect(),
-    })
+const DIMENSIONS: [&str; 4] = ["layer", "head", "token", "hidden"];
+
+/// The dimension that knows a method; the hidden one where none does, which then says so.
+fn dimension_of(method: &str) -> &'static str {
+    match method {
+        _ if layer::knows(method) => "layer",
+        _ if head::knows(method) => "head",
+        _ if token::knows(method) => "token",
+        _ => "hidden",
+    }
 }
 
 /// Cuts a text into dimensions and their methods. A part without a dimension continues the method before it, as in
-/// `hidden=k:kivi2,v:rot4`; a text without any is a codec.
+/// `hidden=k:kivi2,v:rot4`; a text without any is a method, a codec where no other dimension knows it.
 fn pairs(text: &str) -> Result<Vec<(&str, String)>, ParseCompressionError> {
     let syntax = || ParseCompressionError::Syntax(text.to_owned());
-    let no_codec = ["", "layer", "head", "token", "hidden"].contains(&text.trim());
-    if !text.contains('=') && !no_codec {
-        return Ok(vec![("hidden", text.trim().to_owned())]);
+    let alone = text.trim();
+    let no_method = alone.is_empty() || DIMENSIONS.contains(&alone);
+    if !text.contains('=') && !no_method {
+        return Ok(vec![(dimension_of(alone), alone.to_owned())]);
     }
     let mut pairs: Vec<(&str, String)> = Vec::new();
     for part in text.split(',').map(str::trim) {
@@ -132,34 +128,92 @@ impl FromStr for Compression {
             return Ok(compression);
         }
         let mut seen: Vec<&'static str> = Vec::new();
-        for (dimension, method) in pairs(text)? {
-            let method = method.as_str();
-            let dimension = match dimension {
-                "layer" => {
-                    compression.layer = lookup("layer", method, &LayerPolicy::ALL, LayerPolicy::name)?;
-                    "layer"
-                }
-                "head" => {
-                    compression.head = lookup("head", method, &HeadPattern::ALL, HeadPattern::name)?;
-                    "head"
-                }
-                "token" => {
-                    compression.token = lookup("token", method, &TokenPolicy::ALL, TokenPolicy::name)?;
-                    "token"
-                }
-                "hidden" => {
-                    compression.hidden = method.parse().map_err(ParseCompressionError::Codec)?;
-                    "hidden"
-                }
+        for (name, method) in pairs(text)? {
+            let read = match name {
+                "layer" => method.parse().map(|layer| compression.layer = layer),
+                "head" => method.parse().map(|head| compression.head = head),
+                "token" => method.parse().map(|token| compression.token = token),
+                "hidden" => method.parse().map(|hidden| compression.hidden = hidden).map_err(|error: String| {
+                    // A method alone may have been meant for any dimension.
+                    if text.contains('=') || !error.starts_with("hidden=") {
+                        return error;
+                    }
+                    format!("{error}; {}; {}; {}", layer::known(), head::known(), token::known())
+                }),
                 other => return Err(ParseCompressionError::UnknownDimension(other.to_owned())),
             };
+            read.map_err(ParseCompressionError::Method)?;
+            let dimension = DIMENSIONS.into_iter().find(|known| *known == name).expect("a name read above");
             if seen.contains(&dimension) {
                 return Err(ParseCompressionError::Repeated(dimension));
             }
             seen.push(dimension);
         }
+        compression.check_together().map_err(ParseCompressionError::Together)?;
         Ok(compression)
     }
+}
+
+impl Compression {
+    /// The dimensions that are not full, as they are parsed; `full` where all are.
+    pub fn short(&self) -> String {
+        let Self { layer, head, token, hidden } = self;
+        let mut parts = Vec::new();
+        let mut part = |full: bool, name: &str, method: &dyn fmt::Display| {
+            if !full {
+                parts.push(format!("{name}={method}"));
+            }
+        };
+        part(*layer == LayerPolicy::default(), "layer", layer);
+        part(*head == HeadPattern::Full, "head", head);
+        part(*token == TokenPolicy::Full, "token", token);
+        part(*hidden == HiddenCodec::F16, "hidden", hidden);
+        if parts.is_empty() { "full".to_owned() } else { parts.join(",") }
+    }
+
+    /// Whether the methods of the dimensions can work together.
+    ///
+    /// # Errors
+    /// A sentence with the reason.
+    pub fn check_together(&self) -> Result<(), String> {
+        let Self { layer, head, token, hidden } = self;
+        let merged = matches!(layer.share, Sharing::Merge { .. });
+        if let TokenPolicy::Quest { .. } = token {
+            if *head != HeadPattern::Full {
+                return Err(format!(
+                    "token={token} reads the pages of whole lists, while head={head} leaves tokens out of some; use one"
+                ));
+            }
+            if merged {
+                return Err(format!(
+                    "token={token} bounds scores by the keys of a page, which layer={layer} stores as directions that                      two layers have in common; use one"
+                ));
+            }
+        }
+        if token.eviction().is_some_and(|eviction| eviction.rerotate) {
+            if layer.share != Sharing::None {
+                return Err(format!(
+                    "token={token} turns each layer's keys to new positions, while by layer={layer} layers have keys in                      common; leave rerotate out"
+                ));
+            }
+            if let Transform::LowRank { .. } = hidden.k.transform {
+                return Err(format!(
+                    "token={token} turns keys to new positions, while hidden={hidden} stores them before positions are                      applied and reads positions off the page; leave rerotate out"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Every example of every dimension, the others full.
+pub fn examples() -> Vec<Compression> {
+    let full = Compression::default;
+    let layers = layer::examples().map(|layer| Compression { layer, ..full() });
+    let heads = head::examples().map(|head| Compression { head, ..full() });
+    let tokens = token::examples().map(|token| Compression { token, ..full() });
+    let hidden = hidden::examples().map(|hidden| Compression { hidden, ..full() });
+    layers.chain(heads).chain(tokens).chain(hidden).collect()
 }
 
 #[cfg(test)]
@@ -169,19 +223,22 @@ mod tests {
     #[test]
     fn what_is_printed_parses_back() {
         let full = Compression::default();
-        assert_eq!(full.to_string().parse(), Ok(full), "round trip");
-        assert_eq!("full".parse(), Ok(full), "short form");
-        assert_eq!("token=full,layer=full".parse(), Ok(full), "any order, any subset");
-        for codec in hidden::examples() {
-            let compression = Compression { hidden: codec, ..full };
-            assert_eq!(compression.to_string().parse(), Ok(compression), "{codec}");
-            assert_eq!(codec.to_string().parse(), Ok(compression), "{codec} alone");
+        assert_eq!(full.to_string(), "layer=full,head=full,token=full,hidden=f16", "all four");
+        assert_eq!(full.to_string().parse(), Ok(full.clone()), "round trip");
+        assert_eq!("full".parse(), Ok(full.clone()), "short form");
+        assert_eq!("token=full,layer=full".parse(), Ok(full.clone()), "any order, any subset");
+        for compression in examples() {
+            assert_eq!(compression.to_string().parse(), Ok(compression.clone()), "{compression}");
+            let short = compression.short();
+            assert_eq!(short.parse(), Ok(compression.clone()), "{short}");
+            if compression != full {
+                let (_, method) = short.split_once('=').expect("one dimension");
+                assert_eq!(method.parse(), Ok(compression), "{method} alone");
+            }
         }
-        assert_eq!(
-            "hidden=k:int8,v:kivi2,token=full".parse::<Compression>().map(|c| c.hidden),
-            "k:int8,v:kivi2".parse().map_err(ParseCompressionError::Codec),
-            "a comma inside a method"
-        );
+        assert_eq!(full.short(), "full", "nothing to name");
+        let text = "layer=share:0,0,2,2,head=duo:0.5,token=snapkv:0.25,hidden=k:int8,v:kivi2";
+        assert_eq!(text.parse::<Compression>().map(|c| c.short()), Ok(text.to_owned()), "commas inside methods");
     }
 
     #[test]
@@ -192,12 +249,39 @@ mod tests {
             "no such codec"
         );
         assert!(refusal("kivi5").starts_with("hidden=kivi5 is not available"), "a codec alone");
+        let anywhere = ["layer knows full", "head knows full", "token knows full"];
+        assert!(anywhere.iter().all(|known| refusal("snapvk:0.25").contains(known)), "a method of any dimension");
         assert!(refusal("think:1.5").contains("at most 1"), "its own reason");
         assert!(refusal("hidden=k:think:0.5,v:think:0.5").contains("values keep theirs"), "a reason");
-        assert_eq!(refusal("token=snapkv:0.25"), "token=snapkv:0.25 is not available: token knows full");
+        assert!(refusal("token=kivi4").starts_with("token=kivi4 is not available: token knows full"), "another's");
         assert!(refusal("colour=red").contains("layer, head, token and hidden"), "unknown dimension");
         assert!(refusal("hidden=f16,hidden=f16").contains("twice"), "repeated dimension");
         assert!(refusal("").contains("dimension=method"), "empty");
         assert!(refusal("hidden").contains("dimension=method"), "no method");
+        assert!(refusal("snapkv:0.25,hidden=kivi4").contains("dimension=method"), "no dimension at first");
+    }
+
+    #[test]
+    fn what_can_not_work_together_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("token=quest:512,head=duo:0.5", "use one"),
+            ("token=quest:512,head=prune:0.5", "use one"),
+            ("token=quest:512,layer=minicache", "directions"),
+            ("token=streaming:512:rerotate,layer=share:2", "leave rerotate out"),
+            ("token=streaming:512:rerotate,layer=minicache", "leave rerotate out"),
+            ("token=streaming:512:rerotate,hidden=lowrank:32", "leave rerotate out"),
+        ] {
+            let refused = text.parse::<Compression>().expect_err(text);
+            assert!(matches!(&refused, ParseCompressionError::Together(why) if why.contains(reason)), "{refused}");
+        }
+        for text in [
+            "token=quest:512,layer=share:2",
+            "token=streaming:512:rerotate,hidden=v:lowrank:32",
+            "token=streaming:512:rerotate,layer=skip-prefill:3..",
+            "token=kvzip:0.3,layer=skip-prefill:3..",
+            "token=snapkv:0.25,head=duo:0.5,layer=minicache,hidden=kivi4",
+        ] {
+            assert!(text.parse::<Compression>().is_ok(), "{text}");
+        }
     }
 }

@@ -171,12 +171,16 @@ impl Layers {
         bound.dispatch(recorder, &params, flat_grid(n_rows));
     }
 
-    /// Everything before attention in a layer: norm, projections, rotation.
-    pub(super) fn before_attention(&self, recorder: &mut Recorder<'_>, layer: usize, angles: u32, rows: RowCounts) {
+    /// Norm and projections of a layer.
+    pub(super) fn project(&self, recorder: &mut Recorder<'_>, layer: usize, rows: RowCounts) {
         let l = &self.layers[layer];
-        let heads = self.geometry.heads;
         self.norm(recorder, &l.attention_norm, None, rows.all);
         l.qkv.rows(recorder, rows);
+    }
+
+    /// Rotary positions of queries and keys.
+    pub(super) fn rotate(&self, recorder: &mut Recorder<'_>, angles: u32, rows: RowCounts) {
+        let heads = self.geometry.heads;
         let params = RopeParams {
             angles,
             n_rows: rows.all,

@@ -6,6 +6,8 @@
 //!   is one submission, in which the step's words are copied, one pass computes all layers, and the sampled tokens
 //!   are copied back. No buffer, pipeline or bind group is made after construction.
 
+mod eviction;
+mod expected;
 mod layers;
 pub mod paged_attention;
 mod parameters;
@@ -13,22 +15,27 @@ mod scratch;
 mod step;
 mod weights;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::compression::Compression;
+use crate::compression::head::HeadScores;
 use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
+use crate::compression::token::Score;
 use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::timing::{Clock, StepTimer};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, CELL_BYTES, ModelGeometry, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
+use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
 use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
-use crate::pool::page_table::{PageTable, Sealing, TableShape, Window};
+use crate::pool::page_table::{PageTable, TableShape, Window};
 use crate::pool::{PagePool, PoolError, PoolLayout};
-use crate::schedule::{Backend, Caches, PlannedRows, SessionId, StepPlan, StepResult};
+use crate::schedule::{Abilities, Backend, Caches, REPEAT_ROOM, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
 use layers::{Layers, RowCounts};
 use paged_attention::page_sizes;
@@ -70,11 +77,48 @@ pub struct EngineConfig {
     pub page_size: u32,
     /// Codecs besides f16 that sessions may have; each costs its kernels, compiled at the start.
     pub codecs: Vec<HiddenCodec>,
+    /// What sessions may do besides; `None` where nothing is evicted.
+    pub evictions: Option<EvictionConfig>,
     /// Largest arena; the adapter's binding limit where `None`.
     pub max_arena: Option<Bytes>,
 }
 
+/// What evictions need.
+#[derive(Clone, Debug, Default)]
+pub struct EvictionConfig {
+    /// Sessions whose rows are observed for a coming eviction at once; others wait.
+    pub slots: u32,
+    /// Whether moments of queries are kept, for expected attention.
+    pub moments: bool,
+    /// Which heads keep everything, for head patterns.
+    pub head_scores: Option<Arc<HeadScores>>,
+    /// The tokens that ask for the context again, for `kvzip`.
+    pub repeat_prompt: Vec<u32>,
+}
+
+impl EvictionConfig {
+    /// What these compressions need; `None` where none of them evicts.
+    pub fn of(compressions: &[Compression], slots: u32) -> Option<Self> {
+        let moments = |compression: &Compression| {
+            let score = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).score);
+            matches!(score, Some(Score::Expected { .. }))
+        };
+        let evicts = compressions.iter().any(Caches::evicts);
+        evicts.then(|| Self { slots, moments: compressions.iter().any(moments), ..Self::default() })
+    }
+}
+
 impl EngineConfig {
+    fn eviction_sizes(&self, geometry: &ModelGeometry) -> Option<EvictionSizes> {
+        self.evictions.as_ref().map(|evictions| EvictionSizes {
+            num_lists: geometry.num_lists(),
+            // Repeated chunks stand behind the context for a while.
+            capacity: self.context_length + REPEAT_ROOM,
+            slots: evictions.slots,
+            moments: evictions.moments,
+        })
+    }
+
     /// Whether any page is ever sealed.
     fn seals(&self) -> bool {
         self.codecs.iter().any(HiddenCodec::seals)
@@ -102,17 +146,27 @@ pub struct StepStats {
     pub host: Duration,
 }
 
+/// Kernels of evictions, and the buffer that their results come back through.
+#[derive(Debug)]
+struct Evictions {
+    kernels: EvictionKernels,
+    back: ReadBack,
+    config: EvictionConfig,
+}
+
 /// A model on a device.
 #[derive(Debug)]
 pub struct Engine<'d> {
     device: &'d Device,
     geometry: ModelGeometry,
     context_length: u32,
+    max_rows: u32,
     weights: DeviceWeights,
     buffers: PoolBuffers,
     scratch: Scratch,
     layers: Layers,
     attention: AttentionKernels,
+    evictions: Option<Evictions>,
     uploader: Uploader,
     back: ReadBack,
     timer: StepTimer,
@@ -157,12 +211,19 @@ impl<'d> Engine<'d> {
         let attention_sizes = config.attention_sizes(&geometry, sizes.max_states);
         let attention =
             AttentionKernels::new(device, &mut cache, shape, &buffers, &scratch.step, &rows, &attention_sizes)?;
+        let evictions = match (config.eviction_sizes(&geometry), &config.evictions) {
+            (Some(sizes), Some(config)) => Some(Evictions {
+                kernels: EvictionKernels::new(device, &mut cache, &attention, &buffers, &scratch.step, &rows, sizes)?,
+                back: ReadBack::new(device, "eviction read-back", eviction::back_bytes(&sizes, &shape))?,
+                config: config.clone(),
+            }),
+            _ => None,
+        };
         let full = TableShape {
             num_layers: geometry.num_layers,
             num_kv_heads: heads.num_kv_heads,
             page: shape.page(),
             codec: HiddenCodec::F16,
-            sealing: Sealing::WhenFull,
         };
         let mut uploader = Uploader::new(device, "step staging", upload)?;
         buffers.write_window(device, &mut uploader, &window)?;
@@ -173,10 +234,12 @@ impl<'d> Engine<'d> {
             frequencies: inverse_frequencies(&geometry),
             geometry,
             context_length: config.context_length,
+            max_rows: config.max_rows,
             weights,
             buffers,
             layers,
             attention,
+            evictions,
             uploader,
             back: ReadBack::new(device, "token read-back", Self::back_bytes(config, &sizes))?,
             timer,
@@ -185,7 +248,12 @@ impl<'d> Engine<'d> {
             words: Vec::new(),
             stats: StepStats::default(),
         };
-        Ok((engine, Caches::new(pool, full, window, config.codecs.clone())))
+        let abilities = Abilities {
+            codecs: config.codecs.clone(),
+            slots: config.evictions.as_ref().map(|evictions| evictions.slots),
+            head_scores: config.evictions.as_ref().and_then(|evictions| evictions.head_scores.clone()),
+        };
+        Ok((engine, Caches::new(pool, full, window, abilities)))
     }
 
     fn window(shape: &CacheShape, config: &EngineConfig) -> Window {
@@ -209,11 +277,15 @@ impl<'d> Engine<'d> {
         // Tables are uploaded from the same staging as the step; two entries per page bound their size.
         let tables = Bytes(config.budget.0 / pages.smallest.0 * 2 * WORD_BYTES);
         let upload = (sizes.step + tables).align_up(256);
-        let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + timer;
+        let evictions = config.eviction_sizes(geometry);
+        let eviction_back = evictions.map_or(Bytes::ZERO, |sizes| eviction::back_bytes(&sizes, shape));
+        let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + timer + eviction_back;
         let layout = PoolLayout {
             budget: config.budget,
             staging,
-            scratch: sizes.total() + PoolBuffers::window_bytes(&window),
+            scratch: sizes.total()
+                + PoolBuffers::window_bytes(&window)
+                + evictions.map_or(Bytes::ZERO, |sizes| sizes.scratch_bytes(shape)),
             max_binding,
             slab: pages.slab,
             smallest_page: pages.smallest,
@@ -260,7 +332,9 @@ impl<'d> Engine<'d> {
     /// Bytes of every buffer on the device but the weights: what the pool's report calls allocated.
     pub fn held_bytes(&self) -> Bytes {
         let staging = self.uploader.total() + self.back.capacity() + self.timer.bytes();
-        self.buffers.bytes() + self.scratch.bytes() + self.attention.held_bytes() + staging
+        let evictions =
+            self.evictions.as_ref().map_or(Bytes::ZERO, |e| e.kernels.held_bytes() + e.back.capacity());
+        self.buffers.bytes() + self.scratch.bytes() + self.attention.held_bytes() + staging + evictions
     }
 
     /// The clock of [`StepStats::device`].
@@ -312,6 +386,10 @@ impl<'d> Engine<'d> {
         let pieces: [&[u8]; 2] = [bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&tables.words)];
         self.uploader.write(self.device, &pieces)?;
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let fresh = caches.take_fresh();
+        if let Some(Evictions { kernels, .. }) = &self.evictions {
+            fresh.iter().for_each(|slot| kernels.clear(&mut encoder, *slot));
+        }
         encoder.copy_buffer_to_buffer(self.uploader.source(), 0, &self.scratch.step, 0, step_bytes);
         tables.record(&mut encoder, self.uploader.source(), step_bytes, &self.buffers.tables);
         let recorder = Recorder::new(self.timer.begin(&mut encoder));
@@ -337,15 +415,21 @@ impl<'d> Engine<'d> {
     }
 
     fn plan_attention(&self, plan: &StepPlan, caches: &Caches) -> Result<AttentionPlan, EngineError> {
+        let sizes = self.evictions.as_ref().map(|evictions| evictions.kernels.sizes());
+        let shape = self.attention.shape();
         let mut row_lo = 0;
         let mut segments = Vec::with_capacity(plan.segments.len());
+        let mut observed = Vec::new();
         for rows in &plan.segments {
             let (table, n_rows) = (&caches.tables[&rows.session], rows.n_rows());
             let (first_index, decode) = (rows.first_index, rows.decode);
-            segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend: n_rows > 0 });
+            let (scores, queries) = eviction::observations(sizes, shape, &rows.observed, row_lo, n_rows);
+            observed.extend(queries);
+            segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend: n_rows > 0, scores });
             row_lo += n_rows;
         }
-        let planned = AttentionPlan::new(self.attention.shape(), self.geometry.num_layers, &segments);
+        let mut planned = AttentionPlan::new(self.attention.shape(), self.geometry.num_layers, &segments);
+        planned.observe(&observed);
         self.attention.check(&planned)?;
         Ok(planned)
     }
@@ -360,16 +444,18 @@ impl<'d> Engine<'d> {
         want: Want,
     ) -> u32 {
         let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };
-        if rows.all == 0 {
-            // Nothing is computed; pages are sealed.
-            (0..self.geometry.num_layers)
-                .for_each(|l| self.attention.record(&mut recorder, attention, &offsets.lists, l));
-            return recorder.dispatches();
-        }
         self.layers.embed(&mut recorder, offsets.tokens, rows.all);
         for layer in 0..self.geometry.num_layers {
-            self.layers.before_attention(&mut recorder, layer as usize, offsets.angles, rows);
+            self.layers.project(&mut recorder, layer as usize, rows);
+            if let Some(evictions) = &self.evictions {
+                let n_items = u32::try_from(attention.moments.len()).expect("rows of a step are counted in 32 bits");
+                evictions.kernels.record_moments(&mut recorder, offsets.lists.moments, n_items, layer);
+            }
+            self.layers.rotate(&mut recorder, offsets.angles, rows);
             self.attention.record(&mut recorder, attention, &offsets.lists, layer);
+            if let Some(evictions) = &self.evictions {
+                evictions.kernels.record_scores(&mut recorder, attention, &offsets.lists, layer);
+            }
             self.layers.after_attention(&mut recorder, layer as usize, rows);
         }
         let n_logits = u32::try_from(self.rows.logit_rows.len()).expect("rows of a step are counted in 32 bits");
@@ -406,19 +492,6 @@ impl<'d> Engine<'d> {
         self.read_logits(plan, caches, Want::LogitsOfMany)
     }
 
-    /// Encodes the pages of a session for which [`PageTable::seal`](crate::pool::page_table::PageTable::seal) took sealed
-    /// ones, without computing any row.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    pub fn seal(&mut self, caches: &mut Caches, session: SessionId) -> Result<(), EngineError> {
-        let rows = PlannedRows { session, first_index: 0, tokens: Vec::new(), decode: false, sample: None };
-        let plan = StepPlan { segments: vec![rows] };
-        self.gather(&plan)?;
-        self.submit(&plan, caches, Want::Logits)?;
-        Ok(())
-    }
-
     /// Keys, after rotary positions, and values of one list's open pages, each `[tokens][head_dim]`: for calibration, since it
     /// reads page by page.
     ///
@@ -427,10 +500,11 @@ impl<'d> Engine<'d> {
     pub fn open_rows(&self, table: &PageTable, layer: u32, kv_head: u32) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
         let shape = table.shape();
         let bytes = usize::try_from(shape.open_page().0).expect("a page fits in the address space");
-        let context = PageContext { parameters: &HeadParameters::default(), first_position: 0 };
+        let nobody = HeadParameters::default();
+        let context = PageContext::at(&nobody, 0);
         let (sealed, open) = table.list(layer, kv_head);
         let width = shape.page.head_dim as usize;
-        let n_tokens = table.n_tokens() as usize - sealed.len() * shape.page.page_size as usize;
+        let n_tokens = table.tail() as usize - sealed.len() * shape.page.page_size as usize;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for page in open {
             let arena = &self.buffers.arenas[usize::from(page.arena)];
@@ -512,5 +586,11 @@ impl Backend for Engine<'_> {
         self.gather(plan)?;
         let bytes = self.submit(plan, caches, Want::Tokens)?;
         Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&bytes), elapsed: started.elapsed() })
+    }
+
+    fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, EngineError> {
+        let started = Instant::now();
+        self.evict_session(session, tokens, caches)?;
+        Ok(started.elapsed())
     }
 }

@@ -1,32 +1,37 @@
-//! Attention over a paged cache, without a model: append keys and values, decode and prefill, one layer.
+//! Attention over a paged cache, without a model: append keys and values, decode, prefill and evict.
 
-use std::collections::BTreeMap;
-
-use super::EngineError;
+use super::eviction::{self, Evictor};
+use super::{EngineError, EvictionConfig};
+use crate::compression::Compression;
 use crate::compression::hidden::{HeadParameters, HiddenCodec};
-use crate::device::staging::{Uploader, download};
+use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, CELL_BYTES, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
+use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
 use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::{PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
-use crate::pool::page_table::{PageTable, Sealing, TableRanges, TableShape, Window};
+use crate::pool::page_table::{PageTable, TableShape, Window};
 use crate::pool::{PageId, PagePool, PoolLayout, PoolReport};
-use crate::schedule::Caches;
+use crate::schedule::{Abilities, Caches, Observed, SessionId};
 
 /// How large a [`PagedAttention`] is.
 #[derive(Clone, Debug)]
 pub struct PagedAttentionConfig {
     /// The cache.
     pub shape: CacheShape,
+    /// Layers.
+    pub num_layers: u32,
     /// Codecs besides f16 that sequences may have; each costs its kernels.
     pub codecs: Vec<HiddenCodec>,
-    /// What codecs take from a model, per KV head; none where no codec needs it.
+    /// What evictions need; `None` where nothing is evicted.
+    pub evictions: Option<EvictionConfig>,
+    /// What codecs take from a model, per layer and KV head; none where no codec needs it.
     pub parameters: Vec<HeadParameters>,
-    /// Longest sequence, in tokens; counts only where keys become latents.
+    /// Longest sequence, in tokens; counts only where keys become latents or tokens are evicted.
     pub context_length: u32,
     /// Device bytes for pages, tables, scratch and staging.
     pub budget: Bytes,
@@ -39,54 +44,73 @@ pub struct PagedAttentionConfig {
 }
 
 impl PagedAttentionConfig {
-    /// A cache of f16 pages alone.
+    /// One layer of f16 pages alone.
     pub fn new(shape: CacheShape, budget: Bytes, max_rows: u32, max_states: u32) -> Self {
         let (codecs, parameters) = (Vec::new(), Vec::new());
-        Self { shape, codecs, parameters, context_length: 0, budget, max_rows, max_states, max_arena: None }
+        let (num_layers, evictions, context_length, max_arena) = (1, None, 0, None);
+        Self {
+            shape,
+            num_layers,
+            codecs,
+            evictions,
+            parameters,
+            context_length,
+            budget,
+            max_rows,
+            max_states,
+            max_arena,
+        }
+    }
+
+    fn eviction_sizes(&self) -> Option<EvictionSizes> {
+        self.evictions.as_ref().map(|evictions| EvictionSizes {
+            num_lists: self.num_layers * self.shape.heads.num_kv_heads,
+            capacity: self.context_length,
+            slots: evictions.slots,
+            moments: evictions.moments,
+        })
     }
 }
 
-/// A sequence in the cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SequenceId(u32);
+pub use super::eviction::Kept;
 
-/// New tokens of one sequence.
+/// A sequence in the cache.
+pub type SequenceId = SessionId;
+
+/// New tokens of one sequence, in all layers.
 #[derive(Clone, Copy, Debug)]
 pub struct NewRows<'a> {
     /// The sequence.
     pub sequence: SequenceId,
-    /// Queries `[rows][num_qo_heads][head_dim]`; empty to append without attending.
+    /// Queries `[layers][rows][num_qo_heads][head_dim]`; empty to append without attending.
     pub q: &'a [f32],
-    /// Keys `[rows][num_kv_heads][head_dim]`.
+    /// Keys `[layers][rows][num_kv_heads][head_dim]`.
     pub k: &'a [f32],
-    /// Values `[rows][num_kv_heads][head_dim]`.
+    /// Values `[layers][rows][num_kv_heads][head_dim]`.
     pub v: &'a [f32],
     /// Use the decode kernel (one row) rather than prefill.
     pub decode: bool,
 }
 
-/// The result of a call, rows in the order given.
+/// The result of a call, layer by layer, rows in the order given.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AttentionOutput {
-    /// `[rows][num_qo_heads][head_dim]`.
+    /// `[layers][rows][num_qo_heads][head_dim]`.
     pub o: Vec<f32>,
-    /// Base-2 log-sum-exp `[rows][num_qo_heads]`.
+    /// Base-2 log-sum-exp `[layers][rows][num_qo_heads]`.
     pub lse: Vec<f32>,
 }
 
-/// A paged cache of one layer and the kernels over it.
+/// A paged cache and the kernels over it.
 #[derive(Debug)]
 pub struct PagedAttention<'d> {
     device: &'d Device,
     config: PagedAttentionConfig,
-    pool: PagePool,
-    ranges: TableRanges,
-    window: Window,
-    full: TableShape,
-    sequences: BTreeMap<SequenceId, PageTable>,
+    caches: Caches,
     next_id: u32,
     buffers: PoolBuffers,
     kernels: AttentionKernels,
+    evictions: Option<(EvictionKernels, ReadBack)>,
     step: wgpu::Buffer,
     qkv: wgpu::Buffer,
     output: wgpu::Buffer,
@@ -114,7 +138,7 @@ impl<'d> PagedAttention<'d> {
             codec.check(config.shape.page()).map_err(EngineError::Input)?;
         }
         let parameters = if config.parameters.is_empty() {
-            vec![HeadParameters::default(); heads.num_kv_heads as usize]
+            vec![HeadParameters::default(); (config.num_layers * heads.num_kv_heads) as usize]
         } else {
             config.parameters.clone()
         };
@@ -126,17 +150,20 @@ impl<'d> PagedAttention<'d> {
             max_states: config.max_states,
             max_rows: config.max_rows,
             codecs: &config.codecs,
-            num_lists: heads.num_kv_heads,
+            num_lists: config.num_layers * heads.num_kv_heads,
             context_length: config.context_length,
         };
         let pages = page_sizes(&config.shape, &config.codecs);
         let seals = config.codecs.iter().any(HiddenCodec::seals);
         let window = Window::new(config.shape.page(), heads.num_kv_heads, config.max_rows, seals);
         let max_binding = device.max_binding();
-        let scratch = qkv_bytes + output_bytes + sizes.scratch_bytes(&config.shape) + Self::STEP;
+        let eviction_sizes = config.eviction_sizes();
+        let scratch = qkv_bytes + output_bytes + sizes.scratch_bytes(&config.shape) + Self::STEP
+            + eviction_sizes.map_or(Bytes::ZERO, |sizes| sizes.scratch_bytes(&config.shape));
+        let eviction_back = eviction_sizes.map_or(Bytes::ZERO, |sizes| eviction::back_bytes(&sizes, &config.shape));
         let layout = PoolLayout {
             budget: config.budget,
-            staging: Bytes(Self::STAGING.0 * 2),
+            staging: Bytes(Self::STAGING.0 * 2) + eviction_back,
             scratch: scratch + PoolBuffers::window_bytes(&window),
             max_binding: config.max_arena.map_or(max_binding, |a| a.min(max_binding)),
             slab: pages.slab,
@@ -156,35 +183,30 @@ impl<'d> PagedAttention<'d> {
             output: &output,
         };
         let kernels = AttentionKernels::new(device, cache, config.shape, &buffers, &step, &row_buffers, &sizes)?;
+        let evictions = match eviction_sizes {
+            Some(sizes) => Some((
+                EvictionKernels::new(device, cache, &kernels, &buffers, &step, &row_buffers, sizes)?,
+                ReadBack::new(device, "eviction read-back", eviction_back)?,
+            )),
+            None => None,
+        };
         let mut uploader = Uploader::new(device, "staging", Self::STAGING)?;
         let source = ParameterSource { heads: &parameters, context_length: config.context_length };
         kernels.set_parameters(device, &mut uploader, &source)?;
         let full = TableShape {
-            num_layers: 1,
+            num_layers: config.num_layers,
             num_kv_heads: heads.num_kv_heads,
             page: config.shape.page(),
             codec: HiddenCodec::F16,
-            sealing: Sealing::WhenFull,
         };
-        let Caches { pool, ranges, window, .. } = Caches::new(pool, full, window, config.codecs.clone());
+        let abilities = Abilities {
+            codecs: config.codecs.clone(),
+            slots: config.evictions.as_ref().map(|evictions| evictions.slots),
+            head_scores: config.evictions.as_ref().and_then(|evictions| evictions.head_scores.clone()),
+        };
         buffers.write_window(device, &mut uploader, &window)?;
-        let sequences = BTreeMap::new();
-        Ok(Self {
-            device,
-            config,
-            pool,
-            ranges,
-            window,
-            full,
-            sequences,
-            next_id: 0,
-            buffers,
-            kernels,
-            step,
-            qkv,
-            output,
-            uploader,
-        })
+        let caches = Caches::new(pool, full, window, abilities);
+        Ok(Self { device, config, caches, next_id: 0, buffers, kernels, evictions, step, qkv, output, uploader })
     }
 
     /// Makes every byte that no one has written yet a NaN, so that reading one shows.
@@ -192,7 +214,8 @@ impl<'d> PagedAttention<'d> {
     /// # Errors
     /// [`EngineError::Device`].
     pub fn poison(&mut self) -> Result<(), EngineError> {
-        for buffer in self.buffers.with_window().chain([&self.qkv, &self.output, &self.kernels.lse]) {
+        let evictions = self.evictions.iter().flat_map(|(kernels, _)| kernels.buffers().all());
+        for buffer in self.buffers.with_window().chain([&self.qkv, &self.output, &self.kernels.lse]).chain(evictions) {
             let poison = vec![0xff_u8; usize::try_from(buffer.size()).expect("a buffer fits in the address space")];
             self.uploader.upload(self.device, &poison, buffer, 0)?;
         }
@@ -205,15 +228,25 @@ impl<'d> PagedAttention<'d> {
     /// [`PoolError::DoesNotFit`](crate::pool::PoolError::DoesNotFit) with the numbers; [`EngineError::Input`] for a codec that
     /// the cache was not made for.
     pub fn admit(&mut self, codec: HiddenCodec, max_tokens: u32) -> Result<SequenceId, EngineError> {
-        if codec.seals() && !self.config.codecs.contains(&codec) {
-            let known = self.config.codecs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            return Err(EngineError::Input(format!("this cache was made for f16 and [{known}], not for {codec}")));
-        }
-        let shape = TableShape { codec, ..self.full };
-        let table = PageTable::admit(&mut self.pool, &mut self.ranges, shape, max_tokens)?;
-        let id = SequenceId(self.next_id);
+        let compression = Compression { hidden: codec, ..Compression::default() };
+        self.admit_compressed(&compression, max_tokens, max_tokens)
+    }
+
+    /// Admits a sequence of at most `max_tokens` tokens, the first `document` of which are compressed before more come.
+    ///
+    /// # Errors
+    /// As [`Self::admit`]; [`EngineError::Input`] for a compression that the cache was not made for.
+    pub fn admit_compressed(
+        &mut self,
+        compression: &Compression,
+        document: u32,
+        max_tokens: u32,
+    ) -> Result<SequenceId, EngineError> {
+        self.caches.serves(compression).map_err(EngineError::Input)?;
+        self.caches.domains(compression, document).map_err(EngineError::Input)?;
+        let id = SessionId(self.next_id);
+        self.caches.admit(id, compression, document, max_tokens)?;
         self.next_id += 1;
-        self.sequences.insert(id, table);
         Ok(id)
     }
 
@@ -222,13 +255,64 @@ impl<'d> PagedAttention<'d> {
     /// # Errors
     /// [`EngineError::Input`] for an unknown sequence.
     pub fn release(&mut self, sequence: SequenceId) -> Result<(), EngineError> {
-        let table = self.sequences.remove(&sequence).ok_or_else(|| unknown(sequence))?;
-        Ok(table.release(&mut self.pool, &mut self.ranges)?)
+        self.table(sequence)?;
+        Ok(self.caches.release(sequence)?)
+    }
+
+    /// A sequence's page table.
+    ///
+    /// # Errors
+    /// [`EngineError::Input`] for an unknown sequence.
+    pub fn table(&self, sequence: SequenceId) -> Result<&PageTable, EngineError> {
+        self.caches.tables.get(&sequence).ok_or_else(|| unknown(sequence))
+    }
+
+    /// Evicts from a sequence that is due, as a step does before it adds rows; what stayed of each list. `None` where nothing
+    /// is due.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn evict(&mut self, sequence: SequenceId) -> Result<Option<Kept>, EngineError> {
+        self.table(sequence)?;
+        let Some((kernels, back)) = self.evictions.as_ref().filter(|_| self.caches.is_due(sequence)) else {
+            return Ok(None);
+        };
+        let selection = self.caches.selection(sequence);
+        let mut target = self.caches.take_target(sequence);
+        let mut source = self.caches.tables.remove(&sequence).ok_or_else(|| unknown(sequence))?;
+        let mut evictor = Evictor {
+            device: self.device,
+            uploader: &mut self.uploader,
+            step: &self.step,
+            pool_buffers: &self.buffers,
+            attention: &self.kernels,
+            kernels,
+            back,
+            rope_theta: self.config.parameters.first().map_or(10_000.0, |head| head.rope_theta),
+        };
+        let (num_layers, Caches { pool, window, .. }) = (self.config.num_layers, &mut self.caches);
+        let kept = evictor.evict(pool, window, num_layers, (&mut source, &mut target), &selection);
+        self.caches.tables.insert(sequence, source);
+        self.caches.swap(sequence, target)?;
+        Ok(Some(kept?))
+    }
+
+    /// Scores that the last eviction ranked by, `[list][tokens]`, for so many tokens of each list; for tests.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn decided_scores(&self, tokens: &[usize]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let Some((kernels, _)) = &self.evictions else { return Ok(Vec::new()) };
+        let of_list = |(list, n): (u64, &usize)| {
+            let at = list * u64::from(kernels.sizes().capacity) * WORD_BYTES;
+            Ok(bytemuck::pod_collect_to_vec(&download(self.device, &kernels.buffers().decided, at, n * 4)?))
+        };
+        (0..).zip(tokens).map(of_list).collect()
     }
 
     /// What the pool holds.
     pub fn report(&self) -> PoolReport {
-        self.pool.report()
+        self.caches.pool.report()
     }
 
     /// Appends the rows' keys and values and returns the attention of those that have queries. Rows of a sequence that is
@@ -242,7 +326,7 @@ impl<'d> PagedAttention<'d> {
         let mut n_rows = 0;
         for new in rows {
             let n = self.count_rows(new)?;
-            pieces.push(Piece { new: *new, row: n_rows, done: 0, left: n });
+            pieces.push(Piece { new: *new, row: n_rows, done: 0, left: n, rows: n });
             n_rows += n;
         }
         if n_rows > self.config.max_rows {
@@ -250,10 +334,13 @@ impl<'d> PagedAttention<'d> {
             return Err(EngineError::Input(format!("{n_rows} rows in one call; this cache was made for {max}")));
         }
         let (q_width, n_heads) = (heads.q_width() as usize, heads.num_qo_heads as usize);
-        let n = n_rows as usize;
+        let n = n_rows as usize * self.config.num_layers as usize;
         let mut out = AttentionOutput { o: vec![0.0; n * q_width], lse: vec![0.0; n * n_heads] };
         while pieces.iter().any(|piece| piece.left > 0) {
-            self.submit(&mut pieces, &mut out)?;
+            for piece in pieces.iter().filter(|piece| piece.left > 0) {
+                self.evict(piece.new.sequence)?;
+            }
+            self.submit(&mut pieces, n_rows as usize, &mut out)?;
         }
         Ok(out)
     }
@@ -262,9 +349,9 @@ impl<'d> PagedAttention<'d> {
     fn count_rows(&self, new: &NewRows<'_>) -> Result<u32, EngineError> {
         let heads = self.config.shape.heads;
         let (q_width, kv_width) = (heads.q_width() as usize, heads.kv_width() as usize);
-        if !self.sequences.contains_key(&new.sequence) {
-            return Err(unknown(new.sequence));
-        }
+        self.table(new.sequence)?;
+        let layers = self.config.num_layers as usize;
+        let (q_width, kv_width) = (q_width * layers, kv_width * layers);
         let n = new.k.len() / kv_width;
         let shapes = new.k.len() == n * kv_width
             && new.v.len() == new.k.len()
@@ -277,87 +364,161 @@ impl<'d> PagedAttention<'d> {
         u32::try_from(n).map_err(|_| EngineError::Input("too many rows".to_owned()))
     }
 
-    /// One submission: of every piece as many rows as its sequence allows.
-    fn submit(&mut self, pieces: &mut [Piece<'_>], out: &mut AttentionOutput) -> Result<(), EngineError> {
-        let heads = self.config.shape.heads;
-        let (q_width, kv_width) = (heads.q_width() as usize, heads.kv_width() as usize);
+    /// Of every piece as many rows as its sequence allows, one submission per layer. `n_rows` are those of the call.
+    fn submit(
+        &mut self,
+        pieces: &mut [Piece<'_>],
+        n_rows: usize,
+        out: &mut AttentionOutput,
+    ) -> Result<(), EngineError> {
         let device = self.device;
-        let mut qkv: Vec<f32> = Vec::new();
-        let mut placed = Vec::new();
-        let mut n_rows = 0;
-        self.window.clear();
+        let mut placed: Vec<Placed<'_>> = Vec::new();
+        let mut row_lo = 0;
+        self.caches.window.clear();
         for piece in pieces.iter_mut().filter(|piece| piece.left > 0) {
-            let table = self.sequences.get_mut(&piece.new.sequence).ok_or_else(|| unknown(piece.new.sequence))?;
+            let sequence = piece.new.sequence;
+            let n = self.caches.cut(sequence, piece.left);
+            let observed = self.caches.observed(sequence, n);
+            let Caches { pool, window, tables, .. } = &mut self.caches;
+            let table = tables.get_mut(&sequence).ok_or_else(|| unknown(sequence))?;
             let first_index = table.n_tokens();
-            let n = table.shape().cut(first_index, piece.left);
-            table.grow(&mut self.pool, &mut self.window, n)?;
-            let Piece { new, row, done, .. } = *piece;
-            for r in (done..done + n).map(|r| r as usize) {
-                match new.q.get(r * q_width..(r + 1) * q_width) {
-                    Some(q) => qkv.extend_from_slice(q),
-                    None => qkv.resize(qkv.len() + q_width, 0.0),
-                }
-                qkv.extend_from_slice(&new.k[r * kv_width..(r + 1) * kv_width]);
-                qkv.extend_from_slice(&new.v[r * kv_width..(r + 1) * kv_width]);
-            }
-            placed.push(Placed { new, row_lo: n_rows, n_rows: n, first_index, to: row + done });
-            n_rows += n;
+            table.grow(pool, window, n)?;
+            let Piece { new, row, done, rows, .. } = *piece;
+            placed.push(Placed { new, row_lo, n_rows: n, first_index, to: row + done, done, rows, observed });
+            row_lo += n;
             piece.done += n;
             piece.left -= n;
         }
-        for table in self.sequences.values_mut().filter(|t| t.is_dirty()) {
+        for table in self.caches.tables.values_mut().filter(|t| t.is_dirty()) {
             let mut entries = Vec::new();
             let region = table.write_region(&mut entries);
             let bytes = bytemuck::cast_slice(&entries);
             self.uploader.upload(device, bytes, &self.buffers.tables, u64::from(region) * WORD_BYTES)?;
         }
-        let segment = |p: &Placed<'_>| Segment {
-            table: &self.sequences[&p.new.sequence],
-            row_lo: p.row_lo,
-            n_rows: p.n_rows,
-            first_index: p.first_index,
-            decode: p.new.decode,
-            attend: !p.new.q.is_empty(),
-        };
-        let segments: Vec<_> = placed.iter().map(segment).collect();
-        let plan = AttentionPlan::new(&self.config.shape, 1, &segments);
+        let sizes = self.evictions.as_ref().map(|(kernels, _)| *kernels.sizes());
+        let (mut segments, mut observed) = (Vec::new(), Vec::new());
+        for p in &placed {
+            let attends = !p.new.q.is_empty();
+            let own = if attends { p.observed.as_slice() } else { &[] };
+            let (scores, queries) = eviction::observations(sizes.as_ref(), &self.config.shape, own, p.row_lo, p.n_rows);
+            observed.extend(queries);
+            segments.push(Segment {
+                table: &self.caches.tables[&p.new.sequence],
+                row_lo: p.row_lo,
+                n_rows: p.n_rows,
+                first_index: p.first_index,
+                decode: p.new.decode,
+                attend: attends,
+                scores,
+            });
+        }
+        let mut plan = AttentionPlan::new(&self.config.shape, self.config.num_layers, &segments);
+        plan.observe(&observed);
         self.kernels.check(&plan)?;
         let mut words = Vec::new();
         let theta = self.config.parameters.first().map_or(0.0, |head| head.rope_theta);
         let lists = ListOffsets::write(&plan, &self.config.shape, theta, &mut words);
         self.uploader.upload(device, bytemuck::cast_slice(&words), &self.step, 0)?;
-        self.uploader.upload(device, bytemuck::cast_slice(&qkv), &self.qkv, 0)?;
-        let mut encoder = device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let fresh = self.caches.take_fresh();
+        for layer in 0..self.config.num_layers {
+            self.run_layer(layer, &plan, &lists, &placed, if layer == 0 { &fresh } else { &[] })?;
+            self.read_layer(layer, &placed, n_rows, out)?;
+        }
+        for table in self.caches.tables.values_mut() {
+            table.retire();
+        }
+        Ok(())
+    }
+
+    /// Uploads the rows of one layer and runs its kernels.
+    fn run_layer(
+        &mut self,
+        layer: u32,
+        plan: &AttentionPlan,
+        lists: &ListOffsets,
+        placed: &[Placed<'_>],
+        fresh: &[u32],
+    ) -> Result<(), EngineError> {
+        let heads = self.config.shape.heads;
+        let (q_width, kv_width) = (heads.q_width() as usize, heads.kv_width() as usize);
+        let mut qkv: Vec<f32> = Vec::new();
+        for p in placed {
+            for r in (layer * p.rows + p.done..).take(p.n_rows as usize).map(|r| r as usize) {
+                match p.new.q.get(r * q_width..(r + 1) * q_width) {
+                    Some(q) => qkv.extend_from_slice(q),
+                    None => qkv.resize(qkv.len() + q_width, 0.0),
+                }
+                qkv.extend_from_slice(&p.new.k[r * kv_width..(r + 1) * kv_width]);
+                qkv.extend_from_slice(&p.new.v[r * kv_width..(r + 1) * kv_width]);
+            }
+        }
+        self.uploader.upload(self.device, bytemuck::cast_slice(&qkv), &self.qkv, 0)?;
+        let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        if let Some((kernels, _)) = &self.evictions {
+            fresh.iter().for_each(|slot| kernels.clear(&mut encoder, *slot));
+        }
         let pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         let mut recorder = Recorder::new(pass);
-        self.kernels.record(&mut recorder, &plan, &lists, 0);
+        if let Some((kernels, _)) = &self.evictions {
+            let n_items = u32::try_from(plan.moments.len()).expect("a few segments");
+            kernels.record_moments(&mut recorder, lists.moments, n_items, layer);
+        }
+        self.kernels.record(&mut recorder, plan, lists, layer);
+        if let Some((kernels, _)) = &self.evictions {
+            kernels.record_scores(&mut recorder, plan, lists, layer);
+        }
         drop(recorder);
-        device.queue.submit([encoder.finish()]);
+        self.device.queue.submit([encoder.finish()]);
+        Ok(())
+    }
+
+    /// Copies one layer's outputs to their rows.
+    fn read_layer(
+        &self,
+        layer: u32,
+        placed: &[Placed<'_>],
+        n_rows: usize,
+        out: &mut AttentionOutput,
+    ) -> Result<(), EngineError> {
+        let heads = self.config.shape.heads;
+        let (q_width, n_heads) = (heads.q_width() as usize, heads.num_qo_heads as usize);
         let read = |buffer: &wgpu::Buffer, values: usize| -> Result<Vec<f32>, DeviceError> {
-            Ok(bytemuck::pod_collect_to_vec(&download(device, buffer, 0, values * 4)?))
+            Ok(bytemuck::pod_collect_to_vec(&download(self.device, buffer, 0, values * 4)?))
         };
-        let (n, n_heads) = (n_rows as usize, heads.num_qo_heads as usize);
+        let n = placed.iter().map(|p| p.n_rows as usize).sum::<usize>();
         let (o, lse) = (read(&self.output, n * q_width)?, read(&self.kernels.lse, n * n_heads)?);
-        for p in &placed {
+        let first = layer as usize * n_rows;
+        for p in placed {
             let copy = |from: &[f32], to: &mut [f32], width: usize| {
-                let (at, lo, n) = (p.to as usize * width, p.row_lo as usize * width, p.n_rows as usize * width);
+                let (at, lo, n) = ((first + p.to as usize) * width, p.row_lo as usize * width, p.n_rows as usize * width);
                 to[at..at + n].copy_from_slice(&from[lo..lo + n]);
             };
             copy(&o, &mut out.o, q_width);
             copy(&lse, &mut out.lse, n_heads);
         }
-        for table in self.sequences.values_mut() {
-            table.retire(&mut self.pool)?;
-        }
         Ok(())
     }
 
-    /// The pages of one KV head of a sequence as the device holds them, in order: sealed ones, then open ones; for tests.
+    /// The pages of one KV head of a sequence's first layer as the device holds them, in order: those in its codec, then open
+    /// ones; for tests.
     ///
     /// # Errors
     /// [`EngineError`].
     pub fn pages(&self, sequence: SequenceId, kv_head: u32) -> Result<DevicePages, EngineError> {
-        let table = self.sequences.get(&sequence).ok_or_else(|| unknown(sequence))?;
+        self.pages_of_layer(sequence, 0, kv_head)
+    }
+
+    /// The same of any layer.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn pages_of_layer(
+        &self,
+        sequence: SequenceId,
+        layer: u32,
+        kv_head: u32,
+    ) -> Result<DevicePages, EngineError> {
+        let table = self.table(sequence)?;
         let read = |pages: &[PageId], page: Bytes| -> Result<Vec<Vec<u32>>, DeviceError> {
             let bytes = usize::try_from(page.0).expect("a page fits in the address space");
             let one = |id: &PageId| {
@@ -366,9 +527,9 @@ impl<'d> PagedAttention<'d> {
             };
             pages.iter().map(|id| Ok(bytemuck::pod_collect_to_vec(&one(id)?))).collect()
         };
-        let (sealed, open) = table.list(0, kv_head);
+        let (sealed, open) = table.list(layer, kv_head);
         let (sealed_page, open_page) = (table.shape().sealed_page(), table.shape().open_page());
-        Ok(DevicePages { sealed: read(sealed, sealed_page)?, open: read(open, open_page)? })
+        Ok(DevicePages { sealed: read(&sealed, sealed_page)?, open: read(open, open_page)? })
     }
 }
 
@@ -383,7 +544,7 @@ impl PagedAttention<'_> {
     pub fn flip(&mut self, sequence: SequenceId, page: usize, word: u32, bit: u32) -> Result<(), EngineError> {
         let sealed = self.pages(sequence, 0)?.sealed;
         let turned = sealed[page][word as usize] ^ (1 << bit);
-        let id = self.sequences[&sequence].list(0, 0).0[page];
+        let id = self.table(sequence)?.list(0, 0).0[page];
         let arena = &self.buffers.arenas[usize::from(id.arena)];
         let at = u64::from(id.cell) * CELL_BYTES + u64::from(word) * WORD_BYTES;
         Ok(self.uploader.upload(self.device, &turned.to_le_bytes(), arena, at)?)
@@ -393,7 +554,7 @@ impl PagedAttention<'_> {
 /// Words of a list's pages as the device holds them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePages {
-    /// Sealed pages, in order.
+    /// Pages in the codec: kept ones, then sealed ones.
     pub sealed: Vec<Vec<u32>>,
     /// Open pages, in order.
     pub open: Vec<Vec<u32>>,
@@ -407,6 +568,8 @@ struct Piece<'a> {
     row: u32,
     done: u32,
     left: u32,
+    /// Rows in all.
+    rows: u32,
 }
 
 /// Rows of one submission.
@@ -417,6 +580,10 @@ struct Placed<'a> {
     first_index: u32,
     /// First row in the output.
     to: u32,
+    /// First row of its segment, and the segment's rows.
+    done: u32,
+    rows: u32,
+    observed: Option<Observed>,
 }
 
 fn unknown(sequence: SequenceId) -> EngineError {

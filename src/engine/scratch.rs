@@ -7,6 +7,7 @@ use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::decode::DecodeSpec;
 use crate::kernels::prefill::PrefillSpec;
+use crate::kernels::score;
 
 /// Changes of arena along one list that scratch is made for. Layers keep to one arena while it has room, so a list changes
 /// where an arena filled up; one that is more scattered fails its step with the numbers.
@@ -35,7 +36,8 @@ impl ScratchSizes {
         let splits = config.context_length.div_ceil(DecodeSpec::KV_CHUNK);
         // A list that spills changes arena a few times; each change adds a state per row.
         let pages = config.context_length.div_ceil(config.page_size);
-        let changes = (2 * (arenas - 1)).min(pages).min(MAX_ARENA_CHANGES);
+        // What was kept, and the tail, are runs of their own.
+        let changes = (2 * (arenas - 1)).min(pages).min(MAX_ARENA_CHANGES) + 2 * u32::from(config.evictions.is_some());
         // What is sealed, and what is open; the open part may lie in the window, an arena of its own.
         let (sessions, wide) = (u64::from(config.max_sessions), u64::from(changes) + u64::from(config.seals()));
         let rows_with_states = sessions * (u64::from(splits) + wide) + rows * (1 + wide);
@@ -91,13 +93,25 @@ fn step_bytes(
     let tiles = rows / u64::from(PrefillSpec::tile_positions(shape)) + sessions + pages;
     let append_and_seal = pages * (8 + 8);
     let lists = append_and_seal + sessions * runs * 8 + tiles * (1 + changes) * 12 + rows * 4;
-    let plans = if arenas == 1 { 1 } else { u64::from(geometry.num_layers) };
+    // Lists of different lengths are planned layer by layer.
+    let ragged = arenas > 1 || config.evictions.is_some();
+    let plans = if ragged { u64::from(geometry.num_layers) } else { 1 };
+    let observed = config.evictions.as_ref().map_or(0, |evictions| u64::from(evictions.slots));
+    let scores = observed * (u64::from(config.context_length.div_ceil(score::TOKENS)) + changes + 2) * 12;
+    let lists = lists + scores;
+    // An eviction has the buffer to itself: a few items for each list and run, and the angles of a page.
+    let page_angles = u64::from(shape.page_size) * u64::from(heads.head_dim + 1);
+    let eviction = if observed == 0 && config.evictions.is_none() {
+        0
+    } else {
+        u64::from(geometry.num_lists()) * (32 + 8 * (changes + 4)) + page_angles + 1024
+    };
     let per_row = 1 + u64::from(heads.head_dim);
     let turned = config.codecs.iter().any(|c| matches!(c.k.transform, Transform::LowRank { .. }));
     let angles = if turned { pages * u64::from(shape.page_size) * u64::from(heads.head_dim) } else { 0 };
     let words =
         rows * per_row + u64::from(config.max_logit_rows) * 9 + angles + lists * u64::from(heads.num_kv_heads) * plans;
-    Bytes((words + 64) * WORD_BYTES).align_up(256)
+    Bytes((words.max(eviction) + 64) * WORD_BYTES).align_up(256)
 }
 
 /// The buffers.

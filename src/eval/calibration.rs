@@ -15,7 +15,6 @@ use super::prompt::Driver;
 use crate::compression::Compression;
 use crate::compression::hidden::{HeadParameters, lowrank};
 use crate::engine::{Engine, EngineError};
-use crate::pool::page_table::Sealing;
 use crate::schedule::Caches;
 
 /// Fewest tokens that a basis of `head_dim` directions can be taken from.
@@ -44,7 +43,7 @@ pub fn calibrate(
         )));
     }
     let mut driver = Driver::new(engine, caches);
-    let probe = driver.admit(&Compression::default(), Sealing::WhenFull, n)?;
+    let probe = driver.admit(&Compression::default(), n, n)?;
     let read = driver.prefill(probe, tokens, 0..0, chunk, &mut |_, _| ()).and_then(|()| {
         let lists = (0..geometry.num_layers).flat_map(|l| (0..geometry.heads.num_kv_heads).map(move |h| (l, h)));
         lists

@@ -14,19 +14,21 @@ use serde::Serialize;
 
 use super::prompt::{Driver, Probe};
 use crate::compression::Compression;
+use crate::compression::token::Score;
 use crate::engine::{Engine, EngineError};
 use crate::geometry::Bytes;
-use crate::pool::page_table::Sealing;
 use crate::reference::compare::{agree_top1, kl_divergence, log_sum_exp, widen};
-use crate::schedule::Caches;
+use crate::schedule::{Caches, REPEAT_ROOM};
 
 /// When the prefix is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PrefixSealing {
-    /// The prefix is read over a full cache, then all of its pages are sealed: what the cache alone costs.
+    /// The prefix is read over a full cache, which is then compressed: what the cache alone costs. All caches are made from
+    /// one prefix.
     AfterPrefix,
-    /// Every page is sealed in the step that fills it, and the rest of the prefix reads it sealed: what a session does.
+    /// Where nothing is evicted, every page is sealed in the step that fills it, and the rest of the prefix reads it sealed:
+    /// what a session does.
     WhenFull,
 }
 
@@ -86,8 +88,10 @@ pub struct KlResult {
     pub nll: f64,
     /// Part of the positions at which the most probable token is that of the full cache.
     pub top1_agreement: f64,
-    /// Bytes of pages held at the end of a window, from the pool's counters.
+    /// Bytes of pages held once the prefix is compressed, from the pool's counters.
     pub held_bytes: Bytes,
+    /// Tokens held then, over all lists.
+    pub held_tokens: u64,
 }
 
 /// Sums of one cache over positions.
@@ -97,6 +101,7 @@ struct Sums {
     nll: f64,
     agreed: usize,
     held: Bytes,
+    tokens: u64,
 }
 
 impl Sums {
@@ -118,6 +123,7 @@ impl Sums {
             nll: self.nll / n,
             top1_agreement: self.agreed as f64 / n,
             held_bytes: self.held,
+            held_tokens: self.tokens,
             kl: self.kl,
         }
     }
@@ -141,6 +147,11 @@ pub struct Progress {
     pub total: usize,
 }
 
+/// Prefixes that a window reads: one for the full cache and those made of it, one for each other.
+pub fn prefixes(compressions: &[Compression], settings: &KlSettings) -> usize {
+    1 + compressions.iter().filter(|compression| !forks(compression, settings)).count()
+}
+
 /// Measures `compressions` against the full cache over `windows`. The first result is that of the full cache itself.
 /// `chunk` are rows of a prompt step.
 ///
@@ -155,9 +166,9 @@ pub fn on_engine(
     chunk: usize,
     each: &mut dyn FnMut(Progress),
 ) -> Result<Vec<KlResult>, EngineError> {
-    let all: Vec<Compression> = std::iter::once(Compression::default()).chain(compressions.iter().copied()).collect();
+    let all: Vec<Compression> = std::iter::once(Compression::default()).chain(compressions.iter().cloned()).collect();
     let mut sums = vec![Sums::default(); all.len()];
-    let per_window = all.len() * settings.prefix_tokens + settings.tail_tokens;
+    let per_window = prefixes(compressions, settings) * settings.prefix_tokens + settings.tail_tokens;
     let mut progress = Progress { done: 0, total: per_window * windows.len() };
     for window in windows {
         let mut driver = Driver::new(engine, caches);
@@ -172,6 +183,34 @@ pub fn on_engine(
     Ok(sums.into_iter().zip(&all).map(|(sums, compression)| sums.result(compression)).collect())
 }
 
+/// Slots of what policies observe of the prefix, and of each compression the slot that its eviction reads. Policies that
+/// rank by keys or by chance share one that observes nothing.
+pub fn slots(compressions: &[Compression]) -> (Vec<(Score, u32)>, Vec<u32>) {
+    let mut observed: Vec<(Score, u32)> = Vec::new();
+    let mut of_each = Vec::with_capacity(compressions.len());
+    for compression in compressions {
+        let score = compression.token.eviction().map_or(Score::None, |eviction| eviction.rule(u32::MAX).score);
+        let score = if needs_slot(&score) { score } else { Score::None };
+        let slot = observed.iter().position(|(other, _)| *other == score).unwrap_or_else(|| {
+            observed.push((score, u32::try_from(observed.len()).expect("policies are few")));
+            observed.len() - 1
+        });
+        of_each.push(observed[slot].1);
+    }
+    (observed, of_each)
+}
+
+const fn needs_slot(score: &Score) -> bool {
+    matches!(score, Score::Attention { .. } | Score::Expected { .. } | Score::Reconstruction)
+}
+
+/// Whether a cache can be made of the full one's prefix.
+fn forks(compression: &Compression, settings: &KlSettings) -> bool {
+    let own = compression.layer.skip_prefill.is_some()
+        || (settings.sealing == PrefixSealing::WhenFull && !Caches::evicts(compression));
+    !own
+}
+
 fn measure(
     driver: &mut Driver<'_, '_>,
     all: &[Compression],
@@ -182,21 +221,29 @@ fn measure(
     step: &mut dyn FnMut(usize),
 ) -> Result<(), EngineError> {
     let (prefix, rest) = window.split_at(settings.prefix_tokens);
-    let sealing = match settings.sealing {
-        PrefixSealing::AfterPrefix => Sealing::OnRequest,
-        PrefixSealing::WhenFull => Sealing::WhenFull,
-    };
-    let mut probes = Vec::with_capacity(all.len());
-    for compression in all {
-        let probe = driver.admit(compression, sealing, window.len() - 1)?;
-        for rows in prefix.chunks(chunk.max(1)) {
-            driver.prefill(probe, rows, 0..0, chunk, &mut |_, _| ())?;
-            step(rows.len());
+    let compressed = &all[1..];
+    let (observed, slots) = slots(compressed);
+    let room = if observed.iter().any(|(score, _)| *score == Score::Reconstruction) { REPEAT_ROOM as usize } else { 0 };
+    let full = driver.admit(&all[0], prefix.len(), window.len() - 1 + room)?;
+    driver.prefill_observed(full, prefix, 0..0, chunk, &observed, &mut |_, _| ())?;
+    step(prefix.len());
+    if let Some((_, slot)) = observed.iter().find(|(score, _)| *score == Score::Reconstruction) {
+        driver.reconstruct(full, prefix, *slot)?;
+    }
+    let mut probes = vec![full];
+    for (compression, slot) in compressed.iter().zip(slots) {
+        if forks(compression, settings) {
+            probes.push(driver.fork(full, compression, slot, window.len() - 1 - prefix.len())?);
+            continue;
         }
-        if sealing == Sealing::OnRequest {
-            driver.seal(probe)?;
-        }
+        let probe = driver.admit(compression, prefix.len(), window.len() - 1)?;
+        driver.prefill(probe, prefix, 0..0, chunk, &mut |_, _| ())?;
+        step(prefix.len());
         probes.push(probe);
+    }
+    for (sums, probe) in sums.iter_mut().zip(&probes) {
+        sums.held = driver.held_bytes(*probe);
+        sums.tokens = driver.held_tokens(*probe);
     }
     for pair in rest.windows(2) {
         let rows: Vec<(Probe, u32)> = probes.iter().map(|probe| (*probe, pair[0])).collect();
@@ -204,7 +251,6 @@ fn measure(
         sums.iter_mut().zip(&logits).for_each(|(sums, row)| sums.add(&logits[0], row, pair[1]));
         step(1);
     }
-    sums.iter_mut().zip(&probes).for_each(|(sums, probe)| sums.held = driver.held_bytes(*probe));
     Ok(())
 }
 

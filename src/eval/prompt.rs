@@ -1,10 +1,10 @@
 //! Sequences that an evaluation drives itself, step by step, over the same engine and pool as sessions.
 
 use crate::compression::Compression;
+use crate::compression::token::Score;
 use crate::engine::{Engine, EngineError};
 use crate::kernels::sample::Sampling;
-use crate::pool::page_table::{PageTable, Sealing, TableShape};
-use crate::schedule::{Caches, PlannedRows, SessionId, StepPlan};
+use crate::schedule::{Backend as _, Caches, Observed, PlannedRows, SessionId, StepPlan};
 
 /// Hears of a position and its logits `[vocab_size]`.
 pub type EachLogits<'a> = &'a mut dyn FnMut(usize, Vec<f32>);
@@ -30,24 +30,51 @@ impl<'e, 'd> Driver<'e, 'd> {
         Self { engine, caches }
     }
 
-    /// Admits a sequence of at most `max_tokens` tokens.
+    fn next_id(&self) -> SessionId {
+        // Counted from the end, where no scheduler's numbers are.
+        SessionId(u32::MAX - count(self.caches.tables.len()))
+    }
+
+    /// Admits a sequence of at most `max_tokens` tokens, the first `document` of which are compressed before more come where its
+    /// compression evicts.
     ///
     /// # Errors
-    /// [`EngineError::Pool`] when it does not fit, [`EngineError::Input`] for a codec without kernels.
+    /// [`EngineError::Pool`] when it does not fit, [`EngineError::Input`] for what the engine was not made for.
     pub fn admit(
         &mut self,
         compression: &Compression,
-        sealing: Sealing,
+        document: usize,
         max_tokens: usize,
     ) -> Result<Probe, EngineError> {
-        if !self.caches.serves(compression.hidden) {
-            return Err(EngineError::Input(format!("no kernels were made for hidden={}", compression.hidden)));
-        }
-        // Counted from the end, where no scheduler's numbers are.
-        let id = SessionId(u32::MAX - count(self.caches.tables.len()));
-        let shape = TableShape { sealing, ..self.caches.shape(compression) };
-        let Caches { pool, ranges, tables, .. } = &mut *self.caches;
-        tables.insert(id, PageTable::admit(pool, ranges, shape, count(max_tokens))?);
+        self.caches.serves(compression).map_err(EngineError::Input)?;
+        self.caches.domains(compression, count(document)).map_err(EngineError::Input)?;
+        let id = self.next_id();
+        self.caches.admit(id, compression, count(document), count(max_tokens))?;
+        Ok(Probe(id))
+    }
+
+    /// Makes a compressed cache of a sequence whose cache is full and in f16, which stays as it is, with room for `tail`
+    /// more tokens. `slot` holds what was observed for its policy.
+    ///
+    /// # Errors
+    /// As [`Self::admit`].
+    pub fn fork(
+        &mut self,
+        from: Probe,
+        compression: &Compression,
+        slot: u32,
+        tail: usize,
+    ) -> Result<Probe, EngineError> {
+        self.caches.serves(compression).map_err(EngineError::Input)?;
+        let n_tokens = self.caches.tables[&from.0].n_tokens();
+        let selection = self.caches.selection_of(compression, n_tokens, slot).map_err(EngineError::Input)?;
+        let mut target = self.caches.admit_target(compression, n_tokens, count(tail))?;
+        let mut source = self.caches.tables.remove(&from.0).expect("an admitted sequence has a table");
+        let filled = self.engine.evict_into(self.caches, &mut source, &mut target, &selection);
+        self.caches.tables.insert(from.0, source);
+        let id = self.next_id();
+        self.caches.tables.insert(id, target);
+        filled?;
         Ok(Probe(id))
     }
 
@@ -63,22 +90,60 @@ impl<'e, 'd> Driver<'e, 'd> {
         chunk: usize,
         each: EachLogits<'_>,
     ) -> Result<(), EngineError> {
+        self.prefill_observed(probe, tokens, wanted, chunk, &[], each)
+    }
+
+    /// The same, observing the rows for evictions of this cache into others: scores of tokens in slots.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn prefill_observed(
+        &mut self,
+        probe: Probe,
+        tokens: &[u32],
+        wanted: std::ops::Range<usize>,
+        chunk: usize,
+        scores: &[(Score, u32)],
+        each: EachLogits<'_>,
+    ) -> Result<(), EngineError> {
+        let end = self.caches.tables[&probe.0].n_tokens() + count(tokens.len());
+        self.caches.begin_slots(scores.iter().map(|(_, slot)| *slot));
         let mut done = 0;
         while done < tokens.len() {
-            let table = &self.caches.tables[&probe.0];
-            let first_index = table.n_tokens();
-            let n = table.shape().cut(first_index, count(chunk.max(1).min(tokens.len() - done))) as usize;
-            let rows = tokens[done..done + n].to_vec();
-            let segment = PlannedRows { session: probe.0, first_index, tokens: rows, decode: false, sample: None };
+            self.evict_due(probe, tokens)?;
+            let n = self.caches.cut(probe.0, count(chunk.max(1).min(tokens.len() - done)));
+            let first_index = self.caches.tables[&probe.0].n_tokens();
+            let mut observed: Vec<Observed> = self.caches.observed(probe.0, n).into_iter().collect();
+            let more = |(score, slot): &(Score, u32)| Observed::of(score, *slot, first_index, end, n);
+            observed.extend(scores.iter().filter_map(more));
+            let rows = tokens[done..done + n as usize].to_vec();
+            let segment =
+                PlannedRows { session: probe.0, first_index, tokens: rows, decode: false, observed, sample: None };
             let first = first_index as usize;
-            let here = wanted.start.max(first)..wanted.end.min(first + n);
+            let here = wanted.start.max(first)..wanted.end.min(first + n as usize);
             let list: Vec<u32> = here.clone().map(|position| count(position - first)).collect();
             let plan = StepPlan { segments: vec![segment] };
             self.caches.grow(&plan)?;
             let rows = self.engine.logits_of_rows(&plan, self.caches, &list)?;
-            self.caches.retire(&plan)?;
+            self.caches.retire(&plan);
             here.zip(rows).for_each(|(position, row)| each(position, row));
-            done += n;
+            done += n as usize;
+        }
+        Ok(())
+    }
+
+    /// Scores the tokens of a full cache, which are `tokens`, by repeating them (`kvzip`), into a slot.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn reconstruct(&mut self, probe: Probe, tokens: &[u32], slot: u32) -> Result<(), EngineError> {
+        self.engine.reconstruct(self.caches, probe.0, tokens, slot)
+    }
+
+    /// Evicts from a sequence that is due.
+    fn evict_due(&mut self, probe: Probe, tokens: &[u32]) -> Result<(), EngineError> {
+        if self.caches.is_due(probe.0) {
+            self.engine.evict(probe.0, tokens, self.caches)?;
         }
         Ok(())
     }
@@ -88,37 +153,22 @@ impl<'e, 'd> Driver<'e, 'd> {
     /// # Errors
     /// [`EngineError`].
     pub fn decode(&mut self, rows: &[(Probe, u32)]) -> Result<Vec<Vec<f32>>, EngineError> {
+        for (probe, _) in rows {
+            self.evict_due(*probe, &[])?;
+        }
         let segment = |(probe, token): &(Probe, u32)| PlannedRows {
             session: probe.0,
             first_index: self.caches.tables[&probe.0].n_tokens(),
             tokens: vec![*token],
             decode: true,
+            observed: self.caches.observed(probe.0, 1).into_iter().collect(),
             sample: Some(Sampling::GREEDY),
         };
         let plan = StepPlan { segments: rows.iter().map(segment).collect() };
         self.caches.grow(&plan)?;
         let logits = self.engine.logits(&plan, self.caches)?;
-        self.caches.retire(&plan)?;
+        self.caches.retire(&plan);
         Ok(logits)
-    }
-
-    /// Seals every full page of a sequence that was admitted to be sealed on request, a page per list at a time, which is what
-    /// the work lists of any step have room for; its later pages are sealed as they fill.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    pub fn seal(&mut self, probe: Probe) -> Result<(), EngineError> {
-        loop {
-            let Caches { pool, tables, .. } = &mut *self.caches;
-            let table = tables.get_mut(&probe.0).expect("an admitted sequence has a table");
-            table.seal(pool, 1)?;
-            if table.sealing_pages().is_empty() {
-                return Ok(table.seal_when_full(pool)?);
-            }
-            self.engine.seal(self.caches, probe.0)?;
-            let Caches { pool, tables, .. } = &mut *self.caches;
-            tables.get_mut(&probe.0).expect("an admitted sequence has a table").retire(pool)?;
-        }
     }
 
     /// Keys, after rotary positions, and values of a sequence whose pages are open, each `[tokens][head_dim]`.
@@ -127,6 +177,19 @@ impl<'e, 'd> Driver<'e, 'd> {
     /// [`EngineError`].
     pub fn rows(&self, probe: Probe, layer: u32, kv_head: u32) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
         self.engine.open_rows(&self.caches.tables[&probe.0], layer, kv_head)
+    }
+
+    /// Ends one sequence.
+    ///
+    /// # Errors
+    /// [`EngineError::Pool`] when the pool disagrees, which would be a defect.
+    pub fn release(&mut self, probe: Probe) -> Result<(), EngineError> {
+        Ok(self.caches.release(probe.0)?)
+    }
+
+    /// Tokens that a sequence holds, over all lists.
+    pub fn held_tokens(&self, probe: Probe) -> u64 {
+        self.caches.tables[&probe.0].held_tokens()
     }
 
     /// Bytes of pages that a sequence holds.
@@ -139,8 +202,8 @@ impl<'e, 'd> Driver<'e, 'd> {
     /// # Errors
     /// [`EngineError::Pool`] when the pool disagrees, which would be a defect.
     pub fn end(self) -> Result<(), EngineError> {
-        while let Some((_, table)) = self.caches.tables.pop_last() {
-            table.release(&mut self.caches.pool, &mut self.caches.ranges)?;
+        while let Some(id) = self.caches.tables.keys().next_back().copied() {
+            self.caches.release(id)?;
         }
         Ok(())
     }
@@ -161,7 +224,7 @@ pub fn logits(
     each: EachLogits<'_>,
 ) -> Result<(), EngineError> {
     let mut driver = Driver::new(engine, caches);
-    let probe = driver.admit(compression, Sealing::WhenFull, tokens.len())?;
+    let probe = driver.admit(compression, tokens.len(), tokens.len())?;
     let result = driver.prefill(probe, tokens, wanted, chunk, each);
     driver.end()?;
     result

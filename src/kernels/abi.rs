@@ -40,7 +40,7 @@ immediates! {
         items: u32,
         /// Items in it.
         n_items: u32,
-        /// Layer whose pages are read.
+        /// Layers after the one whose pages the items name.
         layer: u32,
         /// f32 values between query rows.
         q_stride: u32,
@@ -55,7 +55,7 @@ immediates! {
         items: u32,
         /// Items in it.
         n_items: u32,
-        /// Layer whose pages are sealed.
+        /// Layers after the one whose pages the items name.
         layer: u32,
     }
     /// Immediate data of `merge_states`.
@@ -73,7 +73,7 @@ immediates! {
         items: u32,
         /// Items in it.
         n_items: u32,
-        /// Layer whose pages are written.
+        /// Layers after the one whose pages the items name.
         layer: u32,
         /// f32 values between rows.
         stride: u32,
@@ -81,6 +81,95 @@ immediates! {
         k_offset: u32,
         /// f32 values before the values in a row.
         v_offset: u32,
+    }
+    /// Immediate data of score.
+    struct ScoreParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layers after the one whose pages the items name.
+        layer: u32,
+        /// f32 values between query rows.
+        q_stride: u32,
+        /// `sm_scale * log2(e)`.
+        scale_log2: f32,
+        /// First vec4 of the rotary tables in `parameters`.
+        angles: u32,
+        /// Scores between one layer's list and the next.
+        list_stride: u32,
+        /// 1: the largest probability over rows and heads; 0: the sum over rows of the mean over heads.
+        largest: u32,
+    }
+    /// Immediate data of `key_scores`.
+    struct KeyScoreParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Always 0: items name pages of their own layer.
+        layer: u32,
+        /// First vec4 of the rotary tables in `parameters`.
+        angles: u32,
+        /// What is computed; see [`KeyScoreMode`](super::key_scores::KeyScoreMode).
+        mode: u32,
+        /// First tokens of a list that `expected` leaves out.
+        skip: u32,
+    }
+    /// Immediate data of decide.
+    struct DecideParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Tokens that are averaged over, odd.
+        kernel: u32,
+        /// Lists that decide together.
+        n_share: u32,
+        /// Raw scores between them.
+        share_stride: u32,
+        /// 1: scores are a hash of (seed, list, token).
+        random: u32,
+        /// Seed of the hash.
+        seed: u32,
+    }
+    /// Immediate data of select.
+    struct SelectParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+    }
+    /// Immediate data of carry.
+    struct CarryParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Scores of a list.
+        capacity: u32,
+    }
+    /// Immediate data of gather.
+    struct GatherParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Always 0: items name pages of their own layer.
+        layer: u32,
+        /// First vec4 of the rotary tables in `parameters`.
+        angles: u32,
+    }
+    /// Immediate data of moments.
+    struct MomentParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layer.
+        layer: u32,
+        /// f32 values between query rows.
+        q_stride: u32,
     }
     /// Immediate data of embed.
     struct EmbedParams {
@@ -161,14 +250,14 @@ pub struct DecodeItem {
     pub q_row: u32,
     /// Tokens of the run.
     pub n_tokens: u32,
-    /// Table entry of the run's first page in layer 0.
+    /// Table entry of the run's first page in the first layer of the work list.
     pub page_lo: u32,
     /// First attention state that the item writes, one per query head of the group.
     pub slot: u32,
     /// Table entries between one layer's list and the next.
     pub layer_stride: u32,
-    /// Cache index of the run's first token.
-    pub first_token: u32,
+    /// The list that is read, `layer * num_kv_heads + kv_head` of its owner: whose bases lift latents.
+    pub list: u32,
     /// Unused.
     pub pad: [u32; 2],
 }
@@ -183,20 +272,22 @@ pub struct PrefillItem {
     pub n_rows: u32,
     /// KV head.
     pub kv_head: u32,
-    /// Table entry of the run's first page in layer 0.
+    /// Table entry of the run's first page in the first layer of the work list.
     pub page_lo: u32,
     /// Tokens of the run.
     pub n_tokens: u32,
-    /// Cache index of the run's first token.
+    /// Position of the run's first token, or one that it does not exceed.
     pub first_token: u32,
-    /// Cache index of the first query row.
+    /// Position of the first query row.
     pub first_index: u32,
     /// First attention state that the item writes, one per (position, query head of the group).
     pub slot: u32,
     /// Table entries between one layer's list and the next.
     pub layer_stride: u32,
+    /// The list that is read, `layer * num_kv_heads + kv_head` of its owner: whose bases lift latents.
+    pub list: u32,
     /// Unused.
-    pub pad: [u32; 3],
+    pub pad: [u32; 2],
 }
 
 /// Merge: the states of one (row, KV head).
@@ -223,7 +314,7 @@ pub struct AppendItem {
     pub n_rows: u32,
     /// KV head.
     pub kv_head: u32,
-    /// Table entry of the page in layer 0.
+    /// Table entry of the page in the first layer of the work list.
     pub page_entry: u32,
     /// Table entries between one layer's list and the next.
     pub layer_stride: u32,
@@ -237,20 +328,175 @@ pub struct AppendItem {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct SealItem {
-    /// Table entry of the open page in layer 0.
+    /// Table entry of the open page in the first layer of the work list.
     pub open_entry: u32,
     /// Table entries between one layer's open page and the next.
     pub open_stride: u32,
-    /// KV head.
-    pub kv_head: u32,
+    /// The list, `layer * num_kv_heads + kv_head`.
+    pub list: u32,
     /// Position of the page's first token.
     pub first_position: u32,
-    /// Table entry of the sealed page in layer 0.
+    /// Table entry of the sealed page in the first layer of the work list.
     pub sealed_entry: u32,
     /// Table entries between one layer's sealed page and the next.
     pub sealed_stride: u32,
     /// First vec4 of (cos, sin) of the page's tokens in `step`, where the codec needs them.
     pub angles: u32,
+    /// First word of the positions of the page's tokens in `step`; 0 where they are consecutive.
+    pub positions: u32,
+}
+
+/// Score: what a run of tokens of one KV head receives from rows of one sequence.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct ScoreItem {
+    /// First query row.
+    pub row_lo: u32,
+    /// Query rows.
+    pub n_rows: u32,
+    /// KV head.
+    pub kv_head: u32,
+    /// Table entry of the run's first page in the first layer of the work list.
+    pub page_lo: u32,
+    /// Tokens of the run.
+    pub n_tokens: u32,
+    /// Position of the run's first token, or one that it does not exceed.
+    pub first_token: u32,
+    /// Position of the first query row.
+    pub first_index: u32,
+    /// First score that is written.
+    pub out: u32,
+    /// Table entries between one layer's list and the next.
+    pub layer_stride: u32,
+    /// The list that is read, `layer * num_kv_heads + kv_head` of its owner: whose bases lift latents.
+    pub list: u32,
+    /// Unused.
+    pub pad: [u32; 2],
+}
+
+/// `key_scores`: a run of tokens of one list.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct KeyScoreItem {
+    /// Table entry of the run's first page.
+    pub page_lo: u32,
+    /// Tokens of the run.
+    pub n_tokens: u32,
+    /// The list, `layer * num_kv_heads + kv_head`.
+    pub list: u32,
+    /// First score that is written.
+    pub out: u32,
+    /// 1: a summary begins with this run.
+    pub begins: u32,
+    /// Tokens before the run in its list.
+    pub index: u32,
+    /// Unused.
+    pub pad: [u32; 2],
+}
+
+/// Decide: a run of tokens of one list.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct DecideItem {
+    /// First raw score of the first list that decides.
+    pub raw: u32,
+    /// Tokens of the list.
+    pub n_tokens: u32,
+    /// First score that is written.
+    pub out: u32,
+    /// The list.
+    pub list: u32,
+    /// First token.
+    pub first: u32,
+    /// Tokens.
+    pub count: u32,
+    /// Unused.
+    pub pad: [u32; 2],
+}
+
+/// Select: one domain.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct SelectItem {
+    /// First vec4 of its [`SelectList`]s in `step`.
+    pub lists: u32,
+    /// Lists.
+    pub n_lists: u32,
+    /// Tokens that stay.
+    pub total: u32,
+    /// Tokens that stay in each list at least.
+    pub floor: u32,
+    /// First tokens that stay in each.
+    pub sink: u32,
+    /// Last tokens that stay in each.
+    pub recent: u32,
+    /// Unused.
+    pub pad: [u32; 2],
+}
+
+/// One list of a domain.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct SelectList {
+    /// The list.
+    pub list: u32,
+    /// Tokens that it holds.
+    pub n_tokens: u32,
+    /// First of its scores and indices.
+    pub at: u32,
+    /// Unused.
+    pub pad: u32,
+}
+
+/// Carry: the scores of one list.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct CarryItem {
+    /// First score.
+    pub raw: u32,
+    /// First kept index.
+    pub kept: u32,
+    /// Tokens kept.
+    pub n_kept: u32,
+    /// Unused.
+    pub pad: u32,
+}
+
+/// Gather: a page of kept tokens against one run of their source.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct GatherItem {
+    /// Table entry of the run's first page.
+    pub source: u32,
+    /// Tokens before the run in its list.
+    pub index: u32,
+    /// Tokens of the run.
+    pub n_tokens: u32,
+    /// The list, `layer * num_kv_heads + kv_head`: whose bases lift latents.
+    pub list: u32,
+    /// Table entry of the page that is written.
+    pub target: u32,
+    /// First kept index of the page.
+    pub kept: u32,
+    /// Kept tokens of the page.
+    pub n_kept: u32,
+    /// Unused.
+    pub pad: u32,
+    /// First vec4 in `step` of angles by which keys are turned, or 0; the row of angles of tokens before some index,
+    /// and from it on; that index.
+    pub turn: [u32; 4],
+}
+
+/// Moments: the queries of some rows.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct MomentItem {
+    /// First row.
+    pub row_lo: u32,
+    /// Rows.
+    pub n_rows: u32,
+    /// First number of the sums.
+    pub moments: u32,
     /// Unused.
     pub pad: u32,
 }

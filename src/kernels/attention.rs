@@ -131,6 +131,14 @@ impl Format {
         more: &[(&'static str, u32)],
         kernel: &[&'static Module],
     ) -> KernelSpec {
+        let (constants, mut parts) = self.reader(more);
+        parts.extend([&modules::ATTENTION_SHARED, &modules::ATTENTION_BINDINGS].map(Part::from));
+        parts.extend(kernel.iter().map(|module| Part::from(*module)));
+        KernelSpec { name, constants, parts, bindings: ATTENTION_BINDINGS, immediate_bytes: AttentionParams::BYTES }
+    }
+
+    /// Constants and codec files of a kernel that reads pages of this format.
+    pub(super) fn reader(&self, more: &[(&'static str, u32)]) -> (Constants, Vec<Part>) {
         let mut constants = self.shape.constants();
         constants.extend(more.iter().map(|(name, value)| ((*name).into(), Constant::U32(*value))));
         self.side_constants(Side::Key, "KEY_", &mut constants);
@@ -142,9 +150,7 @@ impl Format {
         for side in [Side::Key, Side::Value] {
             parts.push(Part { module: codec_module(self.codec.side(side).quantizer), side: Some(side) });
         }
-        parts.push((&modules::ATTENTION_SHARED).into());
-        parts.extend(kernel.iter().map(|module| Part::from(*module)));
-        KernelSpec { name, constants, parts, bindings: ATTENTION_BINDINGS, immediate_bytes: AttentionParams::BYTES }
+        (constants, parts)
     }
 }
 

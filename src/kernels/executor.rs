@@ -10,7 +10,7 @@ use super::attention::{CacheShape, Format};
 use super::decode::DecodeSpec;
 use super::parameters::{self, ParameterSource};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
-use super::plan::{AttentionPlan, Dispatch};
+use super::plan::{AttentionPlan, Dispatch, Place};
 use super::prefill::PrefillSpec;
 use super::{Recorder, append, flat_grid, merge_states, seal};
 use crate::compression::hidden::{HiddenCodec, Side, lowrank};
@@ -48,6 +48,10 @@ pub struct ListOffsets {
     pub prefill: u32,
     /// Merge items.
     pub merge: u32,
+    /// Score items.
+    pub score: u32,
+    /// Moment items.
+    pub moments: u32,
 }
 
 impl ListOffsets {
@@ -80,6 +84,8 @@ impl ListOffsets {
             decode: put(&plan.decode, step),
             prefill: put(&plan.prefill, step),
             merge: put(&plan.merge, step),
+            score: put(&plan.score, step),
+            moments: put(&plan.moments, step),
         }
     }
 }
@@ -290,6 +296,21 @@ impl AttentionKernels {
         if arena == PageId::WINDOW { self.arenas } else { usize::from(arena) }
     }
 
+    /// Codecs, f16 first, with the buffer of what each takes from a model, and the first vec4 of rotary tables in it.
+    pub(super) fn parameters(&self) -> impl Iterator<Item = (HiddenCodec, &wgpu::Buffer, u32)> + '_ {
+        self.formats.iter().map(|format| (format.codec, &format.parameters, format.angles))
+    }
+
+    /// Records sealing: `n_items` items from vec4 `items` on, which name pages of layer `layer`'s lists.
+    pub fn record_seal(&self, recorder: &mut Recorder<'_>, place: Place, (items, n_items): (u32, u32), layer: u32) {
+        let format = self.format(place.codec);
+        let params = SealParams { items, n_items, layer };
+        let group = &format.seal_groups[self.arena(place.arena)][self.arena(place.sealed_arena)];
+        for pipeline in format.seal.iter().flatten() {
+            recorder.dispatch(pipeline, group, &params, flat_grid(n_items));
+        }
+    }
+
     fn format(&self, codec: HiddenCodec) -> &FormatKernels {
         let found = self.formats.iter().find(|format| format.codec == codec);
         found.expect("a planned page should have one of the codecs that the kernels were made for")
@@ -298,6 +319,7 @@ impl AttentionKernels {
     /// Records append, sealing, attention and merge of one layer.
     pub fn record(&self, recorder: &mut Recorder<'_>, plan: &AttentionPlan, lists: &ListOffsets, layer: u32) {
         let layer_plan = &plan.plans[plan.of_layer[layer as usize]];
+        let layer = layer - layer_plan.first_layer;
         let heads = self.shape.heads;
         for (at, range) in &layer_plan.append {
             let (items, n_items) = place(lists.append, 2, range);
@@ -306,13 +328,7 @@ impl AttentionKernels {
             recorder.dispatch(&self.append, &self.append_groups[self.arena(at.arena)], &params, flat_grid(n_items));
         }
         for (at, range) in &layer_plan.seal {
-            let format = self.format(at.codec);
-            let (items, n_items) = place(lists.seal, 2, range);
-            let params = SealParams { items, n_items, layer };
-            let group = &format.seal_groups[self.arena(at.arena)][self.arena(at.sealed_arena)];
-            for pipeline in format.seal.iter().flatten() {
-                recorder.dispatch(pipeline, group, &params, flat_grid(n_items));
-            }
+            self.record_seal(recorder, *at, place(lists.seal, 2, range), layer);
         }
         let attend = |recorder: &mut Recorder<'_>, list, vec4s, (at, range): &Dispatch, prefill: bool| {
             let format = self.format(at.codec);

@@ -16,11 +16,15 @@ pub mod append;
 pub mod attention;
 pub mod decode;
 pub mod elementwise;
+pub mod eviction;
 pub mod executor;
+pub mod gather;
+pub mod key_scores;
 pub mod latent_decode;
 pub mod link;
 pub mod matmul;
 pub mod merge_states;
+pub mod moments;
 pub mod parameters;
 pub mod pipeline;
 pub mod plan;
@@ -29,7 +33,9 @@ pub mod recording;
 pub mod registry;
 pub mod run_once;
 pub mod sample;
+pub mod score;
 pub mod seal;
+pub mod select;
 
 use std::borrow::Cow;
 
@@ -97,8 +103,10 @@ pub mod modules {
         CODEC_KIVI = "codec/kivi.wgsl";
         /// The codecs of rotated channels.
         CODEC_ROT = "codec/rot.wgsl";
-        /// What decode and prefill share.
+        /// What every reader of pages shares.
         ATTENTION_SHARED = "attention/shared.wgsl";
+        /// Parameters and bindings of decode and prefill.
+        ATTENTION_BINDINGS = "attention/bindings.wgsl";
         /// What matmul and matvec share.
         PRODUCT = "model/product.wgsl";
         /// Split-KV decode.
@@ -111,6 +119,22 @@ pub mod modules {
         APPEND = "cache/append.wgsl";
         /// Full pages into codes.
         SEAL = "cache/seal.wgsl";
+        /// One token's key or value as plain channels.
+        EVICT_ROWS = "evict/rows.wgsl";
+        /// Attention that tokens receive.
+        SCORE = "evict/score.wgsl";
+        /// Scores from keys.
+        KEY_SCORES = "evict/key_scores.wgsl";
+        /// What tokens are ranked by.
+        DECIDE = "evict/decide.wgsl";
+        /// Which tokens stay.
+        SELECT = "evict/select.wgsl";
+        /// Scores of tokens that stayed.
+        CARRY = "evict/carry.wgsl";
+        /// Kept tokens into fresh pages.
+        GATHER = "evict/gather.wgsl";
+        /// Sums of queries and of their products.
+        MOMENTS = "evict/moments.wgsl";
         /// Token embedding.
         EMBED = "model/embed.wgsl";
         /// RMS norm.

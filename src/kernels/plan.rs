@@ -5,23 +5,24 @@
 //! one run of one KV head, gives each item the attention states that it writes, and tells `merge_states` which states belong
 //! together. Items are grouped by codec and arena, one dispatch each, so sequences with different codecs share a step.
 //!
-//! Layers whose pages are spread over arenas in the same way share one set of work lists: items name the page of
-//! layer 0 and the distance between layers. With a single arena that is every layer.
+//! Layers that follow each other and whose lists are alike share one set of work lists: items name the page of the
+//! first such layer and the distance between layers. With a single arena and nothing evicted that is every layer.
 //!
-//! Decode splits a sequence at multiples of [`DecodeSpec::KV_CHUNK`] from its start, whatever else is in the batch. A tile of
-//! prompt rows of a sequence that is sealed stays within a page, because its rows read that page open.
+//! Decode splits what was kept, and the tail, at multiples of [`DecodeSpec::KV_CHUNK`] from their starts, whatever else is in
+//! the batch. A tile of prompt rows of a sequence that is sealed stays within a page, because its rows read that page open.
 
 use std::ops::Range;
 
-use super::abi::{AppendItem, DecodeItem, MergeItem, PrefillItem, SealItem};
+use super::abi::{AppendItem, DecodeItem, MergeItem, MomentItem, PrefillItem, ScoreItem, SealItem};
 use super::attention::CacheShape;
 use super::decode::DecodeSpec;
 use super::prefill::PrefillSpec;
+use super::score;
 use crate::compression::hidden::{HiddenCodec, Transform};
-use crate::pool::page_table::{Extent, PageTable};
+use crate::pool::page_table::{PageTable, Run};
 
 /// Consecutive rows of one sequence.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Segment<'t> {
     /// The sequence's pages; they already hold room for these rows.
     pub table: &'t PageTable,
@@ -29,12 +30,38 @@ pub struct Segment<'t> {
     pub row_lo: u32,
     /// Rows; none where only pages are sealed.
     pub n_rows: u32,
-    /// Cache index of the first row.
+    /// Position of the first row.
     pub first_index: u32,
     /// Whether the rows go through decode (one row) or prefill.
     pub decode: bool,
     /// Whether the rows attend at all, or are only appended.
     pub attend: bool,
+    /// Which of the rows are scored.
+    pub scores: Vec<ScoredRows>,
+}
+
+/// Rows whose attention is summed up per token, from one of a segment on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScoredRows {
+    /// First of them in the segment.
+    pub first: u32,
+    /// First raw score of the session.
+    pub at: u32,
+    /// Scores of a list.
+    pub capacity: u32,
+    /// The largest probability instead of the sum.
+    pub largest: bool,
+}
+
+/// Queries whose moments are summed up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ObservedRows {
+    /// First row in the step.
+    pub row_lo: u32,
+    /// Rows.
+    pub n_rows: u32,
+    /// First number of the session's moments.
+    pub moments: u32,
 }
 
 /// Where the pages of a dispatch's items lie.
@@ -51,9 +78,22 @@ pub struct Place {
 /// Items of one place, as a range of the list that they lie in.
 pub type Dispatch = (Place, Range<u32>);
 
+/// What score items of one dispatch have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ScorePlace {
+    /// Segments of one session add to the same scores, one after another.
+    pub pass: usize,
+    /// See [`ScoredRows`].
+    pub largest: bool,
+    /// Where the pages lie.
+    pub place: Place,
+}
+
 /// The dispatches of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LayerPlan {
+    /// The layer whose pages its items name.
+    pub first_layer: u32,
     /// Ranges of [`AttentionPlan::append`].
     pub append: Vec<Dispatch>,
     /// Ranges of [`AttentionPlan::seal`].
@@ -64,6 +104,8 @@ pub struct LayerPlan {
     pub prefill: Vec<Dispatch>,
     /// Range of [`AttentionPlan::merge`].
     pub merge: Range<u32>,
+    /// Ranges of [`AttentionPlan::score`].
+    pub score: Vec<(ScorePlace, Range<u32>)>,
 }
 
 /// Work lists of a step.
@@ -83,6 +125,10 @@ pub struct AttentionPlan {
     pub prefill: Vec<PrefillItem>,
     /// Merge items.
     pub merge: Vec<MergeItem>,
+    /// Score items.
+    pub score: Vec<ScoreItem>,
+    /// Moment items.
+    pub moments: Vec<MomentItem>,
     /// First positions of pages whose keys are turned back while they are sealed.
     pub turned_pages: Vec<u32>,
     /// Attention states that one layer writes.
@@ -90,17 +136,23 @@ pub struct AttentionPlan {
 }
 
 /// Collects items per place and lays them out one place after another.
-struct ByPlace<T>(Vec<(Place, Vec<T>)>);
+pub(crate) struct ByPlace<T, P = Place>(Vec<(P, Vec<T>)>);
 
-impl<T: Copy> ByPlace<T> {
-    fn push(&mut self, place: Place, item: T) {
+impl<T, P> Default for ByPlace<T, P> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: Copy, P: Copy + Ord> ByPlace<T, P> {
+    pub(crate) fn push(&mut self, place: P, item: T) {
         match self.0.iter_mut().find(|(p, _)| *p == place) {
             Some((_, items)) => items.push(item),
             None => self.0.push((place, vec![item])),
         }
     }
 
-    fn lay_out(mut self, list: &mut Vec<T>) -> Vec<Dispatch> {
+    pub(crate) fn lay_out(mut self, list: &mut Vec<T>) -> Vec<(P, Range<u32>)> {
         self.0.sort_by_key(|(place, _)| *place);
         let mut dispatches = Vec::with_capacity(self.0.len());
         for (place, items) in self.0 {
@@ -116,8 +168,8 @@ fn len_u32<T>(items: &[T]) -> u32 {
     u32::try_from(items.len()).expect("work items of a step are counted in 32 bits")
 }
 
-const fn reading(extent: &Extent) -> Place {
-    Place { codec: extent.codec, arena: extent.arena, sealed_arena: extent.arena }
+const fn reading(run: &Run) -> Place {
+    Place { codec: run.codec, arena: run.arena, sealed_arena: run.arena }
 }
 
 impl AttentionPlan {
@@ -133,13 +185,13 @@ impl AttentionPlan {
                 let first = len_u32(&plan.turned_pages);
                 let shape = segment.table.shape();
                 if matches!(shape.codec.k.transform, Transform::LowRank { .. }) {
-                    plan.turned_pages.extend(segment.table.sealing_pages().map(|page| page * shape.page.page_size));
+                    plan.turned_pages.extend(segment.table.sealing_pages().map(|page| segment.table.page_position(page)));
                 }
                 first
             })
             .collect();
         for layer in 0..num_layers {
-            let alike = layer > 0 && segments.iter().all(|s| s.table.spread_alike(layer - 1, layer));
+            let alike = layer > 0 && segments.iter().all(|s| s.table.alike(layer - 1, layer));
             if !alike {
                 plan.add_layer(shape, layer, segments, &turned);
             }
@@ -148,22 +200,29 @@ impl AttentionPlan {
         plan
     }
 
-    fn add_layer(&mut self, shape: &CacheShape, layer: u32, segments: &[Segment<'_>], turned: &[u32]) {
-        let mut parts = LayerParts {
-            append: ByPlace(Vec::new()),
-            seal: ByPlace(Vec::new()),
-            decode: ByPlace(Vec::new()),
-            prefill: ByPlace(Vec::new()),
-            n_states: 0,
+    /// Adds rows whose queries are observed.
+    pub fn observe(&mut self, rows: &[ObservedRows]) {
+        let item = |rows: &ObservedRows| {
+            let ObservedRows { row_lo, n_rows, moments } = *rows;
+            MomentItem { row_lo, n_rows, moments, pad: 0 }
         };
+        self.moments.extend(rows.iter().map(item));
+    }
+
+    fn add_layer(&mut self, shape: &CacheShape, layer: u32, segments: &[Segment<'_>], turned: &[u32]) {
+        let mut parts = LayerParts::default();
         let merge_start = len_u32(&self.merge);
         let heads = shape.heads;
-        for (segment, turned) in segments.iter().zip(turned) {
+        for (pass, (segment, turned)) in segments.iter().zip(turned).enumerate() {
+            // Only segments of one session may not share a dispatch.
+            let pass = segments[..pass].iter().filter(|other| std::ptr::eq(other.table, segment.table)).count();
             for kv_head in 0..heads.num_kv_heads {
                 let list =
                     List { segment, layer, kv_head, num_kv_heads: heads.num_kv_heads, group: heads.group_size() };
-                list.append(&mut parts);
-                list.seal(*turned, &mut parts);
+                if segment.table.layers().owns(layer) && !segment.table.is_closed(layer, kv_head) {
+                    list.append(&mut parts);
+                    list.seal(*turned, &mut parts);
+                }
                 if !segment.attend {
                     continue;
                 }
@@ -173,24 +232,29 @@ impl AttentionPlan {
                 } else {
                     list.prefill(PrefillSpec::tile_positions(shape), &mut parts, &mut self.merge);
                 }
+                list.score(pass, &mut parts);
             }
         }
         self.n_states = self.n_states.max(parts.n_states);
         self.plans.push(LayerPlan {
+            first_layer: layer,
             append: parts.append.lay_out(&mut self.append),
             seal: parts.seal.lay_out(&mut self.seal),
             decode: parts.decode.lay_out(&mut self.decode),
             prefill: parts.prefill.lay_out(&mut self.prefill),
             merge: merge_start..len_u32(&self.merge),
+            score: parts.score.lay_out(&mut self.score),
         });
     }
 }
 
+#[derive(Default)]
 struct LayerParts {
     append: ByPlace<AppendItem>,
     seal: ByPlace<SealItem>,
     decode: ByPlace<DecodeItem>,
     prefill: ByPlace<PrefillItem>,
+    score: ByPlace<ScoreItem, ScorePlace>,
     n_states: u32,
 }
 
@@ -203,12 +267,6 @@ struct List<'a, 't> {
     group: u32,
 }
 
-/// A run of tokens that an item reads.
-struct Run {
-    extent: Extent,
-    tokens: Range<u32>,
-}
-
 impl List<'_, '_> {
     fn table(&self) -> &PageTable {
         self.segment.table
@@ -218,13 +276,19 @@ impl List<'_, '_> {
         self.table().shape().page.page_size
     }
 
-    /// What the row at cache index `index` reads, all tokens up to its own.
-    fn runs(&self, index: u32) -> impl Iterator<Item = Run> + '_ {
-        let size = self.page_size();
-        self.table().seen_extents(self.layer, self.kv_head, index / size).map(move |extent| {
-            let end = ((extent.first + extent.pages) * size).min(index + 1);
-            Run { extent, tokens: extent.first * size..end }
-        })
+    /// The owner of the cache that is read, as a list: whose bases lift latents.
+    fn owner(&self) -> u32 {
+        self.table().layers().owner(self.layer) * self.num_kv_heads + self.kv_head
+    }
+
+    /// Place in the tail of the row at a position.
+    fn place(&self, position: u32) -> u32 {
+        position - self.table().page_position(0)
+    }
+
+    /// What the row at a position reads, all tokens up to its own.
+    fn runs(&self, position: u32) -> impl Iterator<Item = Run> + '_ {
+        self.table().seen_runs(self.layer, self.kv_head, self.place(position))
     }
 
     fn append(&self, parts: &mut LayerParts) {
@@ -233,20 +297,21 @@ impl List<'_, '_> {
             return;
         }
         let size = self.page_size();
-        let end = s.first_index + s.n_rows;
-        for extent in self.table().open_extents(self.layer, self.kv_head, s.first_index / size..end.div_ceil(size)) {
-            for page in extent.first..extent.first + extent.pages {
-                let (index, until) = (s.first_index.max(page * size), end.min((page + 1) * size));
+        let first = self.place(s.first_index);
+        let end = first + s.n_rows;
+        for run in self.table().open_runs(self.layer, self.kv_head, first / size..end.div_ceil(size)) {
+            for (page, entry) in (run.offset / size..(run.offset + run.n_tokens).div_ceil(size)).zip(run.entry..) {
+                let (place, until) = (first.max(page * size), end.min((page + 1) * size));
                 let item = AppendItem {
-                    row_lo: s.row_lo + index - s.first_index,
-                    n_rows: until - index,
+                    row_lo: s.row_lo + place - first,
+                    n_rows: until - place,
                     kv_head: self.kv_head,
-                    page_entry: extent.entry + page - extent.first,
-                    layer_stride: extent.layer_stride,
-                    slot_in_page: index % size,
+                    page_entry: entry,
+                    layer_stride: run.layer_stride,
+                    slot_in_page: place % size,
                     pad: [0; 2],
                 };
-                parts.append.push(reading(&extent), item);
+                parts.append.push(reading(&run), item);
             }
         }
     }
@@ -255,19 +320,19 @@ impl List<'_, '_> {
         let pages = self.table().sealing_pages();
         for page in pages.clone() {
             let (layer, head) = (self.layer, self.kv_head);
-            let open = self.table().open_extents(layer, head, page..page + 1).next();
+            let open = self.table().open_runs(layer, head, page..page + 1).next();
             let open = open.expect("a page that is sealed in this step should still be open");
-            let sealed = self.table().sealed_extents(layer, head, page..page + 1).next();
+            let sealed = self.table().sealed_runs(layer, head, page..page + 1).next();
             let sealed = sealed.expect("a page that is sealed in this step should have a place");
             let item = SealItem {
                 open_entry: open.entry,
                 open_stride: open.layer_stride,
-                kv_head: self.kv_head,
-                first_position: page * self.page_size(),
+                list: self.owner(),
+                first_position: self.table().page_position(page),
                 sealed_entry: sealed.entry,
                 sealed_stride: sealed.layer_stride,
                 angles: turned + page - pages.start,
-                pad: 0,
+                positions: 0,
             };
             parts.seal.push(Place { codec: sealed.codec, arena: open.arena, sealed_arena: sealed.arena }, item);
         }
@@ -278,20 +343,20 @@ impl List<'_, '_> {
         let q_row = self.segment.row_lo * self.num_kv_heads + self.kv_head;
         let state_lo = parts.n_states;
         let mut n_states = 0;
-        for Run { extent, tokens } in self.runs(self.segment.first_index) {
-            let mut start = tokens.start;
-            while start < tokens.end {
-                let until = ((start / chunk + 1) * chunk).min(tokens.end);
+        for run in self.runs(self.segment.first_index) {
+            let (mut start, end) = (run.offset, run.offset + run.n_tokens);
+            while start < end {
+                let until = ((start / chunk + 1) * chunk).min(end);
                 let item = DecodeItem {
                     q_row,
                     n_tokens: until - start,
-                    page_lo: extent.entry + start / size - extent.first,
+                    page_lo: run.entry + (start - run.offset) / size,
                     slot: parts.n_states,
-                    layer_stride: extent.layer_stride,
-                    first_token: start,
+                    layer_stride: run.layer_stride,
+                    list: self.owner(),
                     pad: [0; 2],
                 };
-                parts.decode.push(reading(&extent), item);
+                parts.decode.push(reading(&run), item);
                 parts.n_states += self.group;
                 n_states += 1;
                 start = until;
@@ -308,25 +373,26 @@ impl List<'_, '_> {
             let first_index = s.first_index + done;
             let mut n_rows = tile_positions.min(s.n_rows - done);
             if self.table().shape().codec.seals() {
-                n_rows = n_rows.min(size - first_index % size);
+                n_rows = n_rows.min(size - self.place(first_index) % size);
             }
             let stride = n_rows * self.group;
             let state_lo = parts.n_states;
             let mut n_states = 0;
-            for Run { extent, tokens } in self.runs(first_index + n_rows - 1) {
+            for run in self.runs(first_index + n_rows - 1) {
                 let item = PrefillItem {
                     row_lo: s.row_lo + done,
                     n_rows,
                     kv_head: self.kv_head,
-                    page_lo: extent.entry,
-                    n_tokens: tokens.end - tokens.start,
-                    first_token: tokens.start,
+                    page_lo: run.entry,
+                    n_tokens: run.n_tokens,
+                    first_token: run.position,
                     first_index,
                     slot: parts.n_states,
-                    layer_stride: extent.layer_stride,
-                    pad: [0; 3],
+                    layer_stride: run.layer_stride,
+                    list: self.owner(),
+                    pad: [0; 2],
                 };
-                parts.prefill.push(reading(&extent), item);
+                parts.prefill.push(reading(&run), item);
                 parts.n_states += stride;
                 n_states += 1;
             }
@@ -337,6 +403,36 @@ impl List<'_, '_> {
                 stride,
             }));
             done += n_rows;
+        }
+    }
+
+    /// What the scored rows give each token that they see.
+    fn score(&self, pass: usize, parts: &mut LayerParts) {
+        let s = self.segment;
+        let list = self.table().layers().list(self.layer) * self.num_kv_heads + self.kv_head;
+        for scored in s.scores.iter().filter(|scored| scored.first < s.n_rows) {
+            for run in self.runs(s.first_index + s.n_rows - 1) {
+                let place = ScorePlace { pass, largest: scored.largest, place: reading(&run) };
+                let mut start = 0;
+                while start < run.n_tokens {
+                    let n_tokens = score::TOKENS.min(run.n_tokens - start);
+                    let item = ScoreItem {
+                        row_lo: s.row_lo + scored.first,
+                        n_rows: s.n_rows - scored.first,
+                        kv_head: self.kv_head,
+                        page_lo: run.entry + start / self.page_size(),
+                        n_tokens,
+                        first_token: run.position + start,
+                        first_index: s.first_index + scored.first,
+                        out: scored.at + list * scored.capacity + run.index + start,
+                        layer_stride: run.layer_stride,
+                        list: self.owner(),
+                        pad: [0; 2],
+                    };
+                    parts.score.push(place, item);
+                    start += n_tokens;
+                }
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use super::decode::DecodeSpec;
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::{self, Output};
 use super::prefill::PrefillSpec;
-use super::{KernelSpec, append, elementwise, merge_states, sample, seal};
+use super::{KernelSpec, append, elementwise, gather, key_scores, merge_states, moments, sample, score, seal, select};
 use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;
 use crate::geometry::{HeadGeometry, PageGeometry};
@@ -40,7 +40,7 @@ pub fn codecs(page: PageGeometry) -> Vec<HiddenCodec> {
 
 /// Every spec of every kernel, over both tiers.
 pub fn all_specs() -> Vec<KernelSpec> {
-    let mut specs = vec![elementwise::embed(), elementwise::rope(), elementwise::gated_activation()];
+    let mut specs = vec![select::decide(), select::select(), select::carry(), elementwise::embed(), elementwise::rope(), elementwise::gated_activation()];
     for tier in [Tier::Portable, Tier::Subgroup] {
         specs.push(elementwise::rms_norm(tier));
         specs.push(sample::kernel(tier));
@@ -55,7 +55,7 @@ pub fn all_specs() -> Vec<KernelSpec> {
         specs.extend([latent.kernel(), merge_states::kernel(&latent.merge_shape())]);
     }
     for shape in cache_shapes(&PAGE_SIZES) {
-        specs.extend([merge_states::kernel(&shape), append::kernel(&shape)]);
+        specs.extend([merge_states::kernel(&shape), append::kernel(&shape), moments::kernel(&shape)]);
         for codec in codecs(shape.page()) {
             specs.extend(format_specs(&shape.format(codec)));
         }
@@ -63,9 +63,10 @@ pub fn all_specs() -> Vec<KernelSpec> {
     specs
 }
 
-/// The kernels that read pages of a format, and those that make them.
+/// The kernels that read pages of a format, those that make them, and those of evictions.
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
     let mut specs = vec![PrefillSpec { format: *format }.kernel()];
+    specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
     specs.extend([Tier::Portable, Tier::Subgroup].map(|tier| DecodeSpec { format: *format, tier }.kernel()));
     if format.codec.seals() {
         specs.extend([Side::Key, Side::Value].map(|side| seal::kernel(format, side)));

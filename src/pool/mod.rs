@@ -93,6 +93,9 @@ pub enum PoolError {
         /// Entries of the buffer.
         total: u32,
     },
+    /// As many sessions are scored as there is room for.
+    #[error("all {0} slots for the scores of sessions are taken")]
+    SlotsTaken(u32),
     /// A page was taken beyond what was committed.
     #[error("no page of {0} is committed; commit before taking")]
     NotCommitted(Bytes),

@@ -2,9 +2,15 @@
 //! these lists lie.
 //!
 //! ```text
-//! list     = sealed pages, oldest first, then open pages        region = lists one after another, [layer][KV head]
-//! sealed   = full, in the session's codec                       open   = f16; the last one still fills
+//! list   = what an eviction kept, then the tail: tokens appended since       region = lists one after another,
+//! kept   = in the session's codec; its last page may be partly used                   [layer][KV head] of parts
+//! sealed = full pages of the tail, in the session's codec
+//! open   = f16 pages of the tail; the last one still fills
 //! ```
+//!
+//! Lists differ in how many tokens an eviction left them; their tails are equally long. So a step's rows have the same
+//! place in every list's tail, and whatever an eviction did, appending and sealing are the same for all heads. A list that
+//! keeps nothing for good is *closed*: it has no tail either.
 //!
 //! A page is sealed in the step that fills it. A row of that step reads its own page open and every page before it
 //! sealed, so for the length of the step a page has both forms; then its open form is gone. That makes a row's
@@ -13,25 +19,72 @@
 //! A session whose pages are sealed holds one open page per list, for good. Prompt rows of one step can fill more: those
 //! pass through the [`Window`], f16 pages that all layers and sessions share, because a page that is filled and sealed
 //! in one step is open only while its layer computes. Rows that leave the open page end on a page's edge
-//! ([`TableShape::cut`]), so that nothing stays in the window.
+//! ([`PageTable::cut`]), so that nothing stays in the window.
+//!
+//! Layers may share lists: [`Layers`] names the list of every layer of the model.
 //!
 //! In CSR terms the table buffer is `indices`, a list's first entry its `indptr`, and the last page's fill its
-//! `last_page_len`. Each list has room for all pages that the session can need, so lists never move; a region is
+//! `last_page_len`. Each part of a list has room for all pages that the session can need, so lists never move; a region is
 //! uploaded whole when it changed, which for a session in decode is once per `page_size` tokens.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 pub use super::table_ranges::TableRanges;
-pub use super::table_shape::{Sealing, TableShape, Window};
+pub use super::table_shape::{Capacity, TableShape, Window};
 use super::{PageId, PagePool, PoolError};
 use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
 
-/// Consecutive pages of a list that lie in one arena.
+/// Which layer's lists each layer of a model reads.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Layers(Option<Arc<[u32]>>);
+
+impl Layers {
+    /// Every layer its own.
+    pub const OWN: Self = Self(None);
+
+    /// From the owner of each layer's cache; an owner owns its own.
+    pub fn new(owners: &[u32]) -> Self {
+        if owners.iter().zip(0..).all(|(owner, layer)| *owner == layer) {
+            return Self::OWN;
+        }
+        let mut own = 0;
+        let mut lists: Vec<u32> = Vec::with_capacity(owners.len());
+        for (owner, layer) in owners.iter().zip(0..) {
+            if *owner == layer {
+                lists.push(own);
+                own += 1;
+            } else {
+                lists.push(lists[*owner as usize]);
+            }
+        }
+        Self(Some(lists.into()))
+    }
+
+    /// The layer of lists that a layer reads.
+    pub fn list(&self, layer: u32) -> u32 {
+        self.0.as_ref().map_or(layer, |lists| lists[layer as usize])
+    }
+
+    /// Whether a layer's own keys and values are kept.
+    pub fn owns(&self, layer: u32) -> bool {
+        self.owner(layer) == layer
+    }
+
+    /// The layer whose keys and values a layer reads.
+    pub fn owner(&self, layer: u32) -> u32 {
+        let Some(lists) = &self.0 else { return layer };
+        let first = lists.iter().position(|list| *list == lists[layer as usize]);
+        u32::try_from(first.expect("a layer is among its lists")).expect("layers are few")
+    }
+}
+
+/// Consecutive pages of a part that lie in one arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct PageRun {
     arena: u16,
-    /// First page, counted from the start of the sealed or of the open pages.
+    /// First page, counted from the part's start.
     first: u32,
     pages: u32,
 }
@@ -48,9 +101,13 @@ impl Pages {
     fn push(&mut self, page: PageId) {
         match self.runs.last_mut() {
             Some(run) if run.arena == page.arena => run.pages += 1,
-            _ => self.runs.push(PageRun { arena: page.arena, first: to_u32(self.pages.len()), pages: 1 }),
+            _ => self.runs.push(PageRun { arena: page.arena, first: self.len(), pages: 1 }),
         }
         self.pages.push(page);
+    }
+
+    fn len(&self) -> u32 {
+        to_u32(self.pages.len())
     }
 
     /// The runs of a range of pages.
@@ -63,57 +120,83 @@ impl Pages {
     }
 }
 
+/// A part of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Kept,
+    Sealed,
+    Open,
+}
+
+const PARTS: [Part; 3] = [Part::Kept, Part::Sealed, Part::Open];
+
 /// The pages of one (layer, KV head).
 #[derive(Clone, Debug, Default)]
 struct PageList {
-    sealed: Pages,
-    open: Pages,
+    parts: [Pages; PARTS.len()],
+    /// Tokens of the kept part.
+    kept: u32,
+    /// Their positions.
+    positions: Vec<u32>,
+    closed: bool,
 }
 
-/// Pages that one item can read: consecutive in the table, in one arena.
+impl PageList {
+    const fn part(&self, part: Part) -> &Pages {
+        &self.parts[part as usize]
+    }
+}
+
+/// Tokens that one item can read: consecutive in a list, in one arena, in pages that are consecutive in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// How they are encoded.
+pub struct Run {
+    /// How the pages are encoded.
     pub codec: HiddenCodec,
     /// The arena; [`PageId::WINDOW`] for the window.
     pub arena: u16,
-    /// Table entry of the first page in layer 0.
+    /// Table entry of the first page.
     pub entry: u32,
-    /// Table entries between one layer and the next.
+    /// Table entries between one layer's list and the next.
     pub layer_stride: u32,
-    /// First page, counted from the session's start.
-    pub first: u32,
-    /// Pages.
-    pub pages: u32,
+    /// Tokens before it in its part: in what was kept, or in the tail. A multiple of the page size.
+    pub offset: u32,
+    /// Tokens before it in the list.
+    pub index: u32,
+    /// A position that the first token does not exceed; its own in the tail.
+    pub position: u32,
+    /// Tokens.
+    pub n_tokens: u32,
 }
 
 /// The pages of one session.
 #[derive(Clone, Debug)]
 pub struct PageTable {
     shape: TableShape,
+    layers: Layers,
     /// First entry of the session's region in the table buffer.
     region: u32,
-    /// Tokens that the region has room for.
-    max_tokens: u32,
-    /// Entries of each list: open, sealed.
-    capacity: (u32, u32),
+    admitted: Capacity,
+    /// Entries of each part of a list.
+    capacity: [u32; PARTS.len()],
     /// `[layer][kv_head]` lists.
     lists: Vec<PageList>,
-    /// Tokens in each list.
-    n_tokens: u32,
-    /// Pages of each list that are sealed, those of this step included.
+    /// Position of the tail's first token.
+    tail_start: u32,
+    /// Tokens of the tail.
+    tail: u32,
+    /// Pages of each list's tail that are sealed, those of this step included.
     sealed: u32,
-    /// Pages of each list whose open form is gone.
+    /// Pages of each list's tail whose open form is gone.
     retired: u32,
     /// First slot of the window in this step, and the window's slots per KV head.
     window: (u32, u32),
-    /// Commitments left: open, sealed.
+    /// Commitments left: open, in the codec.
     committed: (u32, u32),
     dirty: bool,
 }
 
 impl PageTable {
-    /// Commits all pages that `max_tokens` tokens can need and reserves table entries for them.
+    /// Commits all pages that `capacity` can need and reserves table entries for them.
     ///
     /// # Errors
     /// [`PoolError::DoesNotFit`]; nothing is held then.
@@ -121,18 +204,21 @@ impl PageTable {
         pool: &mut PagePool,
         ranges: &mut TableRanges,
         shape: TableShape,
-        max_tokens: u32,
+        layers: &Layers,
+        capacity: Capacity,
     ) -> Result<Self, PoolError> {
-        let capacity = shape.pages_of_list(max_tokens);
+        let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
+        let admitted = capacity;
+        let capacity = [capacity.kept_pages_of_list, sealed, open];
         // Saturating: no pool has so many pages, so the commitment is refused.
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
-        let committed = (pages(capacity.0), pages(capacity.1));
+        let committed = (pages(open), pages(sealed).saturating_add(admitted.kept_pages));
         pool.commit(shape.open_page(), committed.0)?;
         if let Err(error) = pool.commit(shape.sealed_page(), committed.1) {
             pool.uncommit(shape.open_page(), committed.0)?;
             return Err(error);
         }
-        let entries = committed.0.saturating_add(committed.1);
+        let entries = pages(capacity.iter().fold(0, |sum: u32, part| sum.saturating_add(*part)));
         let Some(region) = ranges.reserve(entries) else {
             pool.uncommit(shape.open_page(), committed.0)?;
             pool.uncommit(shape.sealed_page(), committed.1)?;
@@ -140,11 +226,13 @@ impl PageTable {
         };
         Ok(Self {
             shape,
+            layers: layers.clone(),
             region,
-            max_tokens,
+            admitted,
             capacity,
             lists: vec![PageList::default(); shape.num_lists() as usize],
-            n_tokens: 0,
+            tail_start: 0,
+            tail: 0,
             sealed: 0,
             retired: 0,
             window: (0, 0),
@@ -153,9 +241,25 @@ impl PageTable {
         })
     }
 
-    /// Tokens held.
+    /// Tokens that the session has seen, evicted ones included: the position of the next.
     pub const fn n_tokens(&self) -> u32 {
-        self.n_tokens
+        self.tail_start + self.tail
+    }
+
+    /// Tokens appended since an eviction, or since the start.
+    pub const fn tail(&self) -> u32 {
+        self.tail
+    }
+
+    /// Tokens that a list of the model's `layer` holds.
+    pub fn n_held(&self, layer: u32, kv_head: u32) -> u32 {
+        let list = self.list_at(layer, kv_head);
+        list.kept + if list.closed { 0 } else { self.tail }
+    }
+
+    /// Tokens held over all lists.
+    pub fn held_tokens(&self) -> u64 {
+        self.lists.iter().map(|list| u64::from(list.kept) + if list.closed { 0 } else { u64::from(self.tail) }).sum()
     }
 
     /// Its shape.
@@ -163,15 +267,38 @@ impl PageTable {
         &self.shape
     }
 
-    /// Pages of each list that this step seals.
+    /// Which layers share lists.
+    pub const fn layers(&self) -> &Layers {
+        &self.layers
+    }
+
+    /// What it was admitted for.
+    pub const fn admitted(&self) -> Capacity {
+        self.admitted
+    }
+
+    /// How many of `n` rows its next step may hold.
+    pub fn cut(&self, n: u32) -> u32 {
+        self.shape.cut(self.tail, n)
+    }
+
+    /// Pages of each list's tail that this step seals.
     pub const fn sealing_pages(&self) -> Range<u32> {
         self.retired..self.sealed
+    }
+
+    /// Position of the first token of a page of the tail.
+    pub const fn page_position(&self, page: u32) -> u32 {
+        self.tail_start + page * self.shape.page.page_size
     }
 
     /// Bytes of pages held.
     pub fn held_bytes(&self) -> Bytes {
         let (open, sealed) = (self.shape.open_page(), self.shape.sealed_page());
-        let list = |l: &PageList| l.open.pages.len() as u64 * open.0 + l.sealed.pages.len() as u64 * sealed.0;
+        let list = |l: &PageList| {
+            let in_codec = l.part(Part::Kept).len() + l.part(Part::Sealed).len();
+            u64::from(l.part(Part::Open).len()) * open.0 + u64::from(in_codec) * sealed.0
+        };
         Bytes(self.lists.iter().map(list).sum())
     }
 
@@ -181,96 +308,106 @@ impl PageTable {
     /// [`PoolError::NotCommitted`] beyond what was admitted.
     ///
     /// # Panics
-    /// When the rows are more than [`TableShape::cut`] allows, or the window is too small for the step.
+    /// When the rows are more than [`Self::cut`] allows, or the window is too small for the step.
     pub fn grow(&mut self, pool: &mut PagePool, window: &mut Window, n: u32) -> Result<(), PoolError> {
         let shape = self.shape;
         // The pool counts commitments of all sessions together, so it would give this one the pages of another.
-        let tokens = self.n_tokens.checked_add(n).filter(|tokens| *tokens <= self.max_tokens);
-        let tokens = tokens.ok_or(PoolError::NotCommitted(shape.open_page()))?;
-        assert_eq!(shape.cut(self.n_tokens, n), n, "rows that leave a page should end on an edge");
-        let passing = shape.window_pages(self.n_tokens, n);
+        let tail = self.tail.checked_add(n).filter(|tail| *tail <= self.admitted.tail_tokens);
+        let tail = tail.ok_or(PoolError::NotCommitted(shape.open_page()))?;
+        assert_eq!(self.cut(n), n, "rows that leave a page should end on an edge");
+        let passing = shape.window_pages(self.tail, n);
         let slot = window.take(passing).expect("the window should hold the pages of a step");
         self.window = (slot, window.slots());
-        self.n_tokens = tokens;
-        let open = tokens.div_ceil(shape.page.page_size) - self.retired - passing;
-        self.fill(pool, open, self.sealed)?;
-        if shape.seals_when_full() { self.seal(pool, u32::MAX) } else { Ok(()) }
-    }
-
-    /// Takes a sealed page for full pages that have none yet, for at most `max_pages` per list. The step that follows
-    /// encodes them.
-    ///
-    /// # Errors
-    /// [`PoolError::NotCommitted`], which would be a defect.
-    pub fn seal(&mut self, pool: &mut PagePool, max_pages: u32) -> Result<(), PoolError> {
-        if self.shape.codec.seals() {
-            self.sealed = (self.n_tokens / self.shape.page.page_size).min(self.sealed.saturating_add(max_pages));
-            self.fill(pool, 0, self.sealed)?;
+        self.tail = tail;
+        let open = tail.div_ceil(shape.page.page_size) - self.retired - passing;
+        if shape.codec.seals() {
+            self.sealed = tail / shape.page.page_size;
         }
-        Ok(())
-    }
-
-    /// Takes pages until every list has so many open and sealed ones.
-    fn fill(&mut self, pool: &mut PagePool, open: u32, sealed: u32) -> Result<(), PoolError> {
-        let (open_page, sealed_page) = (self.shape.open_page(), self.shape.sealed_page());
         let arenas = pool.arena_bytes().count();
-        for (index, list) in self.lists.iter_mut().enumerate() {
-            let layer = index / self.shape.num_kv_heads as usize;
-            let preferred = layer * arenas / self.shape.num_layers as usize;
-            while list.open.pages.len() < open as usize {
-                list.open.push(pool.take(open_page, preferred)?);
-                self.committed.0 -= 1;
-                self.dirty = true;
-            }
-            while list.sealed.pages.len() < sealed as usize {
-                list.sealed.push(pool.take(sealed_page, preferred)?);
-                self.committed.1 -= 1;
-                self.dirty = true;
+        for index in 0..self.lists.len() {
+            if !self.lists[index].closed {
+                self.fill(pool, index, Part::Open, open, arenas)?;
+                self.fill(pool, index, Part::Sealed, self.sealed, arenas)?;
             }
         }
         Ok(())
     }
 
-    /// Ends a step: pages that it sealed are read in their codec from now on. Open pages of a session that seals on request
-    /// return to the pool.
-    ///
-    /// # Errors
-    /// [`PoolError`] when the pool disagrees, which would be a defect.
-    pub fn retire(&mut self, pool: &mut PagePool) -> Result<(), PoolError> {
-        let done = (self.sealed - self.retired) as usize;
-        self.retired = self.sealed;
-        self.window = (0, 0);
-        if self.shape.sealing == Sealing::WhenFull || done == 0 {
-            return Ok(());
+    /// Takes pages until a part of a list has so many.
+    fn fill(
+        &mut self,
+        pool: &mut PagePool,
+        index: usize,
+        part: Part,
+        pages: u32,
+        arenas: usize,
+    ) -> Result<(), PoolError> {
+        let layer = index / self.shape.num_kv_heads as usize;
+        let preferred = layer * arenas / self.shape.num_layers as usize;
+        let (page, committed) = match part {
+            Part::Open => (self.shape.open_page(), &mut self.committed.0),
+            Part::Kept | Part::Sealed => (self.shape.sealed_page(), &mut self.committed.1),
+        };
+        let list = &mut self.lists[index].parts[part as usize];
+        while list.len() < pages {
+            list.push(pool.take(page, preferred)?);
+            *committed -= 1;
+            self.dirty = true;
         }
-        for list in &mut self.lists {
-            let open = std::mem::take(&mut list.open);
-            for (index, page) in open.pages.into_iter().enumerate() {
-                if index < done { pool.release(page)? } else { list.open.push(page) }
-            }
-        }
-        self.dirty = true;
         Ok(())
     }
 
-    /// From now on pages are sealed in the step that fills them; commitments that only [`Sealing::OnRequest`] needed return.
+    /// Takes pages for what an eviction keeps: tokens of these positions in each list, `[layer][KV head]`, of a session that has
+    /// seen `n_tokens`. A list that keeps `None` is closed. Commitments that this eviction does not need return.
     ///
     /// # Errors
-    /// [`PoolError`] when the pool disagrees, which would be a defect.
+    /// [`PoolError::NotCommitted`] beyond what was admitted.
     ///
     /// # Panics
-    /// When a full page is not sealed yet.
-    pub fn seal_when_full(&mut self, pool: &mut PagePool) -> Result<(), PoolError> {
-        let full = self.n_tokens / self.shape.page.page_size;
-        assert!(!self.shape.codec.seals() || self.retired == full, "every full page should be sealed");
-        self.shape.sealing = Sealing::WhenFull;
-        if self.shape.codec.seals() {
-            let held = to_u32(self.lists.first().map_or(0, |list| list.open.pages.len()));
-            let keep = (self.shape.num_lists() * 1_u32.saturating_sub(held)).min(self.committed.0);
-            pool.uncommit(self.shape.open_page(), self.committed.0 - keep)?;
-            self.committed.0 = keep;
+    /// When the table holds tokens, or the lists are not as many.
+    pub fn keep(&mut self, pool: &mut PagePool, kept: Vec<Option<Vec<u32>>>, n_tokens: u32) -> Result<(), PoolError> {
+        assert_eq!(self.n_tokens(), 0, "kept tokens come first");
+        assert_eq!(kept.len(), self.lists.len(), "every list keeps something or nothing");
+        let size = self.shape.page.page_size;
+        let pages = |tokens: &Option<Vec<u32>>| tokens.as_ref().map_or(0, |t| to_u32(t.len())).div_ceil(size);
+        let most = kept.iter().map(pages).max().unwrap_or(0);
+        let all: u32 = kept.iter().map(pages).sum();
+        if most > self.admitted.kept_pages_of_list || all > self.admitted.kept_pages {
+            return Err(PoolError::NotCommitted(self.shape.sealed_page()));
         }
+        let arenas = pool.arena_bytes().count();
+        let closed = to_u32(kept.iter().filter(|tokens| tokens.is_none()).count());
+        for (index, tokens) in kept.into_iter().enumerate() {
+            let pages = pages(&tokens);
+            let list = &mut self.lists[index];
+            list.closed = tokens.is_none();
+            list.positions = tokens.unwrap_or_default();
+            list.kept = to_u32(list.positions.len());
+            self.fill(pool, index, Part::Kept, pages, arenas)?;
+        }
+        let [_, sealed, open] = self.capacity;
+        let unused = (closed * open, closed * sealed + self.admitted.kept_pages - all);
+        pool.uncommit(self.shape.open_page(), unused.0)?;
+        pool.uncommit(self.shape.sealed_page(), unused.1)?;
+        self.committed.0 -= unused.0;
+        self.committed.1 -= unused.1;
+        self.tail_start = n_tokens;
         Ok(())
+    }
+
+    /// Takes back the last tokens of a tail in f16; their pages stay for what comes next.
+    ///
+    /// # Panics
+    /// When pages are sealed, or the tail is not so long.
+    pub fn rewind(&mut self, n: u32) {
+        assert!(!self.shape.codec.seals() && n <= self.tail, "only open tokens can be taken back");
+        self.tail -= n;
+    }
+
+    /// Ends a step: pages that it sealed are read in their codec from now on.
+    pub const fn retire(&mut self) {
+        self.retired = self.sealed;
+        self.window = (0, 0);
     }
 
     /// Returns every page, commitment and table entry.
@@ -278,7 +415,7 @@ impl PageTable {
     /// # Errors
     /// [`PoolError`] when the pool disagrees about any of them, which would be a defect.
     pub fn release(self, pool: &mut PagePool, ranges: &mut TableRanges) -> Result<(), PoolError> {
-        for page in self.lists.iter().flat_map(|list| list.sealed.pages.iter().chain(&list.open.pages)) {
+        for page in self.lists.iter().flat_map(|list| list.parts.iter().flat_map(|part| &part.pages)) {
             pool.release(*page)?;
         }
         pool.uncommit(self.shape.open_page(), self.committed.0)?;
@@ -290,79 +427,142 @@ impl PageTable {
         Ok(())
     }
 
-    const fn list_capacity(&self) -> u32 {
-        self.capacity.0 + self.capacity.1
+    fn list_capacity(&self) -> u32 {
+        self.capacity.iter().sum()
     }
 
-    const fn layer_stride(&self) -> u32 {
+    fn layer_stride(&self) -> u32 {
         self.shape.num_kv_heads * self.list_capacity()
     }
 
+    /// First entry of a part of the list that a layer of the model reads.
+    fn entry(&self, layer: u32, kv_head: u32, part: Part) -> u32 {
+        let list = self.layers.list(layer) * self.shape.num_kv_heads + kv_head;
+        let before: u32 = PARTS.iter().take(part as usize).map(|part| self.capacity[*part as usize]).sum();
+        self.region + list * self.list_capacity() + before
+    }
+
     fn list_at(&self, layer: u32, kv_head: u32) -> &PageList {
-        &self.lists[(layer * self.shape.num_kv_heads + kv_head) as usize]
+        &self.lists[(self.layers.list(layer) * self.shape.num_kv_heads + kv_head) as usize]
     }
 
-    /// Pages of a list: sealed, then open ones that it holds itself.
-    pub fn list(&self, layer: u32, kv_head: u32) -> (&[PageId], &[PageId]) {
+    /// Whether a list has no tail.
+    pub fn is_closed(&self, layer: u32, kv_head: u32) -> bool {
+        self.list_at(layer, kv_head).closed
+    }
+
+    /// Pages of a list in the codec: kept ones, then sealed ones of the tail; and its own open ones.
+    pub fn list(&self, layer: u32, kv_head: u32) -> (Vec<PageId>, &[PageId]) {
         let list = self.list_at(layer, kv_head);
-        (&list.sealed.pages, &list.open.pages)
+        let in_codec = list.part(Part::Kept).pages.iter().chain(&list.part(Part::Sealed).pages);
+        (in_codec.copied().collect(), &list.part(Part::Open).pages)
     }
 
-    /// Sealed pages of a list, as items can read them.
-    pub fn sealed_extents(&self, layer: u32, kv_head: u32, pages: Range<u32>) -> impl Iterator<Item = Extent> + '_ {
-        let list = self.region + kv_head * self.list_capacity();
-        let (codec, layer_stride) = (self.shape.codec, self.layer_stride());
-        self.list_at(layer, kv_head).sealed.clipped(pages).map(move |run| Extent {
-            codec,
-            arena: run.arena,
-            entry: list + run.first,
-            layer_stride,
-            first: run.first,
-            pages: run.pages,
+    /// Tokens of a list that an eviction kept.
+    pub fn n_kept(&self, layer: u32, kv_head: u32) -> u32 {
+        self.list_at(layer, kv_head).kept
+    }
+
+    /// Position of a token of a list.
+    pub fn position_of(&self, layer: u32, kv_head: u32, index: u32) -> u32 {
+        let list = self.list_at(layer, kv_head);
+        list.positions.get(index as usize).copied().unwrap_or_else(|| self.tail_start + index - list.kept)
+    }
+
+    /// What an eviction kept of a list.
+    pub fn kept_runs(&self, layer: u32, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
+        let entry = self.entry(layer, kv_head, Part::Kept);
+        let list = self.list_at(layer, kv_head);
+        let (size, layer_stride, kept) = (self.shape.page.page_size, self.layer_stride(), list.kept);
+        list.part(Part::Kept).clipped(0..u32::MAX).map(move |run| {
+            let offset = run.first * size;
+            let n_tokens = (run.pages * size).min(kept - offset);
+            let (codec, arena, entry) = (self.shape.codec, run.arena, entry + run.first);
+            Run { codec, arena, entry, layer_stride, offset, index: offset, position: offset, n_tokens }
         })
     }
 
-    /// Open pages of a list, as items can read them: its own, then those in the window.
-    pub fn open_extents(&self, layer: u32, kv_head: u32, pages: Range<u32>) -> impl Iterator<Item = Extent> + '_ {
-        let codec = HiddenCodec::F16;
-        let (retired, layer_stride) = (self.retired, self.layer_stride());
+    /// Tokens of pages of the tail as a run.
+    fn tail_run(&self, codec: HiddenCodec, arena: u16, entry: u32, pages: Range<u32>, kept: u32) -> Run {
+        let size = self.shape.page.page_size;
+        let offset = pages.start * size;
+        let n_tokens = (pages.end * size).min(self.tail) - offset;
+        let (index, position) = (kept + offset, self.tail_start + offset);
+        let layer_stride = if arena == PageId::WINDOW { 0 } else { self.layer_stride() };
+        Run { codec, arena, entry, layer_stride, offset, index, position, n_tokens }
+    }
+
+    /// Pages of the tail in their codec.
+    pub fn sealed_runs(&self, layer: u32, kv_head: u32, pages: Range<u32>) -> impl Iterator<Item = Run> + '_ {
+        let entry = self.entry(layer, kv_head, Part::Sealed);
+        let list = self.list_at(layer, kv_head);
+        let (codec, kept) = (self.shape.codec, list.kept);
+        list.part(Part::Sealed).clipped(pages).map(move |run| {
+            self.tail_run(codec, run.arena, entry + run.first, run.first..run.first + run.pages, kept)
+        })
+    }
+
+    /// Open pages of the tail: a list's own, then those in the window.
+    pub fn open_runs(&self, layer: u32, kv_head: u32, pages: Range<u32>) -> impl Iterator<Item = Run> + '_ {
+        let (codec, retired) = (HiddenCodec::F16, self.retired);
         let pages = pages.start - retired..pages.end - retired;
-        let first_open = self.region + kv_head * self.list_capacity() + self.capacity.1;
-        let own = &self.list_at(layer, kv_head).open;
-        let n_own = to_u32(own.pages.len());
+        let first_open = self.entry(layer, kv_head, Part::Open);
+        let list = self.list_at(layer, kv_head);
+        let (own, kept) = (list.part(Part::Open), list.kept);
+        let n_own = own.len();
         let (slot, slots) = self.window;
         let passing = pages.start.max(n_own)..pages.end;
-        let window = (!passing.is_empty()).then(|| Extent {
-            codec,
-            arena: PageId::WINDOW,
-            entry: kv_head * slots + slot + passing.start - n_own,
-            layer_stride: 0,
-            first: retired + passing.start,
-            pages: passing.end - passing.start,
+        let window = (!passing.is_empty()).then(|| {
+            let entry = kv_head * slots + slot + passing.start - n_own;
+            self.tail_run(codec, PageId::WINDOW, entry, retired + passing.start..retired + passing.end, kept)
         });
-        let own = own.clipped(pages.start..pages.end.min(n_own)).map(move |run| Extent {
-            codec,
-            arena: run.arena,
-            entry: first_open + run.first,
-            layer_stride,
-            first: retired + run.first,
-            pages: run.pages,
+        let own = own.clipped(pages.start..pages.end.min(n_own)).map(move |run| {
+            let pages = retired + run.first..retired + run.first + run.pages;
+            self.tail_run(codec, run.arena, first_open + run.first, pages, kept)
         });
         own.chain(window)
     }
 
-    /// What a row in page `page` reads: every sealed page before it, then the others up to its own.
-    pub fn seen_extents(&self, layer: u32, kv_head: u32, page: u32) -> impl Iterator<Item = Extent> + '_ {
+    /// What a row reads, by its place in the tail: what was kept, every sealed page before its own, then the others up to
+    /// itself. Nothing of a closed list.
+    pub fn seen_runs(&self, layer: u32, kv_head: u32, place: u32) -> impl Iterator<Item = Run> + '_ {
+        let page = place / self.shape.page.page_size;
         let sealed = self.sealed.min(page);
-        self.sealed_extents(layer, kv_head, 0..sealed).chain(self.open_extents(layer, kv_head, sealed..page + 1))
+        let (sealed, open) = if self.is_closed(layer, kv_head) {
+            (0..0, self.retired..self.retired)
+        } else {
+            (0..sealed, sealed..page + 1)
+        };
+        let tail = self.sealed_runs(layer, kv_head, sealed).chain(self.open_runs(layer, kv_head, open));
+        self.kept_runs(layer, kv_head).chain(tail.map(move |run| Run {
+            n_tokens: run.n_tokens.min(place + 1 - run.offset),
+            ..run
+        }))
     }
 
-    /// Whether two layers have their pages in the same arenas, so that they can share work lists.
-    pub fn spread_alike(&self, a: u32, b: u32) -> bool {
-        (0..self.shape.num_kv_heads).all(|head| {
-            let (a, b) = (self.list_at(a, head), self.list_at(b, head));
-            a.sealed.runs == b.sealed.runs && a.open.runs == b.open.runs
-        })
+    /// Everything that a list holds between two steps, in order.
+    pub fn held_runs(&self, layer: u32, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
+        let all = self.tail.div_ceil(self.shape.page.page_size).max(self.retired);
+        let (sealed, open) = if self.is_closed(layer, kv_head) {
+            (0..0, self.retired..self.retired)
+        } else {
+            (0..self.retired, self.retired..all)
+        };
+        let tail = self.sealed_runs(layer, kv_head, sealed).chain(self.open_runs(layer, kv_head, open));
+        self.kept_runs(layer, kv_head).chain(tail)
+    }
+
+    /// Whether two layers that follow each other can share work lists: their pages lie in the same arenas, and their lists
+    /// follow each other and are equally long.
+    pub fn alike(&self, a: u32, b: u32) -> bool {
+        self.layers.owns(a)
+            && self.layers.owns(b)
+            && self.layers.list(a) + 1 == self.layers.list(b)
+            && (0..self.shape.num_kv_heads).all(|head| {
+                let (a, b) = (self.list_at(a, head), self.list_at(b, head));
+                let spread = a.parts.iter().zip(&b.parts).all(|(a, b)| a.runs == b.runs);
+                spread && (a.kept, a.closed) == (b.kept, b.closed)
+            })
     }
 
     /// Whether the device's copy of the region is out of date.
@@ -372,11 +572,10 @@ impl PageTable {
 
     /// Appends the region's entries to `out`, unused ones as zero, and marks it as uploaded; its first entry.
     pub fn write_region(&mut self, out: &mut Vec<u32>) -> u32 {
-        let (open, sealed) = self.capacity;
         for list in &self.lists {
-            for (pages, capacity) in [(&list.sealed.pages, sealed), (&list.open.pages, open)] {
+            for (part, capacity) in list.parts.iter().zip(self.capacity) {
                 let start = out.len();
-                out.extend(pages.iter().map(|page| page.cell));
+                out.extend(part.pages.iter().map(|page| page.cell));
                 out.resize(start + capacity as usize, 0);
             }
         }

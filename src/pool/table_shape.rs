@@ -1,23 +1,13 @@
-//! What a session's page table needs: how many pages of which size, when they are sealed, and the window that prompt rows pass
-//! through meanwhile.
+//! What a session's page table needs: how many pages of which size, and the window that prompt rows pass through while their
+//! pages are sealed.
 
 use crate::compression::hidden::HiddenCodec;
 use crate::geometry::{Bytes, CELL_BYTES, PageGeometry};
 
-/// When full pages become codes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Sealing {
-    /// In the step that fills them.
-    #[default]
-    WhenFull,
-    /// When [`PageTable::seal`](super::page_table::PageTable::seal) says so; until then every page stays open and holds its f16 bytes.
-    OnRequest,
-}
-
 /// The shape of a session's page table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TableShape {
-    /// Layers.
+    /// Layers that own a cache.
     pub num_layers: u32,
     /// KV heads.
     pub num_kv_heads: u32,
@@ -25,8 +15,6 @@ pub struct TableShape {
     pub page: PageGeometry,
     /// How full pages become bytes.
     pub codec: HiddenCodec,
-    /// When they do.
-    pub sealing: Sealing,
 }
 
 impl TableShape {
@@ -45,14 +33,10 @@ impl TableShape {
         self.codec.page_bytes(self.page)
     }
 
-    /// Open and sealed pages that one list of `n_tokens` tokens needs at most.
+    /// Open and sealed pages that one list of `n_tokens` tokens needs at most, none of them evicted.
     pub fn pages_of_list(&self, n_tokens: u32) -> (u32, u32) {
         let (all, full) = (n_tokens.div_ceil(self.page.page_size), n_tokens / self.page.page_size);
-        match self.sealing {
-            _ if !self.codec.seals() => (all, 0),
-            Sealing::WhenFull => (all.min(1), full),
-            Sealing::OnRequest => (all, full),
-        }
+        if self.codec.seals() { (all.min(1), full) } else { (all, 0) }
     }
 
     /// Bytes that a session of `n_tokens` tokens needs over all lists at most.
@@ -62,25 +46,39 @@ impl TableShape {
         Bytes(u64::from(self.num_lists()) * list)
     }
 
-    /// How many of `n` rows from cache index `first` on a step may hold: rows that leave the page of `first` end on an
+    /// How many of `n` rows after a tail of `tail` tokens a step may hold: rows that leave the page that is open end on an
     /// edge where pages are sealed.
-    pub fn cut(&self, first: u32, n: u32) -> u32 {
+    pub fn cut(&self, tail: u32, n: u32) -> u32 {
         let size = self.page.page_size;
-        let end = first + n;
-        if !self.seals_when_full() || end.is_multiple_of(size) || end / size == first / size {
+        let end = tail + n;
+        if !self.codec.seals() || end.is_multiple_of(size) || end / size == tail / size {
             return n;
         }
-        end / size * size - first
+        end / size * size - tail
     }
 
-    /// Pages of the window that `n` rows from cache index `first` on pass through.
-    pub(super) fn window_pages(&self, first: u32, n: u32) -> u32 {
+    /// Pages of the window that `n` rows after a tail of `tail` tokens pass through.
+    pub(super) fn window_pages(&self, tail: u32, n: u32) -> u32 {
         let size = self.page.page_size;
-        if n == 0 || !self.seals_when_full() { 0 } else { (first + n - 1) / size - first / size }
+        if n == 0 || !self.codec.seals() { 0 } else { (tail + n - 1) / size - tail / size }
     }
+}
 
-    pub(super) fn seals_when_full(&self) -> bool {
-        self.codec.seals() && self.sealing == Sealing::WhenFull
+/// How many tokens and pages a table is admitted for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Capacity {
+    /// Tokens appended, at most.
+    pub tail_tokens: u32,
+    /// Pages of tokens that an eviction kept, over all lists.
+    pub kept_pages: u32,
+    /// The most of them in one list.
+    pub kept_pages_of_list: u32,
+}
+
+impl Capacity {
+    /// Room for appended tokens alone.
+    pub const fn tokens(tail_tokens: u32) -> Self {
+        Self { tail_tokens, kept_pages: 0, kept_pages_of_list: 0 }
     }
 }
 
@@ -97,7 +95,7 @@ pub struct Window {
 impl Window {
     /// A window for steps of at most `max_rows` rows; without slots where no page is ever sealed.
     pub fn new(page: PageGeometry, num_kv_heads: u32, max_rows: u32, seals: bool) -> Self {
-        let slots = if seals { max_rows / page.page_size } else { 0 };
+        let slots = if seals { (max_rows / page.page_size).max(1) } else { 0 };
         Self { slots, num_kv_heads, page: HiddenCodec::F16.page_bytes(page), used: 0 }
     }
 
@@ -123,7 +121,7 @@ impl Window {
     }
 
     /// Slots for each KV head.
-    pub(super) const fn slots(&self) -> u32 {
+    pub const fn slots(&self) -> u32 {
         self.slots
     }
 

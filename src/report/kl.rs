@@ -48,8 +48,8 @@ pub struct KlRow {
     pub measured: KlResult,
     /// Bits per element of a sealed page, all metadata included.
     pub effective_bits: f64,
-    /// Bytes of a token over all layers and KV heads, sealed.
-    pub per_token_bytes: Bytes,
+    /// Bytes held over tokens of the prefix: what the session's cache costs per token of its document.
+    pub per_token_bytes: f64,
     /// Mean negative log-likelihood less that of the full cache, in nats.
     pub nll_difference: f64,
     /// Bytes that the full cache held over those that this one did.
@@ -57,14 +57,14 @@ pub struct KlRow {
 }
 
 impl KlRow {
-    /// A result beside the full cache's, with the size of its sealed pages: bits per element, and bytes per token.
-    pub fn new(measured: KlResult, full: &KlResult, (effective_bits, per_token_bytes): (f64, Bytes)) -> Self {
+    /// A result beside the full cache's, with the bits per element of its pages, for a prefix of so many tokens.
+    pub fn new(measured: KlResult, full: &KlResult, effective_bits: f64, prefix_tokens: usize) -> Self {
         Self {
             nll_difference: measured.nll - full.nll,
             times_smaller: full.held_bytes.0 as f64 / measured.held_bytes.0 as f64,
+            per_token_bytes: measured.held_bytes.0 as f64 / prefix_tokens as f64,
             measured,
             effective_bits,
-            per_token_bytes,
         }
     }
 }
@@ -73,7 +73,7 @@ impl KlReport {
     /// Divergence against bytes per token; the full cache is where it ends.
     pub fn plot(&self) -> Plot {
         let point = |row: &KlRow| Point {
-            x: row.per_token_bytes.0 as f64,
+            x: row.per_token_bytes,
             y: row.measured.mean_kl,
             label: cache(&row.measured.compression),
         };
@@ -86,12 +86,12 @@ impl KlReport {
                 settings.prefix_tokens,
                 self.text
             ),
-            x_title: "bytes of cache per token (log scale)".to_owned(),
+            x_title: "bytes of cache per token of the prefix (log scale)".to_owned(),
             y_title: "mean KL from the full cache, nats (log scale)".to_owned(),
             guide: self
                 .results
                 .first()
-                .map(|full| Guide { x: full.per_token_bytes.0 as f64, label: "full".to_owned() }),
+                .map(|full| Guide { x: full.per_token_bytes, label: "full".to_owned() }),
             points: self.results.iter().skip(1).map(point).collect(),
         }
     }
@@ -130,7 +130,7 @@ impl fmt::Display for KlReport {
         writeln!(f, "{}", table(&columns, rows))?;
         let KlSettings { prefix_tokens, tail_tokens, sealing } = self.settings;
         let sealed = match sealing {
-            PrefixSealing::AfterPrefix => "sealed after the prefix, which is read over a full cache",
+            PrefixSealing::AfterPrefix => "compressed after the prefix, which is read over a full cache",
             PrefixSealing::WhenFull => "sealed as pages fill, and the prefix reads what is sealed",
         };
         let windows = counted(self.windows as u64, "window");

@@ -35,7 +35,7 @@ pub struct Meter {
 impl Meter {
     /// Hears of a session before it runs.
     pub fn session(&mut self, scheduler: &Scheduler, request: &Request) {
-        self.largest = self.largest.max(scheduler.caches().needed(request));
+        self.largest = self.largest.max(scheduler.caches().needed(request).unwrap_or_default());
     }
 
     /// Hears of a step after it ran; `device` is its time on the device.

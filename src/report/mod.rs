@@ -11,6 +11,7 @@
 //! | `generate` | [`GenerateReport`] |
 //! | `tokenize` | [`TokenizeReport`] |
 //! | `codecs` | [`CodecsReport`] |
+//! | `policies` | [`PoliciesReport`] |
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `verify` | [`VerifyReport`] |
@@ -21,6 +22,7 @@ mod device;
 mod kl;
 mod meter;
 mod plot;
+mod policies;
 mod run;
 mod run_tables;
 mod table;
@@ -32,5 +34,6 @@ pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
 pub use kl::{KlReport, KlRow};
 pub use meter::{ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, PrefillMetric};
 pub use plot::{Guide, Plot, Point};
+pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{RunReport, RunSettings, SessionReport, finish_name};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};

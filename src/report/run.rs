@@ -6,7 +6,6 @@ use super::{DeviceReport, FourMetrics, ModelReport, Program};
 use crate::geometry::Bytes;
 use crate::kernels::sample::Sampling;
 use crate::pool::PoolReport;
-use crate::pool::page_table::TableShape;
 use crate::schedule::{Finish, Phase, Session};
 
 /// Everything that `run` found.
@@ -95,9 +94,9 @@ pub const fn finish_name(phase: Phase) -> &'static str {
 }
 
 impl SessionReport {
-    /// A finished session; its answer and the tokens of its document come from the caller. `cached` are the tokens in
-    /// its cache when it ended.
-    pub fn new(document: String, question: String, session: &Session, cached: u32, shape: TableShape) -> Self {
+    /// A finished session; its answer and the tokens of its document come from the caller. `cached` are the bytes
+    /// of pages that it held when it ended.
+    pub fn new(document: String, question: String, session: &Session, cached: Bytes) -> Self {
         let times = session.times;
         let seconds = |t: std::time::Duration| t.as_secs_f64();
         let after_first = session.produced.len().saturating_sub(1);
@@ -119,7 +118,7 @@ impl SessionReport {
             waited_s: times.admitted.map(seconds),
             first_token_s: times.first_token.map(seconds),
             per_token_ms,
-            kv_bytes: shape.bytes_for(cached),
+            kv_bytes: cached,
             ended_by: finish_name(session.phase),
         }
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::table::{Align, block, count, counted, number, table};
 use super::{FourMetrics, RunReport, SessionReport};
+use crate::compression::Compression;
 use crate::pool::PoolReport;
 
 /// Widest name of a document in a table.
@@ -88,10 +89,13 @@ fn sessions_table(sessions: &[SessionReport], names: &[String]) -> String {
     text
 }
 
-/// A compression without the dimensions that keep everything.
+/// A compression without the dimensions that keep everything, a codec alone by its name.
 pub(super) fn cache(compression: &str) -> String {
-    let short = compression.trim_start_matches("layer=full,head=full,token=full,");
-    short.trim_start_matches("hidden=").to_owned()
+    match compression.parse::<Compression>() {
+        Ok(full) if full == Compression::default() => full.hidden.to_string(),
+        Ok(compression) => compression.short().trim_start_matches("hidden=").to_owned(),
+        Err(_) => compression.to_owned(),
+    }
 }
 
 fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {

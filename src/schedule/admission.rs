@@ -1,10 +1,8 @@
 //! Admission: who may hold pages.
 
 use super::{Caches, Phase, Request, ScheduleConfig, Scheduler, SessionId};
-use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
-use crate::pool::page_table::PageTable;
 
 /// Why a session can not even wait.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,14 +28,9 @@ pub enum SubmitError {
         /// Longest context.
         context_length: u32,
     },
-    /// Nothing here can read or make its pages.
-    #[error("no kernels were made for hidden={codec}; this run serves {}", served.join(", "))]
-    NotServed {
-        /// What the session asked for.
-        codec: HiddenCodec,
-        /// What there is.
-        served: Vec<String>,
-    },
+    /// Nothing here can carry out its compression.
+    #[error("{0}")]
+    NotServed(String),
     /// Larger than the whole pool.
     #[error(
         "a session of {tokens} tokens needs {needed} for pages, but the budget leaves {capacity} for pages; \
@@ -66,24 +59,18 @@ pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches)
     if prompt + u64::from(max_new) > u64::from(context_length) {
         return Err(SubmitError::TooLong { prompt, max_new, context_length });
     }
-    let codec = request.compression.hidden;
-    if !caches.serves(codec) {
-        let served = [HiddenCodec::F16].iter().chain(&caches.codecs).map(ToString::to_string).collect();
-        return Err(SubmitError::NotServed { codec, served });
-    }
+    caches.serves(&request.compression).map_err(SubmitError::NotServed)?;
     let tokens = request.max_tokens();
-    let shape = caches.shape(&request.compression);
-    let (open, sealed) = shape.pages_of_list(tokens);
-    // Saturating: no pool has so many pages.
-    let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
-    let needed = caches.pool.slabs_for(&[(shape.open_page(), pages(open)), (shape.sealed_page(), pages(sealed))]);
+    let pages = caches.pages_needed(request).map_err(SubmitError::NotServed)?;
+    let needed = caches.pool.slabs_for(&pages);
     let capacity = caches.pool.capacity();
     if needed > capacity {
         let report = caches.pool.report();
         let fixed = report.allocated_bytes - capacity;
         // A slab more for rounding, and the table entries that come with the additional pages.
-        let more = Bytes(needed.0 - capacity.0 + 16 * shape.open_page().0);
-        let entries = Bytes(more.0 / shape.sealed_page().0.min(shape.open_page().0) * 8);
+        let more = Bytes(needed.0 - capacity.0 + 16 * caches.full.open_page().0);
+        let smallest = pages.iter().map(|(page, _)| page.0).min().unwrap_or(more.0);
+        let entries = Bytes(more.0 / smallest * 8);
         let enough = fixed + capacity + (more + entries).align_up(1 << 20);
         return Err(SubmitError::NeverFits { tokens, needed, capacity, enough });
     }
@@ -99,13 +86,12 @@ impl Scheduler {
                 break;
             }
             let request = &self.sessions[&id].request;
-            let (shape, max_tokens) = (self.caches.shape(&request.compression), request.max_tokens());
-            let Caches { pool, ranges, tables, .. } = &mut self.caches;
-            match PageTable::admit(pool, ranges, shape, max_tokens) {
-                Ok(table) => tables.insert(id, table),
-                Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. }) => break,
+            let (document, max_tokens) = (request.document_tokens(), request.max_tokens());
+            match self.caches.admit(id, &request.compression, document, max_tokens) {
+                Ok(()) => {}
+                Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. } | PoolError::SlotsTaken(_)) => break,
                 Err(other) => return Err(other),
-            };
+            }
             self.waiting.pop_front();
             self.admitted.push(id);
             let now = self.now;

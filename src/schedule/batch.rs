@@ -1,6 +1,6 @@
 //! The rows of one step.
 
-use super::{Caches, Phase, ScheduleConfig, Session, SessionId};
+use super::{Caches, Observed, Phase, ScheduleConfig, Session, SessionId};
 use crate::kernels::sample::Sampling;
 
 /// Consecutive rows of one session.
@@ -8,12 +8,14 @@ use crate::kernels::sample::Sampling;
 pub struct PlannedRows {
     /// The session.
     pub session: SessionId,
-    /// Cache index of the first row, which is also its position.
+    /// Position of the first row.
     pub first_index: u32,
     /// One token per row.
     pub tokens: Vec<u32>,
     /// Whether this is a decode row.
     pub decode: bool,
+    /// What coming evictions want of these rows.
+    pub observed: Vec<Observed>,
     /// How to choose the next token from the last row, when it is wanted.
     pub sample: Option<Sampling>,
 }
@@ -45,7 +47,7 @@ impl StepPlan {
 }
 
 /// One decode row for every session in decode, then prompt chunks in order, up to `max_rows` rows. Chunks end where
-/// [`TableShape::cut`](crate::pool::page_table::TableShape::cut) says.
+/// [`Caches::cut`] says.
 pub(super) fn plan<'s>(
     config: &ScheduleConfig,
     caches: &Caches,
@@ -57,11 +59,10 @@ pub(super) fn plan<'s>(
             continue;
         }
         let last = *s.produced.last().expect("a session in decode has produced a token");
-        let prompt = s.request.prompt.len();
-        let index = prompt + s.produced.len() - 1;
         plan.segments.push(PlannedRows {
             session,
-            first_index: u32::try_from(index).expect("contexts are counted in 32 bits"),
+            first_index: caches.tables[&session].n_tokens(),
+            observed: caches.observed(session, 1).into_iter().collect(),
             tokens: vec![last],
             decode: true,
             sample: Some(s.request.sampling),
@@ -72,15 +73,17 @@ pub(super) fn plan<'s>(
         let Phase::Prefill(done) = s.phase else { continue };
         let prompt = &s.request.prompt;
         let n = u32::try_from((prompt.len() - done as usize).min(left)).expect("rows are counted in 32 bits");
-        let n = caches.tables[&session].shape().cut(done, n) as usize;
+        let n = caches.cut(session, n) as usize;
         if n == 0 {
             continue;
         }
         left -= n;
+        let observed = caches.observed(session, u32::try_from(n).expect("rows are counted in 32 bits"));
         let end = done as usize + n;
         plan.segments.push(PlannedRows {
             session,
-            first_index: done,
+            first_index: caches.tables[&session].n_tokens(),
+            observed: observed.into_iter().collect(),
             tokens: prompt[done as usize..end].to_vec(),
             decode: false,
             sample: (end == prompt.len()).then_some(s.request.sampling),

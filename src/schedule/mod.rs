@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! step:  admit    waiting sessions in order of arrival, as long as the pool can commit all pages that each can need
+//!        evict    from caches that are due: a document is cached whole, or N tokens have come since the last time
 //!        plan     one decode row for every session in decode, then prompt chunks for those in prefill, in order of
 //!                 arrival, until the step has `max_rows` rows
 //!        grow     page tables by the rows planned (from the commitments, so it can not fail); full pages get a sealed one
@@ -14,8 +15,9 @@
 //! * *Continuous batching*: sessions in different phases share every step.
 //! * *Chunked prefill*: a long prompt is cut into chunks that fit beside the decode rows, so decoding sessions get a token in
 //!   every step.
-//! * *Compressed caches*: a session names its [`Compression`]. A prompt chunk that leaves a page ends on a page's edge, so that
-//!   every page it fills is sealed in the same step.
+//! * *Compressed caches*: a session names its [`Compression`](crate::compression::Compression). A prompt chunk that leaves a
+//!   page ends on a page's edge, so that every page it fills is sealed in the same step; and one that reaches the end of the
+//!   document ends there, so that the question that follows reads the compressed cache ([`caches`]).
 //! * *Admission is by bytes*: a session is admitted when the pool can promise all pages for its prompt and `max_new` tokens. One that
 //!   could never fit is refused when it is submitted, with the numbers; one that does not fit now waits. The queue is
 //!   strictly first come, first served: a short session does not overtake a long one, so none starves.
@@ -27,19 +29,17 @@
 
 pub mod admission;
 pub mod batch;
+pub mod caches;
 pub mod session;
 pub mod simulation;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::compression::Compression;
-use crate::compression::hidden::HiddenCodec;
-use crate::geometry::Bytes;
-use crate::pool::page_table::{PageTable, Sealing, TableRanges, TableShape, Window};
-use crate::pool::{PagePool, PoolError, PoolReport};
+use crate::pool::{PoolError, PoolReport};
 pub use admission::SubmitError;
 pub use batch::{PlannedRows, StepPlan};
+pub use caches::{Abilities, Caches, Observation, Observed, REPEAT_ROOM, Selection};
 pub use session::{Finish, Phase, Request, Session, SessionId, SessionTimes};
 
 /// What executes a plan: the engine on a device, or a simulation.
@@ -53,6 +53,13 @@ pub trait Backend {
     /// # Errors
     /// Whatever the backend runs into; the scheduler's state is unchanged except for the grown page tables.
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, Self::Error>;
+
+    /// Evicts from the cache of a session that is due, whose tokens so far are `tokens`, and swaps its table; how long that
+    /// took.
+    ///
+    /// # Errors
+    /// Whatever the backend runs into.
+    fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, Self::Error>;
 }
 
 /// What a step gave.
@@ -62,78 +69,6 @@ pub struct StepResult {
     pub tokens: Vec<u32>,
     /// How long it took.
     pub elapsed: Duration,
-}
-
-/// The pool and the page tables of admitted sessions.
-#[derive(Clone, Debug)]
-pub struct Caches {
-    /// Page accounting.
-    pub pool: PagePool,
-    /// Table entries.
-    pub ranges: TableRanges,
-    /// Pages that prompt rows pass through while they are sealed.
-    pub window: Window,
-    /// Shape of a session's table without compression.
-    pub full: TableShape,
-    /// Codecs that the backend has kernels for, f16 aside.
-    pub codecs: Vec<HiddenCodec>,
-    /// Tables of admitted sessions.
-    pub tables: BTreeMap<SessionId, PageTable>,
-}
-
-impl Caches {
-    /// No session yet.
-    ///
-    /// # Panics
-    /// When the tables do not hold the window's entries.
-    pub fn new(pool: PagePool, full: TableShape, window: Window, codecs: Vec<HiddenCodec>) -> Self {
-        let entries = u32::try_from(pool.tables().0 / 4).expect("table entries are counted in 32 bits");
-        let mut ranges = TableRanges::new(entries);
-        if window.entries() > 0 {
-            assert_eq!(ranges.reserve(window.entries()), Some(0), "the window's entries should come first");
-        }
-        Self { pool, ranges, window, full, codecs, tables: BTreeMap::new() }
-    }
-
-    /// Shape of a session's table.
-    pub const fn shape(&self, compression: &Compression) -> TableShape {
-        TableShape { codec: compression.hidden, sealing: Sealing::WhenFull, ..self.full }
-    }
-
-    /// Bytes of pages that a session can need at most.
-    pub fn needed(&self, request: &Request) -> Bytes {
-        self.shape(&request.compression).bytes_for(request.max_tokens())
-    }
-
-    /// Whether the backend has kernels for a codec.
-    pub fn serves(&self, codec: HiddenCodec) -> bool {
-        !codec.seals() || self.codecs.contains(&codec)
-    }
-
-    /// Makes room for the rows of a step.
-    ///
-    /// # Errors
-    /// [`PoolError`] beyond what was admitted.
-    pub fn grow(&mut self, plan: &StepPlan) -> Result<(), PoolError> {
-        self.window.clear();
-        for rows in &plan.segments {
-            let table = self.tables.get_mut(&rows.session).expect("an admitted session has a table");
-            table.grow(&mut self.pool, &mut self.window, rows.n_rows())?;
-        }
-        Ok(())
-    }
-
-    /// Ends a step: what it sealed has no open form any more.
-    ///
-    /// # Errors
-    /// [`PoolError`] when the pool disagrees, which would be a defect.
-    pub fn retire(&mut self, plan: &StepPlan) -> Result<(), PoolError> {
-        for rows in &plan.segments {
-            let table = self.tables.get_mut(&rows.session).expect("an admitted session has a table");
-            table.retire(&mut self.pool)?;
-        }
-        Ok(())
-    }
 }
 
 /// Limits of the schedule.
@@ -152,6 +87,8 @@ pub struct ScheduleConfig {
 pub struct StepReport {
     /// Sessions admitted.
     pub admitted: Vec<SessionId>,
+    /// Sessions whose caches were evicted from before the rows.
+    pub evicted: Vec<SessionId>,
     /// Tokens produced.
     pub produced: Vec<(SessionId, u32)>,
     /// Sessions that ended.
@@ -229,9 +166,7 @@ impl Scheduler {
     fn finish(&mut self, id: SessionId, why: Finish) -> Result<(), PoolError> {
         self.waiting.retain(|w| *w != id);
         self.admitted.retain(|a| *a != id);
-        if let Some(table) = self.caches.tables.remove(&id) {
-            table.release(&mut self.caches.pool, &mut self.caches.ranges)?;
-        }
+        self.caches.release(id)?;
         let now = self.now;
         let session = self.session_mut(id);
         session.phase = Phase::Finished(why);
@@ -254,6 +189,14 @@ impl Scheduler {
     /// The backend's.
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
         let mut report = StepReport { admitted: self.admit()?, ..StepReport::default() };
+        let due: Vec<_> = self.admitted.iter().copied().filter(|id| self.caches.is_due(*id)).collect();
+        for id in due {
+            let session = &self.sessions[&id];
+            let tokens = [&session.request.prompt[..], &session.produced].concat();
+            report.elapsed += backend.evict(id, &tokens, &mut self.caches)?;
+            report.evicted.push(id);
+        }
+        self.now += report.elapsed;
         let admitted = self.admitted.iter().map(|id| (*id, &self.sessions[id]));
         let plan = batch::plan(&self.config, &self.caches, admitted);
         if plan.segments.is_empty() {
@@ -261,9 +204,9 @@ impl Scheduler {
         }
         self.caches.grow(&plan)?;
         let result = backend.execute(&plan, &mut self.caches)?;
-        self.caches.retire(&plan)?;
+        self.caches.retire(&plan);
         self.now += result.elapsed;
-        report.elapsed = result.elapsed;
+        report.elapsed += result.elapsed;
         report.decode_rows = plan.decode_rows();
         report.prefill_rows = plan.n_rows() - plan.decode_rows();
         self.apply(&plan, &result, &mut report)?;

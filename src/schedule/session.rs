@@ -22,9 +22,18 @@ pub struct Request {
     pub stop: Vec<u32>,
     /// What is done to its cache.
     pub compression: Compression,
+    /// Tokens of the prompt that are compressed before the rest of it is read: a document, without the question about it.
+    /// The whole prompt where `None`.
+    pub document: Option<u32>,
 }
 
 impl Request {
+    /// Tokens of the prompt that are compressed before the rest is read.
+    pub fn document_tokens(&self) -> u32 {
+        let prompt = u32::try_from(self.prompt.len()).expect("prompts are counted in 32 bits");
+        self.document.unwrap_or(prompt).min(prompt)
+    }
+
     /// Tokens that the cache must be able to hold. The last token produced is never fed back.
     pub fn max_tokens(&self) -> u32 {
         let prompt = u32::try_from(self.prompt.len()).expect("prompts are counted in 32 bits");

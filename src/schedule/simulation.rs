@@ -7,7 +7,7 @@ use std::time::Duration;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Backend, Caches, StepPlan, StepResult};
+use super::{Backend, Caches, SessionId, StepPlan, StepResult};
 use crate::pool::PoolError;
 
 /// Seeded tokens, and a step time that grows with its rows.
@@ -70,5 +70,29 @@ impl Backend for Simulation {
             }
         }
         Ok(StepResult { tokens, elapsed: self.per_step + self.per_row * plan.n_rows() })
+    }
+
+    /// Keeps as many tokens as the policy says; which ones is of no account here. Lists that share a total keep equally many.
+    fn evict(&mut self, session: SessionId, _: &[u32], caches: &mut Caches) -> Result<Duration, PoolError> {
+        self.record(session.0);
+        let selection = caches.selection(session);
+        let mut target = caches.take_target(session);
+        let table = &caches.tables[&session];
+        let (n_tokens, kv_heads) = (table.n_tokens(), table.shape().num_kv_heads);
+        let owners: Vec<u32> =
+            (0..caches.full.num_layers).filter(|layer| target.layers().owns(*layer)).collect();
+        let mut kept = vec![None; target.shape().num_lists() as usize];
+        for domain in selection.domains.iter().filter(|domain| domain.total > 0) {
+            let lists = u32::try_from(domain.lists.len()).expect("lists are counted in 32 bits");
+            for list in &domain.lists {
+                let held = table.n_held(owners[(list / kv_heads) as usize], list % kv_heads);
+                let tokens = (domain.total / lists).min(held);
+                self.record(tokens);
+                kept[*list as usize] = Some((0..tokens).collect());
+            }
+        }
+        target.keep(&mut caches.pool, kept, n_tokens)?;
+        caches.swap(session, target)?;
+        Ok(self.per_step)
     }
 }

@@ -164,6 +164,29 @@ pub struct PageContext<'a> {
     pub parameters: &'a HeadParameters,
     /// Position of its first token.
     pub first_position: u32,
+    /// Positions of all its tokens where they are not consecutive.
+    pub kept: Option<&'a [u32]>,
+}
+
+impl<'a> PageContext<'a> {
+    /// A page of consecutive tokens.
+    pub const fn at(parameters: &'a HeadParameters, first_position: u32) -> Self {
+        Self { parameters, first_position, kept: None }
+    }
+
+    /// A page of tokens that an eviction kept: their positions, `page_size` of them.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub const fn kept(parameters: &'a HeadParameters, positions: &'a [u32]) -> Self {
+        Self { parameters, first_position: positions[0], kept: Some(positions) }
+    }
+
+    /// Positions of the page's tokens.
+    fn positions(self) -> impl Iterator<Item = u32> + 'a {
+        let consecutive = self.kept.is_none().then_some(self.first_position..);
+        self.kept.into_iter().flatten().copied().chain(consecutive.into_iter().flatten())
+    }
 }
 
 impl Codec {
@@ -192,6 +215,8 @@ impl Codec {
         let mask = match self.transform {
             Transform::Pruning { .. } => think::mask_words(self.width(page.head_dim)),
             Transform::CentredRotation => page.head_dim / 2,
+            // Positions: latents are turned when they are read.
+            Transform::LowRank { .. } if side == Side::Key => page.page_size,
             _ => 0,
         };
         self.quantizer_words(side, page) + mask
@@ -229,19 +254,25 @@ impl Codec {
                 think::write_mask(&channels, mask);
                 think::gather(values, page.head_dim, &channels)
             }
-            Transform::LowRank { rank } => (context.first_position..)
-                .zip(values.chunks_exact(width))
-                .flat_map(|(position, row)| match side {
-                    Side::Key => {
-                        let angles = lowrank::angles(position, page.head_dim, parameters.rope_theta);
-                        let before = lowrank::turn_back(row, &angles);
-                        lowrank::project(&before, &parameters.key_basis, rank)
-                    }
-                    Side::Value => lowrank::project(row, &parameters.value_basis, rank),
-                })
-                // What follows sees f16, as it does without a projection. Devices disagree about the sign of a NaN.
-                .map(|z| if z.is_finite() { half::f16::from_f32(z).to_f32() } else { f32::NAN })
-                .collect(),
+            Transform::LowRank { rank } => {
+                if side == Side::Key {
+                    mask.iter_mut().zip(context.positions()).for_each(|(word, position)| *word = position);
+                }
+                context
+                    .positions()
+                    .zip(values.chunks_exact(width))
+                    .flat_map(|(position, row)| match side {
+                        Side::Key => {
+                            let angles = lowrank::angles(position, page.head_dim, parameters.rope_theta);
+                            let before = lowrank::turn_back(row, &angles);
+                            lowrank::project(&before, &parameters.key_basis, rank)
+                        }
+                        Side::Value => lowrank::project(row, &parameters.value_basis, rank),
+                    })
+                    // What follows sees f16, as it does without a projection. Devices disagree about the sign of a NaN.
+                    .map(|z| if z.is_finite() { half::f16::from_f32(z).to_f32() } else { f32::NAN })
+                    .collect()
+            }
         };
         self.quantizer.definition().encode(shape, &transformed, codes);
         out
@@ -267,21 +298,18 @@ impl Codec {
                 rows
             }
             Transform::Pruning { .. } => think::scatter(&rows, page.head_dim, &think::read_mask(mask, shape.width)),
-            Transform::LowRank { .. } => (context.first_position..)
-                .zip(rows.chunks_exact(shape.width as usize))
-                .flat_map(|(position, z)| {
-                    let parameters = context.parameters;
-                    let row = match side {
-                        Side::Key => {
-                            let angles = lowrank::angles(position, page.head_dim, parameters.rope_theta);
-                            lowrank::turn(&lowrank::lift(z, &parameters.key_basis, page.head_dim), &angles)
-                        }
-                        Side::Value => lowrank::lift(z, &parameters.value_basis, page.head_dim),
-                    };
-                    #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is what is wanted")]
-                    row.into_iter().map(|x| x as f32)
-                })
-                .collect(),
+            Transform::LowRank { .. } => {
+                let parameters = context.parameters;
+                let lifted = rows.chunks_exact(shape.width as usize).enumerate().flat_map(|(token, z)| match side {
+                    Side::Key => {
+                        let angles = lowrank::angles(mask[token], page.head_dim, parameters.rope_theta);
+                        lowrank::turn(&lowrank::lift(z, &parameters.key_basis, page.head_dim), &angles)
+                    }
+                    Side::Value => lowrank::lift(z, &parameters.value_basis, page.head_dim),
+                });
+                #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is what is wanted")]
+                lifted.map(|x| x as f32).collect()
+            }
         }
     }
 }

@@ -222,7 +222,7 @@ impl<'d> Setup<'d> {
                         tokens.flat_map(|row| row[head * width..(head + 1) * width].to_vec()).collect()
                     };
                     let context =
-                        PageContext { parameters: &self.parameters[head], first_position: number * page.page_size };
+                        PageContext::at(&self.parameters[head], number * page.page_size);
                     let words = sequence.codec.encode(page, context, &rows(&sequence.k), &rows(&sequence.v));
                     let (k, v) = sequence.codec.decode(page, context, &words);
                     (words, k, v)

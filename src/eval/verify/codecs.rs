@@ -98,7 +98,7 @@ fn kinds(device: &Device, codec: HiddenCodec, head_dim: u32) -> Result<Check, En
         };
         let (k, v) = (side(), side());
         attention.step(&[NewRows { sequence, q: &[], k: &k, v: &v, decode: false }])?;
-        let context = PageContext { parameters: &parameters[0], first_position: index * PAGE_SIZE };
+        let context = PageContext::at(&parameters[0], index * PAGE_SIZE);
         expected.push(codec.encode(page, context, &k, &v));
     }
     let mut words = Words::default();
@@ -160,7 +160,7 @@ fn every_code(device: &Device, codec: HiddenCodec) -> Result<Check, EngineError>
     // The rows' own keys are zero: their scores are nothing beside that of the picked token.
     let zeros = vec![0.0; n];
     let out = attention.step(&[NewRows { sequence, q: &one_hot, k: &zeros, v: &zeros, decode: false }])?;
-    let context = PageContext { parameters: &parameters[0], first_position: 0 };
+    let context = PageContext::at(&parameters[0], 0);
     let words = codec.encode(page, context, &one_hot, &values);
     let (_, decoded) = codec.decode(page, context, &words);
     if codec.v.transform == Transform::None {

@@ -42,7 +42,7 @@ fn fill(spec: &LatentDecodeSpec, latents: &[f32], arena: &mut Vec<u32>) -> Vec<f
     for rows in latents.chunks(values) {
         let mut full = rows.to_vec();
         full.resize(values, f32::NAN);
-        let context = PageContext { parameters: &nobody, first_position: 0 };
+        let context = PageContext::at(&nobody, 0);
         let words = spec.codec.encode(Side::Key, page, context, &full);
         decoded.extend_from_slice(&spec.codec.decode(Side::Key, page, context, &words)[..rows.len()]);
         arena.extend(words);
@@ -74,8 +74,7 @@ fn check(device: &Device, num_qo_heads: u32, codec: Codec) -> Result<Check, Engi
             for start in (0..n).step_by(SPLIT as usize) {
                 let n_tokens = (n - start).min(SPLIT);
                 let page_lo = first_page + start / 64;
-                let item = DecodeItem { q_row, n_tokens, page_lo, slot: n_states, ..DecodeItem::default() };
-                decode.push(DecodeItem { first_token: start, ..item });
+                decode.push(DecodeItem { q_row, n_tokens, page_lo, slot: n_states, ..DecodeItem::default() });
                 n_states += HEAD_TILE;
             }
             merge.push(MergeItem { q_row, state_lo, n_states: n.div_ceil(SPLIT), stride: HEAD_TILE });

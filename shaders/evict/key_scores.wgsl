@@ -1,0 +1,141 @@
+// Scores that need no attention: from keys, and from what was gathered about queries.
+// Specification: src/kernels/key_scores.rs. Workgroup = one work item = a run of tokens of one list; lane = token.
+
+struct KeyScoreParams {
+  items: u32,    // first vec4 of the work list in `step`
+  n_items: u32,
+  layer: u32,    // always 0: items name pages of their own layer
+  angles: u32,   // first vec4 of the rotary tables in `parameters`
+  mode: u32,
+  skip: u32,     // first tokens of a list that EXPECTED leaves out
+}
+
+const NORM = 0u;
+const ANCHOR = 1u;
+const DIFFERENCE = 2u;
+const EXPECTED_SUM = 3u;
+const EXPECTED = 4u;
+// Numbers of a list's summary: the sum of its normalised keys, or (m, l) of each query head.
+const SUMMARY = max(HEAD_DIM, 2u * GROUP_SIZE);
+const NEGLIGIBLE = -1e30;
+
+var<immediate> par: KeyScoreParams;
+@group(0) @binding(0) var<storage, read> step: array<vec4<u32>>;
+@group(0) @binding(1) var<storage, read> tables: array<u32>;
+@group(0) @binding(2) var<storage, read> arena: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read> parameters: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> moments: array<f32>;     // [query head of all layers][HEAD_DIM + HEAD_DIM^2]
+@group(0) @binding(5) var<storage, read_write> summary: array<f32>;  // [list][SUMMARY]
+@group(0) @binding(6) var<storage, read_write> scores: array<f32>;
+
+var<workgroup> folded: array<f32, WORKGROUP_SIZE * 8u>;
+
+fn square(row: ptr<function, Row>) -> f32 {
+  var sum = 0.0;
+  for (var i = 0u; i < HEAD_DIM; i++) { sum += (*row).x[i] * (*row).x[i]; }
+  return sum;
+}
+
+// What a query head is expected to give a key, base 2: log2 of the mean of exp over queries.
+fn expected_logit(key: ptr<function, Row>, head: u32) -> f32 {
+  let at = head * (HEAD_DIM + HEAD_DIM * HEAD_DIM);
+  var mean = 0.0;
+  for (var i = 0u; i < HEAD_DIM; i++) { mean += moments[at + i] * (*key).x[i]; }
+  var spread = 0.0;
+  for (var i = 0u; i < HEAD_DIM; i++) {
+    var sum = 0.0;
+    for (var j = 0u; j < HEAD_DIM; j++) { sum += moments[at + HEAD_DIM + i * HEAD_DIM + j] * (*key).x[j]; }
+    spread += sum * (*key).x[i];
+  }
+  return (mean * inverseSqrt(f32(HEAD_DIM)) + spread * (0.5 / f32(HEAD_DIM))) * 1.4426950408889634;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) li: u32) {
+  let item = group.y * GRID_WIDTH + group.x;
+  if (item >= par.n_items) { return; }
+  let a = step[par.items + item * 2u];
+  let b = step[par.items + item * 2u + 1u];
+  let pages = a.x;
+  let n_tokens = a.y;
+  let list = a.z;
+  let out = a.w;
+  let begins = b.x == 1u;
+  let index = b.y;     // tokens before the run in its list
+  let first_head = list * GROUP_SIZE;
+  let basis = head_parameters(list);
+  var sum: Row;
+  var m: array<f32, GROUP_SIZE>;
+  var l: array<f32, GROUP_SIZE>;
+  for (var h = 0u; h < GROUP_SIZE; h++) { m[h] = NEGLIGIBLE; }
+
+  for (var token = li; token < n_tokens; token += WORKGROUP_SIZE) {
+    let page = tables[pages + token / PAGE_SIZE];
+    var key = key_row(page, token % PAGE_SIZE, basis);
+    if (par.mode == NORM) {
+      scores[out + token] = -sqrt(square(&key));
+    } else if (par.mode == ANCHOR) {
+      let scale = 1.0 / sqrt(max(square(&key), 1e-30));
+      for (var i = 0u; i < HEAD_DIM; i++) { sum.x[i] += key.x[i] * scale; }
+    } else if (par.mode == DIFFERENCE) {
+      var dot_product = 0.0;
+      var anchor_square = 0.0;
+      for (var i = 0u; i < HEAD_DIM; i++) {
+        let x = summary[list * SUMMARY + i];
+        dot_product += x * key.x[i];
+        anchor_square += x * x;
+      }
+      scores[out + token] = -dot_product / sqrt(max(square(&key) * anchor_square, 1e-30));
+    } else if (index + token < par.skip) {
+      if (par.mode == EXPECTED) { scores[out + token] = 0.0; }
+    } else if (par.mode == EXPECTED_SUM) {
+      for (var h = 0u; h < GROUP_SIZE; h++) {
+        let logit = expected_logit(&key, first_head + h);
+        let higher = max(m[h], logit);
+        l[h] = l[h] * exp2(m[h] - higher) + exp2(logit - higher);
+        m[h] = higher;
+      }
+    } else {
+      var total = 0.0;
+      for (var h = 0u; h < GROUP_SIZE; h++) {
+        let at = list * SUMMARY + 2u * h;
+        total += exp2(expected_logit(&key, first_head + h) - summary[at]) / summary[at + 1u];
+      }
+      var value = value_row(page, token % PAGE_SIZE, basis);
+      scores[out + token] = total / f32(GROUP_SIZE) * sqrt(square(&value));
+    }
+  }
+  if (par.mode == ANCHOR) {
+    for (var first = 0u; first < HEAD_DIM; first += 8u) {
+      workgroupBarrier();
+      for (var i = 0u; i < 8u; i++) { folded[li * 8u + i] = sum.x[first + i]; }
+      workgroupBarrier();
+      if (li < 8u) {
+        var all = 0.0;
+        for (var i = 0u; i < WORKGROUP_SIZE; i++) { all += folded[i * 8u + li]; }
+        let at = list * SUMMARY + first + li;
+        summary[at] = select(summary[at], 0.0, begins) + all;
+      }
+    }
+  }
+  if (par.mode == EXPECTED_SUM) {
+    for (var h = 0u; h < GROUP_SIZE; h++) {
+      workgroupBarrier();
+      folded[li * 2u] = m[h];
+      folded[li * 2u + 1u] = l[h];
+      workgroupBarrier();
+      if (li == 0u) {
+        let at = list * SUMMARY + 2u * h;
+        var top = select(summary[at], NEGLIGIBLE, begins);
+        var all = select(summary[at + 1u], 0.0, begins);
+        for (var i = 0u; i < WORKGROUP_SIZE; i++) {
+          let higher = max(top, folded[i * 2u]);
+          all = all * exp2(top - higher) + folded[i * 2u + 1u] * exp2(folded[i * 2u] - higher);
+          top = higher;
+        }
+        summary[at] = top;
+        summary[at + 1u] = all;
+      }
+    }
+  }
+}
