@@ -23,7 +23,7 @@ use crate::kernels::abi::{CarryItem, DecideItem, DecideParams, GatherItem, KeySc
 use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
 use crate::kernels::executor::AttentionKernels;
-use crate::kernels::key_scores::KeyScoreMode;
+use crate::kernels::key_scores::{self, KeyScoreMode};
 use crate::kernels::plan::{ByPlace, ObservedRows, Place, ScoredRows};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{KeptTokens, PageTable, Run, Window};
@@ -234,17 +234,23 @@ impl Evictor<'_> {
         if !modes.is_empty() {
             for (list, (layer, in_source, _)) in (0_u32..).zip(&lists) {
                 let head = list % kv_heads;
-                for (k, run) in source.held_runs(*layer, head).enumerate() {
-                    let item = KeyScoreItem {
-                        page_lo: run.entry,
-                        n_tokens: run.n_tokens,
-                        list: layer * kv_heads + head,
-                        out: raw_base + in_source * capacity + run.index,
-                        begins: u32::from(k == 0),
-                        index: run.index,
-                        pad: [0; 2],
-                    };
-                    key_runs.push((k, Place { codec: run.codec, arena: run.arena, sealed_arena: run.arena }), item);
+                let mut k = 0;
+                for run in source.held_runs(*layer, head) {
+                    for start in (0..run.n_tokens).step_by(key_scores::TOKENS as usize) {
+                        let item = KeyScoreItem {
+                            page_lo: run.entry + start / source.shape().page.page_size,
+                            n_tokens: key_scores::TOKENS.min(run.n_tokens - start),
+                            list: layer * kv_heads + head,
+                            out: raw_base + in_source * capacity + run.index + start,
+                            begins: u32::from(k == 0),
+                            index: run.index + start,
+                            slot: start % source.shape().page.page_size,
+                            pad: 0,
+                        };
+                        let place = Place { codec: run.codec, arena: run.arena, sealed_arena: run.arena };
+                        key_runs.push((k, place), item);
+                        k += 1;
+                    }
                 }
             }
         }

@@ -407,8 +407,10 @@ pub struct KeyScoreItem {
     pub begins: u32,
     /// Tokens before the run in its list.
     pub index: u32,
+    /// Slot of the first token in its page.
+    pub slot: u32,
     /// Unused.
-    pub pad: [u32; 2],
+    pub pad: u32,
 }
 
 /// Decide: a run of tokens of one list.

@@ -81,8 +81,8 @@ pub type Dispatch = (Place, Range<u32>);
 /// What score items of one dispatch have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ScorePlace {
-    /// Segments of one session add to the same scores, one after another.
-    pub pass: usize,
+    /// Segments of one session, and pieces of a segment, add to the same scores, one after another.
+    pub pass: (usize, u32),
     /// See [`ScoredRows`].
     pub largest: bool,
     /// Where the pages lie.
@@ -235,7 +235,7 @@ impl AttentionPlan {
                 } else {
                     list.prefill(PrefillSpec::tile_positions(shape), &mut parts, &mut self.merge);
                 }
-                list.score(pass, &mut parts);
+                list.score(pass, score::rows_max(shape), &mut parts);
             }
         }
         self.n_states = self.n_states.max(parts.n_states);
@@ -412,30 +412,31 @@ impl List<'_, '_> {
     }
 
     /// What the scored rows give each token that they see.
-    fn score(&self, pass: usize, parts: &mut LayerParts) {
+    fn score(&self, pass: usize, rows_max: u32, parts: &mut LayerParts) {
         let s = self.segment;
         let list = self.table().layers().list(self.layer) * self.num_kv_heads + self.kv_head;
         for scored in s.scores.iter().filter(|scored| scored.first < s.n_rows) {
-            for run in self.runs(s.first_index + s.n_rows - 1) {
-                let place = ScorePlace { pass, largest: scored.largest, place: reading(&run) };
-                let mut start = 0;
-                while start < run.n_tokens {
-                    let n_tokens = score::TOKENS.min(run.n_tokens - start);
-                    let item = ScoreItem {
-                        row_lo: s.row_lo + scored.first,
-                        n_rows: s.n_rows - scored.first,
-                        kv_head: self.kv_head,
-                        page_lo: run.entry + start / self.page_size(),
-                        n_tokens,
-                        first_token: run.position + start,
-                        first_index: s.first_index + scored.first,
-                        out: scored.at + list * scored.capacity + run.index + start,
-                        layer_stride: run.layer_stride,
-                        list: self.owner(),
-                        pad: [0; 2],
-                    };
-                    parts.score.push(place, item);
-                    start += n_tokens;
+            let rows = scored.first..s.n_rows;
+            for (piece, first) in (0..).zip(rows.clone().step_by(rows_max as usize)) {
+                let n_rows = rows_max.min(rows.end - first);
+                for run in self.runs(s.first_index + s.n_rows - 1) {
+                    let place = ScorePlace { pass: (pass, piece), largest: scored.largest, place: reading(&run) };
+                    for start in (0..run.n_tokens).step_by(score::TOKENS as usize) {
+                        let item = ScoreItem {
+                            row_lo: s.row_lo + first,
+                            n_rows,
+                            kv_head: self.kv_head,
+                            page_lo: run.entry + start / self.page_size(),
+                            n_tokens: score::TOKENS.min(run.n_tokens - start),
+                            first_token: run.position + start,
+                            first_index: s.first_index + first,
+                            out: scored.at + list * scored.capacity + run.index + start,
+                            layer_stride: run.layer_stride,
+                            list: self.owner(),
+                            pad: [0; 2],
+                        };
+                        parts.score.push(place, item);
+                    }
                 }
             }
         }

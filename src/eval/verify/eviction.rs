@@ -94,7 +94,7 @@ pub(super) fn count(extent: Extent) -> usize {
 pub(super) fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(Check)) -> Result<(), EngineError> {
     let mut cache = PipelineCache::default();
     for compression in cases(extent) {
-        check(device, &mut cache, &[compression])?.into_iter().for_each(&mut *each);
+        check(device, &mut cache, &[compression], None)?.into_iter().for_each(&mut *each);
     }
     Ok(())
 }
@@ -131,7 +131,7 @@ fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
 }
 
 /// Evicts from sequences with these compressions, then decodes and prefills all of them in common steps; five checks of
-/// each.
+/// each. Small arenas scatter pages.
 ///
 /// # Errors
 /// [`EngineError`] when the device refuses.
@@ -139,6 +139,7 @@ pub fn check(
     device: &Device,
     cache: &mut PipelineCache,
     compressions: &[Compression],
+    max_arena: Option<Bytes>,
 ) -> Result<Vec<Check>, EngineError> {
     let mut rng = ChaCha8Rng::seed_from_u64(77);
     let heads = SHAPE.heads;
@@ -161,6 +162,7 @@ pub fn check(
         evictions: Some(evictions),
         parameters: of_lists.to_vec(),
         context_length: n_tokens,
+        max_arena,
         ..PagedAttentionConfig::new(
             SHAPE,
             Bytes(pages * page + (codecs.len() as u64 + 2) * 64 * page) + Bytes::mib(24),
