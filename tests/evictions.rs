@@ -23,7 +23,10 @@ fn every_policy_keeps_what_its_definition_keeps_gpu() {
     let mut failed = Vec::new();
     for compression in singles() {
         for check in check(&device, &mut cache, &[compression], None).expect("the device should not fail") {
-            println!("{} {} {} {:e} {:?}", check.kernel, check.case, check.compared, check.error_over_bound, check.nmse);
+            println!(
+                "{} {} {} {:e} {:?}",
+                check.kernel, check.case, check.compared, check.error_over_bound, check.nmse
+            );
             if !check.passed() {
                 failed.push(format!("{check:?}"));
             }
@@ -37,8 +40,23 @@ fn tmp_arenas_gpu() {
     let device = common::device();
     let mut cache = PipelineCache::default();
     for text in ["expected:0.5", "keydiff:0.5", "h2o:0.5", "snapkv:0.5,hidden=kivi4"] {
-        for check in check(device, &mut cache, &[text.parse().expect("a compression")], Some(concertina::geometry::Bytes(40 * (8 << 10)))).expect("the device should not fail") {
-            println!("{} {} {} {:e} {:?} {}", check.kernel, check.case, check.compared, check.error_over_bound, check.nmse, check.passed());
+        for check in check(
+            device,
+            &mut cache,
+            &[text.parse().expect("a compression")],
+            Some(concertina::geometry::Bytes(40 * (8 << 10))),
+        )
+        .expect("the device should not fail")
+        {
+            println!(
+                "{} {} {} {:e} {:?} {}",
+                check.kernel,
+                check.case,
+                check.compared,
+                check.error_over_bound,
+                check.nmse,
+                check.passed()
+            );
         }
     }
 }

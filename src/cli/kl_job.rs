@@ -15,6 +15,7 @@ use concertina::report::KlRow;
 use concertina::schedule::REPEAT_ROOM;
 use concertina::weights::Weights;
 
+use super::args::chooses;
 use super::failure::usage;
 use super::kl::{KlArgs, Seal};
 use super::load::{Model, context_for};
@@ -93,6 +94,7 @@ impl Job {
             context_length: self.context,
             page_size: self.page.page_size,
             codecs: self.codecs.clone(),
+            chooses: chooses(&self.compressions),
             evictions: Some(self.evictions.clone()),
             max_arena: None,
         };
@@ -117,7 +119,7 @@ impl Job {
         let prefix = u32::try_from(self.settings.prefix_tokens).expect("no longer than the model's context");
         let bytes = |codec, n_tokens| {
             let (num_layers, num_kv_heads) = (model.num_layers, model.heads.num_kv_heads);
-            TableShape { num_layers, num_kv_heads, page: self.page, codec }.bytes_for(n_tokens)
+            TableShape { num_layers, num_kv_heads, page: self.page, codec, quest: None }.bytes_for(n_tokens)
         };
         let of_cache = |compression: &Compression| {
             let kept = compression.token.eviction().map_or(prefix, |eviction| eviction.kept(prefix).min(prefix));

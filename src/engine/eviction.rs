@@ -19,7 +19,9 @@ use crate::device::staging::{ReadBack, Uploader};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, WORD_BYTES};
 use crate::kernels::Recorder;
-use crate::kernels::abi::{CarryItem, DecideItem, DecideParams, GatherItem, KeyScoreItem, MergeLayersItem, SealItem, SelectItem, SelectList};
+use crate::kernels::abi::{
+    CarryItem, DecideItem, DecideParams, GatherItem, KeyScoreItem, MergeLayersItem, SealItem, SelectItem, SelectList,
+};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
 use crate::kernels::executor::AttentionKernels;
@@ -135,11 +137,8 @@ impl Evictor<'_> {
         let closed = |list: u32| selection.domains.iter().any(|d| d.total == 0 && d.lists.contains(&list));
         let owners = owners(target, num_layers);
         let kv_heads = target.shape().num_kv_heads;
-        let n_tokens = if selection.rerotates {
-            count(kept.iter().map(Vec::len).max().unwrap_or(0))
-        } else {
-            source.n_tokens()
-        };
+        let n_tokens =
+            if selection.rerotates { count(kept.iter().map(Vec::len).max().unwrap_or(0)) } else { source.n_tokens() };
         let positions = |(list, (own, merged)): (u32, (&Vec<u32>, &Vec<u32>))| {
             let (layer, head) = (owners[(list / kv_heads) as usize], list % kv_heads);
             let position = |(place, index): (u32, &u32)| {
@@ -184,7 +183,9 @@ impl Evictor<'_> {
     ) -> Result<(), EngineError> {
         if !self.fits(words.0.len()) {
             let (bytes, limit) = (Bytes(words.0.len() as u64 * WORD_BYTES), Bytes(self.step.size()));
-            return Err(DeviceError::TooLarge { label: "the work lists of an eviction".to_owned(), bytes, limit }.into());
+            return Err(
+                DeviceError::TooLarge { label: "the work lists of an eviction".to_owned(), bytes, limit }.into()
+            );
         }
         self.uploader.upload(self.device, bytemuck::cast_slice(&words.0), self.step, 0)?;
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -415,7 +416,8 @@ impl Evictor<'_> {
     ) -> Result<Kept, EngineError> {
         let (capacity, kv_heads) = (self.kernels.sizes().capacity, source.shape().num_kv_heads);
         let size = source.shape().page.page_size;
-        let lists = |(lower, upper): (u32, u32), head: u32| [lower, upper].map(|layer| (layer * kv_heads + head) as usize);
+        let lists =
+            |(lower, upper): (u32, u32), head: u32| [lower, upper].map(|layer| (layer * kv_heads + head) as usize);
         let mut merged = vec![Vec::new(); kept.len()];
         for pair in merging.pairs.iter().copied() {
             for head in 0..kv_heads {
@@ -481,7 +483,8 @@ impl Evictor<'_> {
                 merged[lower] = of(false).map(|(_, index)| *index).collect();
                 for list in [lower, upper] {
                     kept[list].retain(|index| merged[lower].binary_search(index).is_err());
-                    let listed = if list == lower { [&kept[list][..], &merged[lower]].concat() } else { kept[list].clone() };
+                    let listed =
+                        if list == lower { [&kept[list][..], &merged[lower]].concat() } else { kept[list].clone() };
                     self.upload_kept(list, &listed)?;
                 }
             }
@@ -626,7 +629,8 @@ impl Moves {
         // Merged tokens are listed behind those that the lower layer keeps.
         let first = if upper.is_some() { count(kept[list].len()) } else { 0 };
         let kept_at = count(list) * self.capacity + first + page * size;
-        for (layer, entry) in std::iter::once((layer, target_entry)).chain(upper.map(|upper| (upper, target_entry + 1))) {
+        for (layer, entry) in std::iter::once((layer, target_entry)).chain(upper.map(|upper| (upper, target_entry + 1)))
+        {
             for from in source.held_runs(layer, kv_head) {
                 let item = GatherItem {
                     source: from.entry,

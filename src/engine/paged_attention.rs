@@ -27,6 +27,8 @@ pub struct PagedAttentionConfig {
     pub num_layers: u32,
     /// Codecs besides f16 that sequences may have; each costs its kernels.
     pub codecs: Vec<HiddenCodec>,
+    /// Sequences whose decode rows may choose the pages that they read (`quest`).
+    pub choosing: u32,
     /// What evictions need; `None` where nothing is evicted.
     pub evictions: Option<EvictionConfig>,
     /// What codecs take from a model, per layer and KV head; none where no codec needs it.
@@ -52,6 +54,7 @@ impl PagedAttentionConfig {
             shape,
             num_layers,
             codecs,
+            choosing: 0,
             evictions,
             parameters,
             context_length,
@@ -152,13 +155,17 @@ impl<'d> PagedAttention<'d> {
             codecs: &config.codecs,
             num_lists: config.num_layers * heads.num_kv_heads,
             context_length: config.context_length,
+            choosing: config.choosing,
         };
         let pages = page_sizes(&config.shape, &config.codecs);
         let seals = config.codecs.iter().any(HiddenCodec::seals);
         let window = Window::new(config.shape.page(), heads.num_kv_heads, config.max_rows, seals);
         let max_binding = device.max_binding();
         let eviction_sizes = config.eviction_sizes();
-        let scratch = qkv_bytes + output_bytes + sizes.scratch_bytes(&config.shape) + Self::STEP
+        let scratch = qkv_bytes
+            + output_bytes
+            + sizes.scratch_bytes(&config.shape)
+            + Self::STEP
             + eviction_sizes.map_or(Bytes::ZERO, |sizes| sizes.scratch_bytes(&config.shape));
         let eviction_back = eviction_sizes.map_or(Bytes::ZERO, |sizes| eviction::back_bytes(&sizes, &config.shape));
         let layout = PoolLayout {
@@ -198,11 +205,13 @@ impl<'d> PagedAttention<'d> {
             num_kv_heads: heads.num_kv_heads,
             page: config.shape.page(),
             codec: HiddenCodec::F16,
+            quest: None,
         };
         let abilities = Abilities {
             codecs: config.codecs.clone(),
             slots: config.evictions.as_ref().map(|evictions| evictions.slots),
             head_scores: config.evictions.as_ref().and_then(|evictions| evictions.head_scores.clone()),
+            chooses: config.choosing > 0,
         };
         buffers.write_window(device, &mut uploader, &window)?;
         let caches = Caches::new(pool, full, window, abilities);
@@ -495,7 +504,8 @@ impl<'d> PagedAttention<'d> {
         let first = layer as usize * n_rows;
         for p in placed {
             let copy = |from: &[f32], to: &mut [f32], width: usize| {
-                let (at, lo, n) = ((first + p.to as usize) * width, p.row_lo as usize * width, p.n_rows as usize * width);
+                let (at, lo, n) =
+                    ((first + p.to as usize) * width, p.row_lo as usize * width, p.n_rows as usize * width);
                 to[at..at + n].copy_from_slice(&from[lo..lo + n]);
             };
             copy(&o, &mut out.o, q_width);
@@ -517,12 +527,7 @@ impl<'d> PagedAttention<'d> {
     ///
     /// # Errors
     /// [`EngineError`].
-    pub fn pages_of_layer(
-        &self,
-        sequence: SequenceId,
-        layer: u32,
-        kv_head: u32,
-    ) -> Result<DevicePages, EngineError> {
+    pub fn pages_of_layer(&self, sequence: SequenceId, layer: u32, kv_head: u32) -> Result<DevicePages, EngineError> {
         let table = self.table(sequence)?;
         let read = |pages: &[PageId], page: Bytes| -> Result<Vec<Vec<u32>>, DeviceError> {
             let bytes = usize::try_from(page.0).expect("a page fits in the address space");

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::prompt::{Driver, Probe};
 use crate::compression::Compression;
-use crate::compression::token::Score;
+use crate::compression::token::{Score, TokenPolicy};
 use crate::engine::{Engine, EngineError};
 use crate::geometry::Bytes;
 use crate::reference::compare::{agree_top1, kl_divergence, log_sum_exp, widen};
@@ -207,6 +207,7 @@ const fn needs_slot(score: &Score) -> bool {
 /// Whether a cache can be made of the full one's prefix.
 fn forks(compression: &Compression, settings: &KlSettings) -> bool {
     let own = compression.layer.skip_prefill.is_some()
+        || matches!(compression.token, TokenPolicy::Quest { .. })
         || (settings.sealing == PrefixSealing::WhenFull && !Caches::evicts(compression));
     !own
 }

@@ -6,6 +6,7 @@
 //! merged = what two layers have in common, held by the lower one's list and read by both
 //! kept   = in the session's codec; its last page may be partly used                   [layer][KV head] of parts
 //! sealed = full pages of the tail, in the session's codec
+//! bounds = smallest and largest keys of full pages, where decode rows choose what they read
 //! open   = f16 pages of the tail; the last one still fills
 //! ```
 //!
@@ -32,10 +33,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use super::table_ranges::TableRanges;
-pub use super::table_shape::{Capacity, TableShape, Window};
+pub use super::table_shape::{Capacity, Quest, TableShape, Window};
 use super::{PageId, PagePool, PoolError};
 use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
+
+/// Pages that a choice may be larger by, because each run of pages chooses in proportion.
+const CHOSEN_SPARE: u32 = 16;
 
 /// Which layer's lists each layer of a model reads.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -128,9 +132,10 @@ enum Part {
     Kept,
     Sealed,
     Open,
+    Bounds,
 }
 
-const PARTS: [Part; 4] = [Part::Merged, Part::Kept, Part::Sealed, Part::Open];
+const PARTS: [Part; 5] = [Part::Merged, Part::Kept, Part::Sealed, Part::Open, Part::Bounds];
 
 /// What an eviction leaves of a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -205,6 +210,8 @@ pub struct PageTable {
     sealed: u32,
     /// Pages of each list's tail whose open form is gone.
     retired: u32,
+    /// Pages of each list's tail that this step fills.
+    filled: Range<u32>,
     /// First slot of the window in this step, and the window's slots per KV head.
     window: (u32, u32),
     /// Of each layer of lists, the lower layer that it has tokens in common with.
@@ -228,10 +235,12 @@ impl PageTable {
     ) -> Result<Self, PoolError> {
         let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
         let admitted = capacity;
-        let capacity = [capacity.merged_pages_of_list, capacity.kept_pages_of_list, sealed, open];
+        let bounds = shape.bounds_of_list(capacity.tail_tokens);
+        let capacity = [capacity.merged_pages_of_list, capacity.kept_pages_of_list, sealed, open, bounds];
         // Saturating: no pool has so many pages, so the commitment is refused.
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
-        let committed = [pages(open), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
+        let committed =
+            [pages(open + bounds), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
         let sizes = Self::page_sizes(&shape);
         let undo = |pool: &mut PagePool, done: usize| {
             sizes.iter().zip(committed).take(done).try_for_each(|(page, n)| pool.uncommit(*page, n))
@@ -243,6 +252,7 @@ impl PageTable {
             }
         }
         let entries = pages(capacity.iter().fold(0, |sum: u32, part| sum.saturating_add(*part)));
+        let entries = entries.saturating_add(Self::chosen_entries(&shape));
         let Some(region) = ranges.reserve(entries) else {
             undo(pool, sizes.len())?;
             return Err(PoolError::TablesFull { wanted: entries, total: ranges.total() });
@@ -258,11 +268,18 @@ impl PageTable {
             tail: 0,
             sealed: 0,
             retired: 0,
+            filled: 0..0,
             window: (0, 0),
             merged_with: vec![None; shape.num_layers as usize],
             committed,
             dirty: false,
         })
+    }
+
+    /// Entries behind the lists for what decode rows choose: of each KV head the pages, and one more for every arena that they
+    /// may lie in.
+    fn chosen_entries(shape: &TableShape) -> u32 {
+        shape.quest.map_or(0, |quest| shape.num_kv_heads * (quest.pages + CHOSEN_SPARE))
     }
 
     /// Bytes of an open page, of one in the codec, and of a merged one.
@@ -341,7 +358,8 @@ impl PageTable {
         let list = |l: &PageList| {
             let in_codec = l.part(Part::Kept).len() + l.part(Part::Sealed).len();
             let of_merged = u64::from(l.part(Part::Merged).len()) * merged.0;
-            of_merged + u64::from(l.part(Part::Open).len()) * open.0 + u64::from(in_codec) * sealed.0
+            let in_f16 = l.part(Part::Open).len() + l.part(Part::Bounds).len();
+            of_merged + u64::from(in_f16) * open.0 + u64::from(in_codec) * sealed.0
         };
         Bytes(self.lists.iter().map(list).sum())
     }
@@ -361,6 +379,7 @@ impl PageTable {
         assert_eq!(self.cut(n), n, "rows that leave a page should end on an edge");
         let passing = shape.window_pages(self.tail, n);
         let slot = window.take(passing).expect("the window should hold the pages of a step");
+        self.filled = self.tail / shape.page.page_size..tail / shape.page.page_size;
         self.window = (slot, window.slots());
         self.tail = tail;
         let open = tail.div_ceil(shape.page.page_size) - self.retired - passing;
@@ -372,6 +391,8 @@ impl PageTable {
             if !self.lists[index].closed {
                 self.fill(pool, index, Part::Open, open, arenas)?;
                 self.fill(pool, index, Part::Sealed, self.sealed, arenas)?;
+                let bounds = shape.bounds_of_list(tail);
+                self.fill(pool, index, Part::Bounds, bounds, arenas)?;
             }
         }
         Ok(())
@@ -389,7 +410,7 @@ impl PageTable {
         let layer = index / self.shape.num_kv_heads as usize;
         let preferred = layer * arenas / self.shape.num_layers as usize;
         let class = match part {
-            Part::Open => 0,
+            Part::Open | Part::Bounds => 0,
             Part::Kept | Part::Sealed => 1,
             Part::Merged => 2,
         };
@@ -451,12 +472,9 @@ impl PageTable {
             self.merged_with[lower as usize] = Some(lower);
             self.merged_with[upper as usize] = Some(lower);
         }
-        let [_, _, sealed, open] = self.capacity;
-        let unused = [
-            closed * open,
-            closed * sealed + admitted.kept_pages - all,
-            admitted.merged_pages - all_merged,
-        ];
+        let [_, _, sealed, open, bounds] = self.capacity;
+        let unused =
+            [closed * (open + bounds), closed * sealed + admitted.kept_pages - all, admitted.merged_pages - all_merged];
         for ((page, n), committed) in Self::page_sizes(&self.shape).iter().zip(unused).zip(&mut self.committed) {
             pool.uncommit(*page, n)?;
             *committed -= n;
@@ -475,7 +493,8 @@ impl PageTable {
     }
 
     /// Ends a step: pages that it sealed are read in their codec from now on.
-    pub const fn retire(&mut self) {
+    pub fn retire(&mut self) {
+        self.filled = 0..0;
         self.retired = self.sealed;
         self.window = (0, 0);
     }
@@ -491,7 +510,7 @@ impl PageTable {
         for (page, n) in Self::page_sizes(&self.shape).iter().zip(self.committed) {
             pool.uncommit(*page, n)?;
         }
-        let entries = self.shape.num_lists() * self.list_capacity();
+        let entries = self.shape.num_lists() * self.list_capacity() + Self::chosen_entries(&self.shape);
         if entries > 0 {
             ranges.release(self.region, entries);
         }
@@ -601,9 +620,9 @@ impl PageTable {
         let entry = self.entry(layer, kv_head, Part::Sealed);
         let list = self.list_at(layer, kv_head);
         let (codec, kept) = (self.shape.codec, list.kept);
-        list.part(Part::Sealed).clipped(pages).map(move |run| {
-            self.tail_run(codec, run.arena, entry + run.first, run.first..run.first + run.pages, kept)
-        })
+        list.part(Part::Sealed)
+            .clipped(pages)
+            .map(move |run| self.tail_run(codec, run.arena, entry + run.first, run.first..run.first + run.pages, kept))
     }
 
     /// Open pages of the tail: a list's own, then those in the window.
@@ -652,6 +671,39 @@ impl PageTable {
         };
         let tail = self.sealed_runs(layer, kv_head, sealed).chain(self.open_runs(layer, kv_head, open));
         self.kept_runs(layer, kv_head).chain(tail)
+    }
+
+    /// Pages of each list's tail that this step fills.
+    pub fn filled_pages(&self) -> Range<u32> {
+        self.filled.clone()
+    }
+
+    /// Where the bounds of a full page lie: arena, table entry, entries between layers, and which token they are.
+    pub fn bounds_of(&self, layer: u32, kv_head: u32, page: u32) -> (u16, u32, u32, u32) {
+        let size = self.shape.page.page_size;
+        let pages = self.list_at(layer, kv_head).part(Part::Bounds);
+        let entry = self.entry(layer, kv_head, Part::Bounds) + page / size;
+        (pages.pages[(page / size) as usize].arena, entry, self.layer_stride(), page % size)
+    }
+
+    /// First table entry of what a decode row chooses of a KV head, and how many there are.
+    pub fn chosen(&self, kv_head: u32) -> (u32, u32) {
+        let of_head = self.shape.quest.map_or(0, |quest| quest.pages + CHOSEN_SPARE);
+        (self.region + self.shape.num_lists() * self.list_capacity() + kv_head * of_head, of_head)
+    }
+
+    /// Full pages that a row reads before its own, by its place in the tail, where it may choose among them.
+    pub fn full_runs(&self, layer: u32, kv_head: u32, place: u32) -> Vec<Run> {
+        let page = place / self.shape.page.page_size;
+        let sealed = self.sealed.min(page);
+        self.sealed_runs(layer, kv_head, 0..sealed).chain(self.open_runs(layer, kv_head, sealed..page)).collect()
+    }
+
+    /// The page of a row, up to itself.
+    pub fn own_run(&self, layer: u32, kv_head: u32, place: u32) -> impl Iterator<Item = Run> + '_ {
+        let page = place / self.shape.page.page_size;
+        let runs = self.open_runs(layer, kv_head, page..page + 1);
+        runs.map(move |run| Run { n_tokens: run.n_tokens.min(place + 1 - run.offset), ..run })
     }
 
     /// Whether two layers that follow each other can share work lists: their pages lie in the same arenas, and their lists
