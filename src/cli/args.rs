@@ -123,7 +123,7 @@ pub(super) struct CacheArgs {
 impl CacheArgs {
     /// The codecs of some compressions, each once; kernels are made for them.
     ///
-    /// A codec that pages of this size can not have is wrong usage, 
+    /// A codec that pages of this size can not have is wrong usage,
     pub(super) fn codecs(&self, compressions: &[Compression], model: &ModelGeometry) -> Result<Vec<HiddenCodec>> {
         let page = PageGeometry { page_size: self.page_size, head_dim: model.heads.head_dim };
         let mut codecs: Vec<_> = compressions.iter().map(|c| c.hidden).filter(HiddenCodec::seals).collect();
@@ -146,7 +146,9 @@ impl CacheArgs {
         for eviction in compressions.iter().filter_map(|compression| compression.token.eviction()) {
             if let Some(every) = eviction.every.filter(|every| every % self.page_size != 0) {
                 let size = self.page_size;
-                return Err(usage(format!("token={eviction}: every{every} is no multiple of the pages of {size} tokens")));
+                return Err(usage(format!(
+                    "token={eviction}: every{every} is no multiple of the pages of {size} tokens"
+                )));
             }
         }
         let geometry = model.geometry();

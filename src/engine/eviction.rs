@@ -18,7 +18,9 @@ use crate::device::staging::{ReadBack, Uploader};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, WORD_BYTES};
 use crate::kernels::Recorder;
-use crate::kernels::abi::{CarryItem, DecideItem, DecideParams, GatherItem, KeyScoreItem, SealItem, SelectItem, SelectList};
+use crate::kernels::abi::{
+    CarryItem, DecideItem, DecideParams, GatherItem, KeyScoreItem, SealItem, SelectItem, SelectList,
+};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
 use crate::kernels::executor::AttentionKernels;
@@ -128,11 +130,8 @@ impl Evictor<'_> {
         let closed = |list: u32| selection.domains.iter().any(|d| d.total == 0 && d.lists.contains(&list));
         let owners = owners(target, num_layers);
         let kv_heads = target.shape().num_kv_heads;
-        let n_tokens = if selection.rerotates {
-            count(kept.iter().map(Vec::len).max().unwrap_or(0))
-        } else {
-            source.n_tokens()
-        };
+        let n_tokens =
+            if selection.rerotates { count(kept.iter().map(Vec::len).max().unwrap_or(0)) } else { source.n_tokens() };
         let positions = |(list, indices): (u32, &Vec<u32>)| {
             let (layer, head) = (owners[(list / kv_heads) as usize], list % kv_heads);
             let position = |(place, index): (u32, &u32)| {
@@ -173,7 +172,9 @@ impl Evictor<'_> {
     ) -> Result<(), EngineError> {
         if !self.fits(words.0.len()) {
             let (bytes, limit) = (Bytes(words.0.len() as u64 * WORD_BYTES), Bytes(self.step.size()));
-            return Err(DeviceError::TooLarge { label: "the work lists of an eviction".to_owned(), bytes, limit }.into());
+            return Err(
+                DeviceError::TooLarge { label: "the work lists of an eviction".to_owned(), bytes, limit }.into()
+            );
         }
         self.uploader.upload(self.device, bytemuck::cast_slice(&words.0), self.step, 0)?;
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -475,9 +476,9 @@ impl Moves {
         let size = shape.page.page_size;
         let indices = &kept[list];
         let n_kept = (count(indices.len()) - page * size).min(size);
-        let run = target.kept_runs(layer, kv_head).find(|run| {
-            run.offset / size <= page && page < (run.offset + run.n_tokens).div_ceil(size)
-        });
+        let run = target
+            .kept_runs(layer, kv_head)
+            .find(|run| run.offset / size <= page && page < (run.offset + run.n_tokens).div_ceil(size));
         let run = run.expect("a kept page should have a place");
         let to = run.entry + page - run.offset / size;
         let seals = self.codec.seals();
@@ -501,7 +502,8 @@ impl Moves {
         if seals {
             let first = (page * size) as usize;
             let own = &indices[first..first + n_kept as usize];
-            let padded = || (0..size as usize).map(|i| own[i.min(own.len() - 1)]).map(|i| source.position_of(layer, kv_head, i));
+            let padded =
+                || (0..size as usize).map(|i| own[i.min(own.len() - 1)]).map(|i| source.position_of(layer, kv_head, i));
             let (mut angles, mut positions) = (0, 0);
             if self.turns_back() {
                 let words: Vec<u32> = padded().collect();

@@ -332,8 +332,7 @@ impl<'d> Engine<'d> {
     /// Bytes of every buffer on the device but the weights: what the pool's report calls allocated.
     pub fn held_bytes(&self) -> Bytes {
         let staging = self.uploader.total() + self.back.capacity() + self.timer.bytes();
-        let evictions =
-            self.evictions.as_ref().map_or(Bytes::ZERO, |e| e.kernels.held_bytes() + e.back.capacity());
+        let evictions = self.evictions.as_ref().map_or(Bytes::ZERO, |e| e.kernels.held_bytes() + e.back.capacity());
         self.buffers.bytes() + self.scratch.bytes() + self.attention.held_bytes() + staging + evictions
     }
 

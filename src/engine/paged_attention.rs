@@ -158,7 +158,10 @@ impl<'d> PagedAttention<'d> {
         let window = Window::new(config.shape.page(), heads.num_kv_heads, config.max_rows, seals);
         let max_binding = device.max_binding();
         let eviction_sizes = config.eviction_sizes();
-        let scratch = qkv_bytes + output_bytes + sizes.scratch_bytes(&config.shape) + Self::STEP
+        let scratch = qkv_bytes
+            + output_bytes
+            + sizes.scratch_bytes(&config.shape)
+            + Self::STEP
             + eviction_sizes.map_or(Bytes::ZERO, |sizes| sizes.scratch_bytes(&config.shape));
         let eviction_back = eviction_sizes.map_or(Bytes::ZERO, |sizes| eviction::back_bytes(&sizes, &config.shape));
         let layout = PoolLayout {
@@ -490,7 +493,8 @@ impl<'d> PagedAttention<'d> {
         let first = layer as usize * n_rows;
         for p in placed {
             let copy = |from: &[f32], to: &mut [f32], width: usize| {
-                let (at, lo, n) = ((first + p.to as usize) * width, p.row_lo as usize * width, p.n_rows as usize * width);
+                let (at, lo, n) =
+                    ((first + p.to as usize) * width, p.row_lo as usize * width, p.n_rows as usize * width);
                 to[at..at + n].copy_from_slice(&from[lo..lo + n]);
             };
             copy(&o, &mut out.o, q_width);
@@ -512,12 +516,7 @@ impl<'d> PagedAttention<'d> {
     ///
     /// # Errors
     /// [`EngineError`].
-    pub fn pages_of_layer(
-        &self,
-        sequence: SequenceId,
-        layer: u32,
-        kv_head: u32,
-    ) -> Result<DevicePages, EngineError> {
+    pub fn pages_of_layer(&self, sequence: SequenceId, layer: u32, kv_head: u32) -> Result<DevicePages, EngineError> {
         let table = self.table(sequence)?;
         let read = |pages: &[PageId], page: Bytes| -> Result<Vec<Vec<u32>>, DeviceError> {
             let bytes = usize::try_from(page.0).expect("a page fits in the address space");

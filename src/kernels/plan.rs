@@ -185,7 +185,8 @@ impl AttentionPlan {
                 let first = len_u32(&plan.turned_pages);
                 let shape = segment.table.shape();
                 if matches!(shape.codec.k.transform, Transform::LowRank { .. }) {
-                    plan.turned_pages.extend(segment.table.sealing_pages().map(|page| segment.table.page_position(page)));
+                    plan.turned_pages
+                        .extend(segment.table.sealing_pages().map(|page| segment.table.page_position(page)));
                 }
                 first
             })

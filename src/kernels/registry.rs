@@ -40,7 +40,14 @@ pub fn codecs(page: PageGeometry) -> Vec<HiddenCodec> {
 
 /// Every spec of every kernel, over both tiers.
 pub fn all_specs() -> Vec<KernelSpec> {
-    let mut specs = vec![select::decide(), select::select(), select::carry(), elementwise::embed(), elementwise::rope(), elementwise::gated_activation()];
+    let mut specs = vec![
+        select::decide(),
+        select::select(),
+        select::carry(),
+        elementwise::embed(),
+        elementwise::rope(),
+        elementwise::gated_activation(),
+    ];
     for tier in [Tier::Portable, Tier::Subgroup] {
         specs.push(elementwise::rms_norm(tier));
         specs.push(sample::kernel(tier));

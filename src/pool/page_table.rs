@@ -497,9 +497,9 @@ impl PageTable {
         let entry = self.entry(layer, kv_head, Part::Sealed);
         let list = self.list_at(layer, kv_head);
         let (codec, kept) = (self.shape.codec, list.kept);
-        list.part(Part::Sealed).clipped(pages).map(move |run| {
-            self.tail_run(codec, run.arena, entry + run.first, run.first..run.first + run.pages, kept)
-        })
+        list.part(Part::Sealed)
+            .clipped(pages)
+            .map(move |run| self.tail_run(codec, run.arena, entry + run.first, run.first..run.first + run.pages, kept))
     }
 
     /// Open pages of the tail: a list's own, then those in the window.
@@ -534,10 +534,8 @@ impl PageTable {
             (0..sealed, sealed..page + 1)
         };
         let tail = self.sealed_runs(layer, kv_head, sealed).chain(self.open_runs(layer, kv_head, open));
-        self.kept_runs(layer, kv_head).chain(tail.map(move |run| Run {
-            n_tokens: run.n_tokens.min(place + 1 - run.offset),
-            ..run
-        }))
+        self.kept_runs(layer, kv_head)
+            .chain(tail.map(move |run| Run { n_tokens: run.n_tokens.min(place + 1 - run.offset), ..run }))
     }
 
     /// Everything that a list holds between two steps, in order.

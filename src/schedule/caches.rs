@@ -178,7 +178,8 @@ impl Caches {
     pub fn serves(&self, compression: &Compression) -> Result<(), String> {
         let codec = compression.hidden;
         if codec.seals() && !self.abilities.codecs.contains(&codec) {
-            let served: Vec<_> = [HiddenCodec::F16].iter().chain(&self.abilities.codecs).map(ToString::to_string).collect();
+            let served: Vec<_> =
+                [HiddenCodec::F16].iter().chain(&self.abilities.codecs).map(ToString::to_string).collect();
             return Err(format!("no kernels were made for hidden={codec}; this run serves {}", served.join(", ")));
         }
         if Self::evicts(compression) && self.abilities.slots.is_none() {
@@ -195,7 +196,9 @@ impl Caches {
         let all = compression.head.lists(self.abilities.head_scores.as_deref(), layers, heads)?;
         let owners = compression.layer.owners(layers)?;
         let own = (0..layers).filter(|layer| owners[*layer as usize] == *layer);
-        Ok(own.flat_map(|layer| all[(layer * heads) as usize..((layer + 1) * heads) as usize].iter().copied()).collect())
+        Ok(own
+            .flat_map(|layer| all[(layer * heads) as usize..((layer + 1) * heads) as usize].iter().copied())
+            .collect())
     }
 
     /// What an eviction of lists of up to `n_tokens` tokens keeps.
