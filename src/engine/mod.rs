@@ -9,6 +9,7 @@
 mod eviction;
 mod expected;
 mod layers;
+mod moves;
 pub mod paged_attention;
 mod parameters;
 mod scratch;
