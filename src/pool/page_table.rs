@@ -364,9 +364,9 @@ impl PageTable {
     /// [`PoolError::NotCommitted`] beyond what was admitted.
     ///
     /// # Panics
-    /// When the table holds tokens, or the lists are not as many.
+    /// When the table holds tokens or pages, or the lists are not as many.
     pub fn keep(&mut self, pool: &mut PagePool, kept: Vec<Option<Vec<u32>>>, n_tokens: u32) -> Result<(), PoolError> {
-        assert_eq!(self.n_tokens(), 0, "kept tokens come first");
+        assert!(self.n_tokens() == 0 && self.held_bytes() == Bytes::ZERO, "kept tokens come first");
         assert_eq!(kept.len(), self.lists.len(), "every list keeps something or nothing");
         let size = self.shape.page.page_size;
         let pages = |tokens: &Option<Vec<u32>>| tokens.as_ref().map_or(0, |t| to_u32(t.len())).div_ceil(size);
