@@ -545,14 +545,3 @@ fn a_wrong_run_is_noticed() {
     assert!(table.alike(0, 1) == spread_alike(&s, &table, 0, 1), "a layer that shares is like none");
     assert!(!table.alike(0, 2) && table.seen_runs(0, 1, 97).next().is_none(), "and a closed list has nothing");
 }
-
-#[test]
-fn layers_that_each_own_their_cache_are_the_same_however_they_are_written() {
-    assert_eq!(Layers::new(&[0, 1, 2, 3]), Layers::OWN, "each its own");
-    assert_eq!(Layers::new(&[]), Layers::default(), "none");
-    let shared = Layers::new(&[0, 0, 2, 0, 4]);
-    let lists: Vec<u32> = (0..5).map(|layer| shared.list(layer)).collect();
-    assert_eq!(lists, [0, 0, 1, 0, 2], "lists of owners follow each other");
-    let owners: Vec<u32> = (0..5).map(|layer| shared.owner(layer)).collect();
-    assert_eq!(owners, [0, 0, 2, 0, 4], "and lead back to them");
-}

@@ -21,64 +21,21 @@
 //! in one step is open only while its layer computes. Rows that leave the open page end on a page's edge
 //! ([`PageTable::cut`]), so that nothing stays in the window.
 //!
-//! Layers may share lists: [`Layers`] names the list of every layer of the model.
+//! Layers may share lists: [`Layers`] names the list of every layer of the model. Where one reads a list after a third layer's
+//! rows have passed through the window, no rows of that session pass through it.
 //!
 //! In CSR terms the table buffer is `indices`, a list's first entry its `indptr`, and the last page's fill its
 //! `last_page_len`. Each part of a list has room for all pages that the session can need, so lists never move; a region is
 //! uploaded whole when it changed, which for a session in decode is once per `page_size` tokens.
 
 use std::ops::Range;
-use std::sync::Arc;
 
+pub use super::table_layers::Layers;
 pub use super::table_ranges::TableRanges;
 pub use super::table_shape::{Capacity, TableShape, Window};
 use super::{PageId, PagePool, PoolError};
 use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
-
-/// Which layer's lists each layer of a model reads.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Layers(Option<Arc<[u32]>>);
-
-impl Layers {
-    /// Every layer its own.
-    pub const OWN: Self = Self(None);
-
-    /// From the owner of each layer's cache; an owner owns its own.
-    pub fn new(owners: &[u32]) -> Self {
-        if owners.iter().zip(0..).all(|(owner, layer)| *owner == layer) {
-            return Self::OWN;
-        }
-        let mut own = 0;
-        let mut lists: Vec<u32> = Vec::with_capacity(owners.len());
-        for (owner, layer) in owners.iter().zip(0..) {
-            if *owner == layer {
-                lists.push(own);
-                own += 1;
-            } else {
-                lists.push(lists[*owner as usize]);
-            }
-        }
-        Self(Some(lists.into()))
-    }
-
-    /// The layer of lists that a layer reads.
-    pub fn list(&self, layer: u32) -> u32 {
-        self.0.as_ref().map_or(layer, |lists| lists[layer as usize])
-    }
-
-    /// Whether a layer's own keys and values are kept.
-    pub fn owns(&self, layer: u32) -> bool {
-        self.owner(layer) == layer
-    }
-
-    /// The layer whose keys and values a layer reads.
-    pub fn owner(&self, layer: u32) -> u32 {
-        let Some(lists) = &self.0 else { return layer };
-        let first = lists.iter().position(|list| *list == lists[layer as usize]);
-        u32::try_from(first.expect("a layer is among its lists")).expect("layers are few")
-    }
-}
 
 /// Consecutive pages of a part that lie in one arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -277,9 +234,12 @@ impl PageTable {
         self.admitted
     }
 
-    /// How many of `n` rows its next step may hold.
+    /// How many of `n` rows its next step may hold: where a layer reads another's cache after a third has filled the window,
+    /// no more than the open page takes.
     pub fn cut(&self, n: u32) -> u32 {
-        self.shape.cut(self.tail, n)
+        let size = self.shape.page.page_size;
+        let n = self.shape.cut(self.tail, n);
+        if self.shape.codec.seals() && !self.layers.follow() { n.min(size - self.tail % size) } else { n }
     }
 
     /// Pages of each list's tail that this step seals.
