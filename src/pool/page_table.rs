@@ -355,6 +355,19 @@ impl PageTable {
         Ok(())
     }
 
+    /// Commits once more the pages for kept tokens that [`Self::keep`] gave back, for a table that is to stand ready in place of
+    /// this one.
+    ///
+    /// # Errors
+    /// [`PoolError::DoesNotFit`] when others have them by now.
+    pub fn commit_rest(&mut self, pool: &mut PagePool) -> Result<(), PoolError> {
+        let kept: u32 = self.lists.iter().map(|list| list.part(Part::Kept).len()).sum();
+        let rest = self.admitted.kept_pages - kept;
+        pool.commit(self.shape.sealed_page(), rest)?;
+        self.committed.1 += rest;
+        Ok(())
+    }
+
     /// Takes back the last tokens of a tail in f16; their pages stay for what comes next.
     ///
     /// # Panics
