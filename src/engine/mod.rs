@@ -9,6 +9,8 @@
 mod eviction;
 mod expected;
 mod layers;
+mod merged;
+mod moves;
 pub mod paged_attention;
 mod parameters;
 mod scratch;

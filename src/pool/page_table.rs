@@ -23,15 +23,16 @@
 //! in one step is open only while its layer computes. Rows that leave the open page end on a page's edge
 //! ([`PageTable::cut`]), so that nothing stays in the window.
 //!
-//! Layers may share lists: [`Layers`] names the list of every layer of the model.
+//! Layers may share lists: [`Layers`] names the list of every layer of the model. Where one reads a list after a third layer's
+//! rows have passed through the window, no rows of that session pass through it.
 //!
 //! In CSR terms the table buffer is `indices`, a list's first entry its `indptr`, and the last page's fill its
 //! `last_page_len`. Each part of a list has room for all pages that the session can need, so lists never move; a region is
 //! uploaded whole when it changed, which for a session in decode is once per `page_size` tokens.
 
 use std::ops::Range;
-use std::sync::Arc;
 
+pub use super::table_layers::Layers;
 pub use super::table_ranges::TableRanges;
 pub use super::table_shape::{Capacity, Quest, TableShape, Window};
 use super::{PageId, PagePool, PoolError};
@@ -40,50 +41,6 @@ use crate::geometry::Bytes;
 
 /// Pages that a choice may be larger by, because each run of pages chooses in proportion.
 const CHOSEN_SPARE: u32 = 16;
-
-/// Which layer's lists each layer of a model reads.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Layers(Option<Arc<[u32]>>);
-
-impl Layers {
-    /// Every layer its own.
-    pub const OWN: Self = Self(None);
-
-    /// From the owner of each layer's cache; an owner owns its own.
-    pub fn new(owners: &[u32]) -> Self {
-        if owners.iter().zip(0..).all(|(owner, layer)| *owner == layer) {
-            return Self::OWN;
-        }
-        let mut own = 0;
-        let mut lists: Vec<u32> = Vec::with_capacity(owners.len());
-        for (owner, layer) in owners.iter().zip(0..) {
-            if *owner == layer {
-                lists.push(own);
-                own += 1;
-            } else {
-                lists.push(lists[*owner as usize]);
-            }
-        }
-        Self(Some(lists.into()))
-    }
-
-    /// The layer of lists that a layer reads.
-    pub fn list(&self, layer: u32) -> u32 {
-        self.0.as_ref().map_or(layer, |lists| lists[layer as usize])
-    }
-
-    /// Whether a layer's own keys and values are kept.
-    pub fn owns(&self, layer: u32) -> bool {
-        self.owner(layer) == layer
-    }
-
-    /// The layer whose keys and values a layer reads.
-    pub fn owner(&self, layer: u32) -> u32 {
-        let Some(lists) = &self.0 else { return layer };
-        let first = lists.iter().position(|list| *list == lists[layer as usize]);
-        u32::try_from(first.expect("a layer is among its lists")).expect("layers are few")
-    }
-}
 
 /// Consecutive pages of a part that lie in one arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -337,9 +294,12 @@ impl PageTable {
         self.admitted
     }
 
-    /// How many of `n` rows its next step may hold.
+    /// How many of `n` rows its next step may hold: where a layer reads another's cache after a third has filled the window,
+    /// no more than the open page takes.
     pub fn cut(&self, n: u32) -> u32 {
-        self.shape.cut(self.tail, n)
+        let size = self.shape.page.page_size;
+        let n = self.shape.cut(self.tail, n);
+        if self.shape.codec.seals() && !self.layers.follow() { n.min(size - self.tail % size) } else { n }
     }
 
     /// Pages of each list's tail that this step seals.
@@ -432,7 +392,7 @@ impl PageTable {
     /// [`PoolError::NotCommitted`] beyond what was admitted.
     ///
     /// # Panics
-    /// When the table holds tokens, or the lists are not as many.
+    /// When the table holds tokens or pages, or the lists are not as many.
     pub fn keep(
         &mut self,
         pool: &mut PagePool,
@@ -440,7 +400,7 @@ impl PageTable {
         pairs: &[(u32, u32)],
         n_tokens: u32,
     ) -> Result<(), PoolError> {
-        assert_eq!(self.n_tokens(), 0, "kept tokens come first");
+        assert!(self.n_tokens() == 0 && self.held_bytes() == Bytes::ZERO, "kept tokens come first");
         assert_eq!(kept.len(), self.lists.len(), "every list keeps something or nothing");
         let size = self.shape.page.page_size;
         let own = |tokens: &KeptTokens| tokens.own.as_ref().map_or(0, |t| to_u32(t.len())).div_ceil(size);
@@ -480,6 +440,19 @@ impl PageTable {
             *committed -= n;
         }
         self.tail_start = n_tokens;
+        Ok(())
+    }
+
+    /// Commits once more the pages for kept tokens that [`Self::keep`] gave back, for a table that is to stand ready in place of
+    /// this one.
+    ///
+    /// # Errors
+    /// [`PoolError::DoesNotFit`] when others have them by now.
+    pub fn commit_rest(&mut self, pool: &mut PagePool) -> Result<(), PoolError> {
+        let kept: u32 = self.lists.iter().map(|list| list.part(Part::Kept).len()).sum();
+        let rest = self.admitted.kept_pages - kept;
+        pool.commit(self.shape.sealed_page(), rest)?;
+        self.committed[1] += rest;
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use crate::compression::head::{HeadPattern, HeadScores, ListPattern};
 use crate::compression::hidden::HiddenCodec;
 use crate::compression::keep::{Domain, KeepShape, domains};
 use crate::compression::layer::Sharing;
-use crate::compression::token::{Reduce, Rows, Rule, Score, TokenPolicy};
+use crate::compression::token::{Allocation, Reduce, Rows, Rule, Score, TokenPolicy};
 use crate::geometry::Bytes;
 use crate::pool::page_table::{Capacity, Layers, PageTable, Quest, TableRanges, TableShape, Window};
 use crate::pool::{PagePool, PoolError};
@@ -236,6 +236,12 @@ impl Caches {
         if matches!(compression.token, TokenPolicy::Quest { .. }) && !self.abilities.chooses {
             return Err(format!("{} chooses pages, and this engine was made without that", compression.short()));
         }
+        if Self::observes(compression) && self.abilities.slots == Some(0) {
+            return Err(format!(
+                "{} scores tokens, and this engine was made without slots for that",
+                compression.short()
+            ));
+        }
         self.layers(compression)?;
         self.merging(compression)?;
         self.patterns(compression)?;
@@ -295,6 +301,20 @@ impl Caches {
         Ok(capacity)
     }
 
+    /// The same for evictions that follow each other, of lists of any lengths: those that compete may have become as long as
+    /// all of them together.
+    fn capacity_of_turns(&self, compression: &Compression, every: u32) -> Result<Capacity, String> {
+        let mut capacity = self.capacity(compression, u32::MAX, every)?;
+        let allocation = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).allocation);
+        if matches!(allocation, Some(Allocation::Pyramid { .. })) {
+            // Over short lists it is flatter, and then other layers leave pages partly used.
+            let domains = self.domains(compression, u32::MAX)?;
+            let pages = |domain: &Domain| domain.total / self.full.page.page_size + 1;
+            capacity.kept_pages = domains.iter().map(pages).sum();
+        }
+        Ok(capacity)
+    }
+
     fn needs(&self, compression: &Compression, document: u32, max_tokens: u32) -> Result<Needs, String> {
         let (shape, layers) = (self.shape_of(compression, max_tokens)?, self.layers(compression)?);
         if !Self::evicts(compression) {
@@ -303,15 +323,11 @@ impl Caches {
         }
         let source = TableShape { codec: HiddenCodec::F16, ..shape };
         let every = compression.token.eviction().and_then(|eviction| eviction.every);
-        let rest = max_tokens - document;
+        let rest = max_tokens.saturating_sub(document);
         let targets = match every {
             // Both of the tables that take turns hold what stays of a document, and of what stayed and N more.
-            Some(every) => {
-                let kept = compression.token.eviction().map_or(0, |eviction| eviction.kept(document));
-                let capacity = self.capacity(compression, document.max(kept + every), every)?;
-                vec![(shape, capacity); 1 + usize::from(rest > every)]
-            }
-            None => vec![(shape, self.capacity(compression, document, rest)?)],
+            Some(every) if rest > every => vec![(shape, self.capacity_of_turns(compression, every)?); 2],
+            _ => vec![(shape, self.capacity(compression, document, rest)?)],
         };
         // A repetition stands behind the document for a while.
         let repeats = compression.token.eviction().is_some_and(|e| e.rule(u32::MAX).score == Score::Reconstruction);
@@ -365,6 +381,8 @@ impl Caches {
         document: u32,
         max_tokens: u32,
     ) -> Result<(), PoolError> {
+        // A list of no tokens would keep nothing, for good.
+        let document = document.clamp(1, max_tokens.max(1));
         let needs = self.needs(compression, document, max_tokens);
         let Needs { first, targets, layers, source_layers } = needs.expect("a session that is served has its tables");
         let slot = if Self::observes(compression) {
@@ -480,7 +498,8 @@ impl Caches {
         let selection = self.selection_of(&plan.compression, n_tokens, plan.slot.unwrap_or(0));
         let selection = selection.expect("what was admitted has its domains");
         let sums = matches!(selection.rule, Some(Rule { score: Score::Attention { rows: Rows::All, .. }, .. }));
-        Selection { carries: sums && plan.targets.len() > 1, ..selection }
+        let again = plan.compression.token.eviction().is_some_and(|eviction| eviction.every.is_some());
+        Selection { carries: sums && again, ..selection }
     }
 
     /// Takes the table that the eviction fills.
@@ -512,6 +531,9 @@ impl Caches {
         match plan.compression.token.eviction().and_then(|eviction| eviction.every) {
             Some(every) if !plan.targets.is_empty() => {
                 plan.due = every;
+                // A later eviction may keep more than this one did: its table is made of what this table returns.
+                let filled = self.tables.get_mut(&id).expect("it was swapped in");
+                filled.commit_rest(&mut self.pool)?;
                 let sums = plan.compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).score);
                 // Sums over all rows go on; those of a few rows begin anew.
                 if matches!(sums, Some(Score::Attention { rows: Rows::Last(_), .. })) {
