@@ -11,6 +11,7 @@ mod expected;
 mod layers;
 pub mod paged_attention;
 mod parameters;
+mod scores;
 mod scratch;
 mod step;
 mod weights;
