@@ -128,8 +128,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
       let page = tables[pages + token / PAGE_SIZE];
       let all = scores(page, token % PAGE_SIZE, basis);
       let inside = tile + place < n_tokens;
+      var length = 1.0;
+      if (PAIRED) { length = merged_length(page, token % PAGE_SIZE, 0u, place_item.z); }
       for (var h = 0u; h < HEAD_VECS; h++) {
-        let score = select(vec4<f32>(MASKED), all.s[h], inside);
+        let score = select(vec4<f32>(MASKED), all.s[h] * length, inside);
         p_tile[place * HEAD_VECS + h] = score;
         top[h] = max(top[h], score);
       }
@@ -164,6 +166,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
             v = key_codec_cell(page, first + u, cell, key_codec_row(page, first + u, 0u), keys);
           } else {
             v = value_codec_cell(page, first + u, cell, value_codec_row(page, first + u, cell), raw);
+          }
+          if (PAIRED) {
+            let length = merged_length(page, first + u, 1u, place_item.z);
+            v = Cell(v.low * length, v.high * length);
           }
           for (var h = 0u; h < HEAD_VECS; h++) {
             acc[h] = weighted(acc[h], p_tile[(block + u) * HEAD_VECS + h], v);

@@ -166,6 +166,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var top = vec4<f32>(MASKED);
     for (var i = 0u; i < LANE_TOKENS; i++) {
       let place = tile + i * TOKEN_LANES + token_lane;
+      if (PAIRED) { s[i] *= merged_length(page_of[i], min(place, n_tokens - 1u) % PAGE_SIZE, 0u, c.z); }
       let seen = vec4<u32>(first_token + place) <= last_seen & vec4<bool>(place < n_tokens);
       s[i] = select(vec4<f32>(MASKED), s[i], seen);
       top = max(top, s[i]);
@@ -196,7 +197,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let first = (tile + block) % PAGE_SIZE;
         let raw = value_codec_load(page, first, cell);
         for (var u = 0u; u < VALUE_CODEC_SPAN; u++) {
-          let v = value_codec_cell(page, first + u, cell, value_codec_row(page, first + u, cell), raw);
+          var v = value_codec_cell(page, first + u, cell, value_codec_row(page, first + u, cell), raw);
+          if (PAIRED) {
+            let length = merged_length(page, first + u, 1u, c.z);
+            v = Cell(v.low * length, v.high * length);
+          }
           for (var i = 0u; i < LANE_QUADS; i++) {
             let quad_here = min(quad_group + i * QUAD_GROUPS, QUADS - 1u);
             acc[i] = weighted(acc[i], p_tile[quad_here * TILE_TOKENS + block + u], v);

@@ -24,6 +24,12 @@ struct Slots {
   high: vec4<u32>,
 }
 
+// Lengths of a merged token's key and value in one of the two layers.
+fn merged_length(page: u32, token: u32, side: u32, member: u32) -> f32 {
+  let pair = unpack2x16float(arena_word(page * 4u + LENGTHS + side * PAGE_SIZE + token));
+  return select(pair.x, pair.y, member == 1u);
+}
+
 fn key_slots(page: u32, cell: u32) -> Slots {
   if (KEY_PICKS) {
     let at = (page + KEY_AT) * 4u + KEY_MASK + cell * 2u;

@@ -19,7 +19,7 @@ fn put_row(row: u32, col: u32, r: Row) {
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) li: u32) {
   let row = group.y * 64u + li / 8u * 8u;
-  let col = group.x * 64u + li % 8u;
+  let col = par.first_col + group.x * 64u + li % 8u;
   let last = par.cols - 1u;
   let n0 = min(col, last); let n1 = min(col + 8u, last); let n2 = min(col + 16u, last); let n3 = min(col + 24u, last);
   let n4 = min(col + 32u, last); let n5 = min(col + 40u, last); let n6 = min(col + 48u, last);

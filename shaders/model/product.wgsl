@@ -6,6 +6,7 @@ struct MatmulParams {
   n_rows: u32,
   cols: u32,     // rows of W
   cells: u32,    // columns of W / 8
+  first_col: u32,  // outputs before it are left as they are
 }
 
 // Eight input features.

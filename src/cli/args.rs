@@ -14,6 +14,8 @@ use concertina::geometry::{Bytes, ModelGeometry, PageGeometry};
 use concertina::kernels::registry::{DEFAULT_PAGE_SIZE, PAGE_SIZES};
 use concertina::kernels::sample::Sampling;
 
+use concertina::schedule::Caches;
+
 use super::failure::usage;
 use super::load::{Model, read_text};
 
@@ -126,7 +128,7 @@ impl CacheArgs {
     /// A codec that pages of this size can not have is wrong usage, 
     pub(super) fn codecs(&self, compressions: &[Compression], model: &ModelGeometry) -> Result<Vec<HiddenCodec>> {
         let page = PageGeometry { page_size: self.page_size, head_dim: model.heads.head_dim };
-        let mut codecs: Vec<_> = compressions.iter().map(|c| c.hidden).filter(HiddenCodec::seals).collect();
+        let mut codecs: Vec<_> = compressions.iter().flat_map(Caches::codecs_of).collect();
         codecs.sort_unstable();
         codecs.dedup();
         codecs.iter().try_for_each(|codec| codec.check(page)).map_err(usage)?;

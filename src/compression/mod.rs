@@ -190,6 +190,11 @@ impl Compression {
                 ));
             }
         }
+        if let Some(eviction) = token.eviction().filter(|eviction| eviction.every.is_some() && merged) {
+            return Err(format!(
+                "token={eviction} evicts again and again, while layer={layer} merges what two layers hold once; use one"
+            ));
+        }
         if token.eviction().is_some_and(|eviction| eviction.rerotate) {
             if layer.share != Sharing::None {
                 return Err(format!(

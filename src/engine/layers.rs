@@ -28,10 +28,12 @@ impl Bound {
     }
 }
 
-/// Rows of a step: decode rows first, then prompt rows.
+/// Rows of a step: decode rows first, then prompt rows, those that stop below a layer last.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RowCounts {
     pub(super) decode: u32,
+    /// Rows that are computed whole in the layer at hand.
+    pub(super) active: u32,
     pub(super) all: u32,
 }
 
@@ -46,9 +48,13 @@ struct Linear {
 }
 
 impl Linear {
+    const fn params(&self, first: u32, n_rows: u32, first_col: u32) -> MatmulParams {
+        MatmulParams { x_row: first, y_row: first, n_rows, cols: self.cols, cells: self.cells, first_col }
+    }
+
     /// Few rows: one workgroup row each, or four to a workgroup.
     fn few(&self, recorder: &mut Recorder<'_>, first: u32, n_rows: u32) {
-        let params = MatmulParams { x_row: first, y_row: first, n_rows, cols: self.cols, cells: self.cells };
+        let params = self.params(first, n_rows, 0);
         if n_rows == 1 {
             self.one.dispatch(recorder, &params, matmul::grid(&params, 1));
         } else {
@@ -57,14 +63,19 @@ impl Linear {
     }
 
     fn many(&self, recorder: &mut Recorder<'_>, first: u32, n_rows: u32) {
-        let params = MatmulParams { x_row: first, y_row: first, n_rows, cols: self.cols, cells: self.cells };
+        self.many_from(recorder, first, n_rows, 0);
+    }
+
+    /// Outputs from `first_col` on.
+    fn many_from(&self, recorder: &mut Recorder<'_>, first: u32, n_rows: u32, first_col: u32) {
+        let params = self.params(first, n_rows, first_col);
         self.many.dispatch(recorder, &params, matmul::grid(&params, matmul::TILE_ROWS));
     }
 
     /// Decode rows through `matvec`, prompt rows through `matmul`, whatever else is in the step.
     fn rows(&self, recorder: &mut Recorder<'_>, rows: RowCounts) {
         self.few(recorder, 0, rows.decode);
-        self.many(recorder, rows.decode, rows.all - rows.decode);
+        self.many(recorder, rows.decode, rows.active - rows.decode);
     }
 }
 
@@ -171,11 +182,12 @@ impl Layers {
         bound.dispatch(recorder, &params, flat_grid(n_rows));
     }
 
-    /// Norm and projections of a layer.
+    /// Norm and projections of a layer; of rows that have stopped below it keys and values alone, from what reached them last.
     pub(super) fn project(&self, recorder: &mut Recorder<'_>, layer: usize, rows: RowCounts) {
         let l = &self.layers[layer];
         self.norm(recorder, &l.attention_norm, None, rows.all);
         l.qkv.rows(recorder, rows);
+        l.qkv.many_from(recorder, rows.active, rows.all - rows.active, self.geometry.heads.q_width());
     }
 
     /// Rotary positions of queries and keys.
@@ -195,10 +207,10 @@ impl Layers {
     pub(super) fn after_attention(&self, recorder: &mut Recorder<'_>, layer: usize, rows: RowCounts) {
         let l = &self.layers[layer];
         l.attention_output.rows(recorder, rows);
-        self.norm(recorder, &l.ffn_norm, None, rows.all);
+        self.norm(recorder, &l.ffn_norm, None, rows.active);
         l.gate_up.rows(recorder, rows);
-        let params = GatedActivationParams { n_rows: rows.all, width: self.geometry.intermediate_size };
-        self.activate.dispatch(recorder, &params, flat_grid(rows.all));
+        let params = GatedActivationParams { n_rows: rows.active, width: self.geometry.intermediate_size };
+        self.activate.dispatch(recorder, &params, flat_grid(rows.active));
         l.down.rows(recorder, rows);
     }
 

@@ -426,7 +426,8 @@ impl<'d> Engine<'d> {
             let (first_index, decode) = (rows.first_index, rows.decode);
             let (scores, queries) = eviction::observations(sizes, shape, &rows.observed, row_lo, n_rows);
             observed.extend(queries);
-            segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend: n_rows > 0, scores });
+            let attend_below = rows.depth.unwrap_or(u32::MAX);
+            segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend_below, scores });
             row_lo += n_rows;
         }
         let mut planned = AttentionPlan::new(self.attention.shape(), self.geometry.num_layers, &segments);
@@ -444,9 +445,10 @@ impl<'d> Engine<'d> {
         offsets: &StepOffsets,
         want: Want,
     ) -> u32 {
-        let rows = RowCounts { decode: plan.decode_rows(), all: plan.n_rows() };
-        self.layers.embed(&mut recorder, offsets.tokens, rows.all);
+        let (decode, all) = (plan.decode_rows(), plan.n_rows());
+        self.layers.embed(&mut recorder, offsets.tokens, all);
         for layer in 0..self.geometry.num_layers {
+            let rows = RowCounts { decode, active: plan.active_rows(layer), all };
             self.layers.project(&mut recorder, layer as usize, rows);
             if let Some(evictions) = &self.evictions {
                 let n_items = u32::try_from(attention.moments.len()).expect("rows of a step are counted in 32 bits");

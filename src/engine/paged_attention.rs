@@ -16,7 +16,7 @@ use crate::kernels::{PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
 use crate::pool::{PageId, PagePool, PoolLayout, PoolReport};
-use crate::schedule::{Abilities, Caches, Observed, SessionId};
+use crate::schedule::{Abilities, Caches, Observed, Selection, SessionId};
 
 /// How large a [`PagedAttention`] is.
 #[derive(Clone, Debug)]
@@ -267,6 +267,11 @@ impl<'d> PagedAttention<'d> {
         self.caches.tables.get(&sequence).ok_or_else(|| unknown(sequence))
     }
 
+    /// What the eviction of a sequence that is due will keep; `None` where nothing is due.
+    pub fn selection(&self, sequence: SequenceId) -> Option<Selection> {
+        self.caches.is_due(sequence).then(|| self.caches.selection(sequence))
+    }
+
     /// Evicts from a sequence that is due, as a step does before it adds rows; what stayed of each list. `None` where nothing
     /// is due.
     ///
@@ -408,7 +413,7 @@ impl<'d> PagedAttention<'d> {
                 n_rows: p.n_rows,
                 first_index: p.first_index,
                 decode: p.new.decode,
-                attend: attends,
+                attend_below: if attends { u32::MAX } else { 0 },
                 scores,
             });
         }
@@ -529,7 +534,8 @@ impl<'d> PagedAttention<'d> {
         };
         let (sealed, open) = table.list(layer, kv_head);
         let (sealed_page, open_page) = (table.shape().sealed_page(), table.shape().open_page());
-        Ok(DevicePages { sealed: read(&sealed, sealed_page)?, open: read(open, open_page)? })
+        let merged = read(table.merged_pages(layer, kv_head), table.shape().merged_page())?;
+        Ok(DevicePages { merged, sealed: read(&sealed, sealed_page)?, open: read(open, open_page)? })
     }
 }
 
@@ -554,6 +560,8 @@ impl PagedAttention<'_> {
 /// Words of a list's pages as the device holds them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DevicePages {
+    /// Pages of what the list has in common with another layer's.
+    pub merged: Vec<Vec<u32>>,
     /// Pages in the codec: kept ones, then sealed ones.
     pub sealed: Vec<Vec<u32>>,
     /// Open pages, in order.

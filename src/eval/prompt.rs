@@ -14,6 +14,8 @@ pub type EachLogits<'a> = &'a mut dyn FnMut(usize, Vec<f32>);
 pub struct Driver<'e, 'd> {
     engine: &'e mut Engine<'d>,
     caches: &'e mut Caches,
+    /// Sequences whose prompts skip layers, and the first of them.
+    skips: Vec<(Probe, u32)>,
 }
 
 /// A sequence of a [`Driver`].
@@ -27,7 +29,7 @@ fn count(n: usize) -> u32 {
 impl<'e, 'd> Driver<'e, 'd> {
     /// Drives `engine` over `caches`, in which no session may be admitted.
     pub const fn new(engine: &'e mut Engine<'d>, caches: &'e mut Caches) -> Self {
-        Self { engine, caches }
+        Self { engine, caches, skips: Vec::new() }
     }
 
     fn next_id(&self) -> SessionId {
@@ -50,6 +52,7 @@ impl<'e, 'd> Driver<'e, 'd> {
         self.caches.domains(compression, count(document)).map_err(EngineError::Input)?;
         let id = self.next_id();
         self.caches.admit(id, compression, count(document), count(max_tokens))?;
+        self.skips.extend(self.caches.skip_from(compression).map(|layer| (Probe(id), layer)));
         Ok(Probe(id))
     }
 
@@ -117,12 +120,27 @@ impl<'e, 'd> Driver<'e, 'd> {
             let more = |(score, slot): &(Score, u32)| Observed::of(score, *slot, first_index, end, n);
             observed.extend(scores.iter().filter_map(more));
             let rows = tokens[done..done + n as usize].to_vec();
-            let segment =
-                PlannedRows { session: probe.0, first_index, tokens: rows, decode: false, observed, sample: None };
+            let segment = PlannedRows {
+                session: probe.0,
+                first_index,
+                tokens: rows,
+                decode: false,
+                depth: None,
+                observed,
+                sample: None,
+            };
             let first = first_index as usize;
             let here = wanted.start.max(first)..wanted.end.min(first + n as usize);
             let list: Vec<u32> = here.clone().map(|position| count(position - first)).collect();
-            let plan = StepPlan { segments: vec![segment] };
+            let mut plan = StepPlan::default();
+            let skip_from = self.skips.iter().find(|(skipping, _)| *skipping == probe).map(|(_, layer)| *layer);
+            if skip_from.is_some() && list.iter().any(|row| *row + 1 < n || done + n as usize != tokens.len()) {
+                let message = "rows that skip layers have no logits but the last of the prompt";
+                return Err(EngineError::Input(message.to_owned()));
+            }
+            plan.push_prompt(segment, skip_from, done + n as usize == tokens.len());
+            // The row that runs to the top comes first.
+            let list = if skip_from.is_some() { vec![0; list.len()] } else { list };
             self.caches.grow(&plan)?;
             let rows = self.engine.logits_of_rows(&plan, self.caches, &list)?;
             self.caches.retire(&plan);
@@ -169,6 +187,7 @@ impl<'e, 'd> Driver<'e, 'd> {
             first_index: self.caches.tables[&probe.0].n_tokens(),
             tokens: vec![*token],
             decode: true,
+            depth: None,
             observed: self.caches.observed(probe.0, 1).into_iter().collect(),
             sample: Some(Sampling::GREEDY),
         };

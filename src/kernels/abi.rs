@@ -160,6 +160,17 @@ immediates! {
         /// First vec4 of the rotary tables in `parameters`.
         angles: u32,
     }
+    /// Immediate data of `merge_layers`.
+    struct MergeLayersParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// 1: pages are merged; 0: distances are measured.
+        merges: u32,
+        /// First word of the lengths in a merged page.
+        lengths: u32,
+    }
     /// Immediate data of moments.
     struct MomentParams {
         /// First vec4 of the work list in `step`.
@@ -227,6 +238,8 @@ immediates! {
         cols: u32,
         /// Input features / 8.
         cells: u32,
+        /// Output features before it are left as they are.
+        first_col: u32,
     }
     /// Immediate data of sample.
     struct SampleParams {
@@ -258,8 +271,10 @@ pub struct DecodeItem {
     pub layer_stride: u32,
     /// The list that is read, `layer * num_kv_heads + kv_head` of its owner: whose bases lift latents.
     pub list: u32,
+    /// Which of two merged layers reads: 0 or 1.
+    pub member: u32,
     /// Unused.
-    pub pad: [u32; 2],
+    pub pad: u32,
 }
 
 /// Prefill: a tile of query rows of one KV head against one run of tokens.
@@ -286,8 +301,10 @@ pub struct PrefillItem {
     pub layer_stride: u32,
     /// The list that is read, `layer * num_kv_heads + kv_head` of its owner: whose bases lift latents.
     pub list: u32,
+    /// Which of two merged layers reads: 0 or 1.
+    pub member: u32,
     /// Unused.
-    pub pad: [u32; 2],
+    pub pad: u32,
 }
 
 /// Merge: the states of one (row, KV head).
@@ -485,6 +502,24 @@ pub struct GatherItem {
     /// First vec4 in `step` of angles by which keys are turned, or 0; the row of angles of tokens before some index,
     /// and from it on; that index.
     pub turn: [u32; 4],
+}
+
+/// Merge layers: a page of two layers' tokens, gathered into two pages of the window.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct MergeLayersItem {
+    /// Table entry of the lower layer's page in the window; it becomes that of directions.
+    pub lower: u32,
+    /// Table entry of the upper layer's page in the window.
+    pub upper: u32,
+    /// Table entry of the merged page.
+    pub target: u32,
+    /// First distance that is written.
+    pub out: u32,
+    /// Tokens of the page.
+    pub n_tokens: u32,
+    /// Unused.
+    pub pad: [u32; 3],
 }
 
 /// Moments: the queries of some rows.

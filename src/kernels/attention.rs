@@ -145,6 +145,8 @@ impl Format {
         self.side_constants(Side::Value, "VALUE_", &mut constants);
         constants.push(("OUT_DIM".into(), Constant::U32(self.shape.heads.head_dim)));
         constants.push(("VALUES_ARE_KEYS".into(), Constant::Bool(false)));
+        constants.push(("PAIRED".into(), Constant::Bool(self.codec.paired)));
+        constants.push(("LENGTHS".into(), Constant::U32(self.codec.side_words(self.shape.page()))));
         let mut parts: Vec<Part> =
             [&modules::F16, &modules::F16_VALUES, &modules::PLANES, &modules::CODEC_AFFINE].map(Part::from).into();
         for side in [Side::Key, Side::Value] {

@@ -8,13 +8,13 @@
 
 use std::sync::Arc;
 
-use super::abi::{CarryParams, DecideParams, GatherParams, KeyScoreParams, MomentParams, ScoreParams, SelectParams};
+use super::abi::{CarryParams, DecideParams, GatherParams, KeyScoreParams, MergeLayersParams, MomentParams, ScoreParams, SelectParams};
 use super::attention::CacheShape;
 use super::executor::{AttentionKernels, ListOffsets, RowBuffers};
 use super::key_scores::{KeyScoreMode, moment_values, summary_values};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 use super::plan::{AttentionPlan, Place};
-use super::{Recorder, flat_grid, gather, key_scores, moments, score, select};
+use super::{Recorder, flat_grid, gather, key_scores, merge_layers, moments, score, select};
 use crate::compression::hidden::HiddenCodec;
 use crate::device::Device;
 use crate::geometry::{Bytes, WORD_BYTES};
@@ -120,6 +120,8 @@ pub struct EvictionKernels {
     select: (Arc<Pipeline>, wgpu::BindGroup),
     carry: (Arc<Pipeline>, wgpu::BindGroup),
     moments: (Arc<Pipeline>, wgpu::BindGroup),
+    /// One bind group per arena of merged pages.
+    merge_layers: (Arc<Pipeline>, Vec<wgpu::BindGroup>),
     buffers: EvictionBuffers,
     stride: u32,
     arenas: usize,
@@ -152,7 +154,8 @@ impl EvictionKernels {
         };
         let b = &buffers;
         let mut formats = Vec::new();
-        for (codec, parameters, angles) in attention.parameters() {
+        // Merged pages are the end of an eviction: none begins there.
+        for (codec, parameters, angles) in attention.parameters().filter(|(codec, ..)| !codec.paired) {
             let format = shape.format(codec);
             let score = cache.get(device, &score::kernel(&format))?;
             let key_scores = cache.get(device, &key_scores::kernel(&format))?;
@@ -188,6 +191,15 @@ impl EvictionKernels {
                 angles,
             });
         }
+        let merge_layers = cache.get(device, &merge_layers::kernel(&shape))?;
+        let merge_groups = pool
+            .arenas
+            .iter()
+            .map(|arena| {
+                let slots = [step, &pool.tables, &pool.window, arena, &b.decided].map(Slot::Whole);
+                merge_layers.bind(device, &slots)
+            })
+            .collect();
         let mut bound = |spec, buffers: &[&wgpu::Buffer]| -> Result<_, KernelError> {
             let pipeline = cache.get(device, &spec)?;
             let slots: Vec<_> = buffers.iter().map(|buffer| Slot::Whole(buffer)).collect();
@@ -199,6 +211,7 @@ impl EvictionKernels {
             select: bound(select::select(), &[step, &b.decided, &b.kept, &b.counts])?,
             carry: bound(select::carry(), &[step, &b.kept, &b.raw])?,
             moments: bound(moments::kernel(&shape), &[step, rows.qkv, &b.moments])?,
+            merge_layers: (merge_layers, merge_groups),
             shape,
             sizes,
             formats,
@@ -305,5 +318,20 @@ impl EvictionKernels {
         let params = GatherParams { items, n_items, layer: 0, angles: format.angles };
         let group = &format.gather_groups[self.arena(place.arena)][self.arena(place.sealed_arena)];
         recorder.dispatch(&format.gather, group, &params, flat_grid(n_items));
+    }
+
+    /// Records the merging of `n_items` pages, whose target lies in `arena`; or, where `merges` says no, the distances of
+    /// their tokens. `codec` is that of the target.
+    pub fn record_merge(
+        &self,
+        recorder: &mut Recorder<'_>,
+        (codec, arena): (HiddenCodec, u16),
+        (items, n_items): (u32, u32),
+        merges: bool,
+    ) {
+        let lengths = codec.side_words(self.shape.page());
+        let params = MergeLayersParams { items, n_items, merges: u32::from(merges), lengths };
+        let group = &self.merge_layers.1[usize::from(arena)];
+        recorder.dispatch(&self.merge_layers.0, group, &params, flat_grid(n_items));
     }
 }

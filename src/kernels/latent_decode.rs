@@ -72,7 +72,7 @@ impl LatentDecodeSpec {
         let heads =
             HeadGeometry { num_qo_heads: self.num_qo_heads, num_kv_heads: self.tiles(), head_dim: self.width_qk };
         let shape = CacheShape { heads, page_size: self.page_size };
-        let codec = HiddenCodec { k: self.codec, v: Codec::default() };
+        let codec = HiddenCodec { k: self.codec, v: Codec::default(), paired: false };
         let mut spec = DecodeSpec { format: shape.format(codec), tier: self.tier }.kernel();
         for (name, value) in &mut spec.constants {
             match name.as_ref() {

@@ -68,7 +68,7 @@ pub fn matvec(output: Output, rows: u32) -> KernelSpec {
 
 /// Workgroups for `params`, `tile_rows` rows each.
 pub const fn grid(params: &MatmulParams, tile_rows: u32) -> [u32; 3] {
-    [params.cols.div_ceil(TILE_COLS), params.n_rows.div_ceil(tile_rows), 1]
+    [(params.cols - params.first_col).div_ceil(TILE_COLS), params.n_rows.div_ceil(tile_rows), 1]
 }
 
 /// Appends a row-major matrix to `out`, reordered into cells `[cols / 8][rows][8]`; `cols` must be a multiple of 8.

@@ -23,6 +23,7 @@ pub mod key_scores;
 pub mod latent_decode;
 pub mod link;
 pub mod matmul;
+pub mod merge_layers;
 pub mod merge_states;
 pub mod moments;
 pub mod parameters;
@@ -133,6 +134,8 @@ pub mod modules {
         CARRY = "evict/carry.wgsl";
         /// Kept tokens into fresh pages.
         GATHER = "evict/gather.wgsl";
+        /// Tokens of two layers as directions in common.
+        MERGE_LAYERS = "evict/merge_layers.wgsl";
         /// Sums of queries and of their products.
         MOMENTS = "evict/moments.wgsl";
         /// Token embedding.

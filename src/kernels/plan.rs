@@ -34,8 +34,8 @@ pub struct Segment<'t> {
     pub first_index: u32,
     /// Whether the rows go through decode (one row) or prefill.
     pub decode: bool,
-    /// Whether the rows attend at all, or are only appended.
-    pub attend: bool,
+    /// The first layer in which the rows are only appended and do not attend.
+    pub attend_below: u32,
     /// Which of the rows are scored.
     pub scores: Vec<ScoredRows>,
 }
@@ -191,7 +191,7 @@ impl AttentionPlan {
             })
             .collect();
         for layer in 0..num_layers {
-            let alike = layer > 0 && segments.iter().all(|s| s.table.alike(layer - 1, layer));
+            let alike = layer > 0 && segments.iter().all(|s| s.attend_below != layer && s.table.alike(layer - 1, layer));
             if !alike {
                 plan.add_layer(shape, layer, segments, &turned);
             }
@@ -221,9 +221,12 @@ impl AttentionPlan {
                     List { segment, layer, kv_head, num_kv_heads: heads.num_kv_heads, group: heads.group_size() };
                 if segment.table.layers().owns(layer) && !segment.table.is_closed(layer, kv_head) {
                     list.append(&mut parts);
-                    list.seal(*turned, &mut parts);
+                    // Pages belong to the session, not to one of its segments.
+                    if pass == 0 {
+                        list.seal(*turned, &mut parts);
+                    }
                 }
-                if !segment.attend {
+                if layer >= segment.attend_below {
                     continue;
                 }
                 if segment.decode {
@@ -354,7 +357,8 @@ impl List<'_, '_> {
                     slot: parts.n_states,
                     layer_stride: run.layer_stride,
                     list: self.owner(),
-                    pad: [0; 2],
+                    member: run.member,
+                    pad: 0,
                 };
                 parts.decode.push(reading(&run), item);
                 parts.n_states += self.group;
@@ -390,7 +394,8 @@ impl List<'_, '_> {
                     slot: parts.n_states,
                     layer_stride: run.layer_stride,
                     list: self.owner(),
-                    pad: [0; 2],
+                    member: run.member,
+                    pad: 0,
                 };
                 parts.prefill.push(reading(&run), item);
                 parts.n_states += stride;

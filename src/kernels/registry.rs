@@ -5,7 +5,7 @@ use super::decode::DecodeSpec;
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::{self, Output};
 use super::prefill::PrefillSpec;
-use super::{KernelSpec, append, elementwise, gather, key_scores, merge_states, moments, sample, score, seal, select};
+use super::{KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, sample, score, seal, select};
 use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;
 use crate::geometry::{HeadGeometry, PageGeometry};
@@ -56,6 +56,7 @@ pub fn all_specs() -> Vec<KernelSpec> {
     }
     for shape in cache_shapes(&PAGE_SIZES) {
         specs.extend([merge_states::kernel(&shape), append::kernel(&shape), moments::kernel(&shape)]);
+        specs.push(merge_layers::kernel(&shape));
         for codec in codecs(shape.page()) {
             specs.extend(format_specs(&shape.format(codec)));
         }

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! list   = what an eviction kept, then the tail: tokens appended since       region = lists one after another,
+//! merged = what two layers have in common, held by the lower one's list and read by both
 //! kept   = in the session's codec; its last page may be partly used                   [layer][KV head] of parts
 //! sealed = full pages of the tail, in the session's codec
 //! open   = f16 pages of the tail; the last one still fills
@@ -123,12 +124,22 @@ impl Pages {
 /// A part of a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
+    Merged,
     Kept,
     Sealed,
     Open,
 }
 
-const PARTS: [Part; 3] = [Part::Kept, Part::Sealed, Part::Open];
+const PARTS: [Part; 4] = [Part::Merged, Part::Kept, Part::Sealed, Part::Open];
+
+/// What an eviction leaves of a list.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeptTokens {
+    /// Positions of the tokens that the list holds itself; a list without any for good is closed.
+    pub own: Option<Vec<u32>>,
+    /// Positions of tokens that it has in common with the list of the next layer.
+    pub merged: Vec<u32>,
+}
 
 /// The pages of one (layer, KV head).
 #[derive(Clone, Debug, Default)]
@@ -138,6 +149,10 @@ struct PageList {
     kept: u32,
     /// Their positions.
     positions: Vec<u32>,
+    /// Tokens of the merged part.
+    merged: u32,
+    /// Their positions.
+    merged_positions: Vec<u32>,
     closed: bool,
 }
 
@@ -166,6 +181,8 @@ pub struct Run {
     pub position: u32,
     /// Tokens.
     pub n_tokens: u32,
+    /// Which of two layers reads them, where they are merged: 0 or 1.
+    pub member: u32,
 }
 
 /// The pages of one session.
@@ -190,8 +207,10 @@ pub struct PageTable {
     retired: u32,
     /// First slot of the window in this step, and the window's slots per KV head.
     window: (u32, u32),
-    /// Commitments left: open, in the codec.
-    committed: (u32, u32),
+    /// Of each layer of lists, the lower layer that it has tokens in common with.
+    merged_with: Vec<Option<u32>>,
+    /// Commitments left: open, in the codec, merged.
+    committed: [u32; 3],
     dirty: bool,
 }
 
@@ -209,19 +228,23 @@ impl PageTable {
     ) -> Result<Self, PoolError> {
         let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
         let admitted = capacity;
-        let capacity = [capacity.kept_pages_of_list, sealed, open];
+        let capacity = [capacity.merged_pages_of_list, capacity.kept_pages_of_list, sealed, open];
         // Saturating: no pool has so many pages, so the commitment is refused.
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
-        let committed = (pages(open), pages(sealed).saturating_add(admitted.kept_pages));
-        pool.commit(shape.open_page(), committed.0)?;
-        if let Err(error) = pool.commit(shape.sealed_page(), committed.1) {
-            pool.uncommit(shape.open_page(), committed.0)?;
-            return Err(error);
+        let committed = [pages(open), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
+        let sizes = Self::page_sizes(&shape);
+        let undo = |pool: &mut PagePool, done: usize| {
+            sizes.iter().zip(committed).take(done).try_for_each(|(page, n)| pool.uncommit(*page, n))
+        };
+        for (done, (page, n)) in sizes.iter().zip(committed).enumerate() {
+            if let Err(error) = pool.commit(*page, n) {
+                undo(pool, done)?;
+                return Err(error);
+            }
         }
         let entries = pages(capacity.iter().fold(0, |sum: u32, part| sum.saturating_add(*part)));
         let Some(region) = ranges.reserve(entries) else {
-            pool.uncommit(shape.open_page(), committed.0)?;
-            pool.uncommit(shape.sealed_page(), committed.1)?;
+            undo(pool, sizes.len())?;
             return Err(PoolError::TablesFull { wanted: entries, total: ranges.total() });
         };
         Ok(Self {
@@ -236,9 +259,15 @@ impl PageTable {
             sealed: 0,
             retired: 0,
             window: (0, 0),
+            merged_with: vec![None; shape.num_layers as usize],
             committed,
             dirty: false,
         })
+    }
+
+    /// Bytes of an open page, of one in the codec, and of a merged one.
+    fn page_sizes(shape: &TableShape) -> [Bytes; 3] {
+        [shape.open_page(), shape.sealed_page(), shape.merged_page()]
     }
 
     /// Tokens that the session has seen, evicted ones included: the position of the next.
@@ -253,13 +282,27 @@ impl PageTable {
 
     /// Tokens that a list of the model's `layer` holds.
     pub fn n_held(&self, layer: u32, kv_head: u32) -> u32 {
-        let list = self.list_at(layer, kv_head);
-        list.kept + if list.closed { 0 } else { self.tail }
+        self.held_of(self.layers.list(layer), kv_head)
+    }
+
+    /// Tokens that a list holds, those in common with another counted for both.
+    fn held_of(&self, list_layer: u32, kv_head: u32) -> u32 {
+        let list = &self.lists[(list_layer * self.shape.num_kv_heads + kv_head) as usize];
+        let tail = if list.closed { 0 } else { self.tail };
+        list.kept + tail + self.merged_list(list_layer, kv_head).map_or(0, |(list, _)| list.merged)
     }
 
     /// Tokens held over all lists.
     pub fn held_tokens(&self) -> u64 {
-        self.lists.iter().map(|list| u64::from(list.kept) + if list.closed { 0 } else { u64::from(self.tail) }).sum()
+        let lists = (0..self.shape.num_layers).flat_map(|l| (0..self.shape.num_kv_heads).map(move |h| (l, h)));
+        lists.map(|(layer, head)| u64::from(self.held_of(layer, head))).sum()
+    }
+
+    /// The list whose merged part a list reads, and which of the two it is.
+    fn merged_list(&self, list_layer: u32, kv_head: u32) -> Option<(&PageList, u32)> {
+        let lower = self.merged_with[list_layer as usize]?;
+        let list = &self.lists[(lower * self.shape.num_kv_heads + kv_head) as usize];
+        Some((list, u32::from(lower != list_layer)))
     }
 
     /// Its shape.
@@ -294,10 +337,11 @@ impl PageTable {
 
     /// Bytes of pages held.
     pub fn held_bytes(&self) -> Bytes {
-        let (open, sealed) = (self.shape.open_page(), self.shape.sealed_page());
+        let [open, sealed, merged] = Self::page_sizes(&self.shape);
         let list = |l: &PageList| {
             let in_codec = l.part(Part::Kept).len() + l.part(Part::Sealed).len();
-            u64::from(l.part(Part::Open).len()) * open.0 + u64::from(in_codec) * sealed.0
+            let of_merged = u64::from(l.part(Part::Merged).len()) * merged.0;
+            of_merged + u64::from(l.part(Part::Open).len()) * open.0 + u64::from(in_codec) * sealed.0
         };
         Bytes(self.lists.iter().map(list).sum())
     }
@@ -344,10 +388,13 @@ impl PageTable {
     ) -> Result<(), PoolError> {
         let layer = index / self.shape.num_kv_heads as usize;
         let preferred = layer * arenas / self.shape.num_layers as usize;
-        let (page, committed) = match part {
-            Part::Open => (self.shape.open_page(), &mut self.committed.0),
-            Part::Kept | Part::Sealed => (self.shape.sealed_page(), &mut self.committed.1),
+        let class = match part {
+            Part::Open => 0,
+            Part::Kept | Part::Sealed => 1,
+            Part::Merged => 2,
         };
+        let page = Self::page_sizes(&self.shape)[class];
+        let committed = &mut self.committed[class];
         let list = &mut self.lists[index].parts[part as usize];
         while list.len() < pages {
             list.push(pool.take(page, preferred)?);
@@ -357,40 +404,63 @@ impl PageTable {
         Ok(())
     }
 
-    /// Takes pages for what an eviction keeps: tokens of these positions in each list, `[layer][KV head]`, of a session that has
-    /// seen `n_tokens`. A list that keeps `None` is closed. Commitments that this eviction does not need return.
+    /// Takes pages for what an eviction keeps of each list, `[layer][KV head]`, of a session that has seen `n_tokens`. `pairs`
+    /// are layers that have tokens in common. Commitments that this eviction does not need return.
     ///
     /// # Errors
     /// [`PoolError::NotCommitted`] beyond what was admitted.
     ///
     /// # Panics
     /// When the table holds tokens, or the lists are not as many.
-    pub fn keep(&mut self, pool: &mut PagePool, kept: Vec<Option<Vec<u32>>>, n_tokens: u32) -> Result<(), PoolError> {
+    pub fn keep(
+        &mut self,
+        pool: &mut PagePool,
+        kept: Vec<KeptTokens>,
+        pairs: &[(u32, u32)],
+        n_tokens: u32,
+    ) -> Result<(), PoolError> {
         assert_eq!(self.n_tokens(), 0, "kept tokens come first");
         assert_eq!(kept.len(), self.lists.len(), "every list keeps something or nothing");
         let size = self.shape.page.page_size;
-        let pages = |tokens: &Option<Vec<u32>>| tokens.as_ref().map_or(0, |t| to_u32(t.len())).div_ceil(size);
-        let most = kept.iter().map(pages).max().unwrap_or(0);
-        let all: u32 = kept.iter().map(pages).sum();
-        if most > self.admitted.kept_pages_of_list || all > self.admitted.kept_pages {
+        let own = |tokens: &KeptTokens| tokens.own.as_ref().map_or(0, |t| to_u32(t.len())).div_ceil(size);
+        let merged = |tokens: &KeptTokens| to_u32(tokens.merged.len()).div_ceil(size);
+        let most = |pages: &dyn Fn(&KeptTokens) -> u32| kept.iter().map(pages).max().unwrap_or(0);
+        let (all, all_merged): (u32, u32) = (kept.iter().map(own).sum(), kept.iter().map(merged).sum());
+        let admitted = self.admitted;
+        if most(&own) > admitted.kept_pages_of_list || all > admitted.kept_pages {
             return Err(PoolError::NotCommitted(self.shape.sealed_page()));
         }
-        let arenas = pool.arena_bytes().count();
-        let closed = to_u32(kept.iter().filter(|tokens| tokens.is_none()).count());
-        for (index, tokens) in kept.into_iter().enumerate() {
-            let pages = pages(&tokens);
-            let list = &mut self.lists[index];
-            list.closed = tokens.is_none();
-            list.positions = tokens.unwrap_or_default();
-            list.kept = to_u32(list.positions.len());
-            self.fill(pool, index, Part::Kept, pages, arenas)?;
+        if most(&merged) > admitted.merged_pages_of_list || all_merged > admitted.merged_pages {
+            return Err(PoolError::NotCommitted(self.shape.merged_page()));
         }
-        let [_, sealed, open] = self.capacity;
-        let unused = (closed * open, closed * sealed + self.admitted.kept_pages - all);
-        pool.uncommit(self.shape.open_page(), unused.0)?;
-        pool.uncommit(self.shape.sealed_page(), unused.1)?;
-        self.committed.0 -= unused.0;
-        self.committed.1 -= unused.1;
+        let arenas = pool.arena_bytes().count();
+        let closed = to_u32(kept.iter().filter(|tokens| tokens.own.is_none()).count());
+        for (index, tokens) in kept.into_iter().enumerate() {
+            let (own, merged) = (own(&tokens), merged(&tokens));
+            let list = &mut self.lists[index];
+            list.merged = to_u32(tokens.merged.len());
+            list.merged_positions = tokens.merged;
+            list.closed = tokens.own.is_none();
+            list.positions = tokens.own.unwrap_or_default();
+            list.kept = to_u32(list.positions.len());
+            self.fill(pool, index, Part::Merged, merged, arenas)?;
+            self.fill(pool, index, Part::Kept, own, arenas)?;
+        }
+        for (lower, upper) in pairs {
+            let (lower, upper) = (self.layers.list(*lower), self.layers.list(*upper));
+            self.merged_with[lower as usize] = Some(lower);
+            self.merged_with[upper as usize] = Some(lower);
+        }
+        let [_, _, sealed, open] = self.capacity;
+        let unused = [
+            closed * open,
+            closed * sealed + admitted.kept_pages - all,
+            admitted.merged_pages - all_merged,
+        ];
+        for ((page, n), committed) in Self::page_sizes(&self.shape).iter().zip(unused).zip(&mut self.committed) {
+            pool.uncommit(*page, n)?;
+            *committed -= n;
+        }
         self.tail_start = n_tokens;
         Ok(())
     }
@@ -418,8 +488,9 @@ impl PageTable {
         for page in self.lists.iter().flat_map(|list| list.parts.iter().flat_map(|part| &part.pages)) {
             pool.release(*page)?;
         }
-        pool.uncommit(self.shape.open_page(), self.committed.0)?;
-        pool.uncommit(self.shape.sealed_page(), self.committed.1)?;
+        for (page, n) in Self::page_sizes(&self.shape).iter().zip(self.committed) {
+            pool.uncommit(*page, n)?;
+        }
         let entries = self.shape.num_lists() * self.list_capacity();
         if entries > 0 {
             ranges.release(self.region, entries);
@@ -437,7 +508,11 @@ impl PageTable {
 
     /// First entry of a part of the list that a layer of the model reads.
     fn entry(&self, layer: u32, kv_head: u32, part: Part) -> u32 {
-        let list = self.layers.list(layer) * self.shape.num_kv_heads + kv_head;
+        self.entry_of(self.layers.list(layer), kv_head, part)
+    }
+
+    fn entry_of(&self, list_layer: u32, kv_head: u32, part: Part) -> u32 {
+        let list = list_layer * self.shape.num_kv_heads + kv_head;
         let before: u32 = PARTS.iter().take(part as usize).map(|part| self.capacity[*part as usize]).sum();
         self.region + list * self.list_capacity() + before
     }
@@ -458,6 +533,18 @@ impl PageTable {
         (in_codec.copied().collect(), &list.part(Part::Open).pages)
     }
 
+    /// Positions of the tokens that a list has in common with that of the layer beside it.
+    pub fn merged_positions(&self, layer: u32, kv_head: u32) -> &[u32] {
+        let found = self.merged_list(self.layers.list(layer), kv_head);
+        found.map_or(&[], |(list, _)| &list.merged_positions)
+    }
+
+    /// Pages of these tokens, which the lower layer's list holds.
+    pub fn merged_pages(&self, layer: u32, kv_head: u32) -> &[PageId] {
+        let found = self.merged_list(self.layers.list(layer), kv_head);
+        found.map_or(&[], |(list, _)| &list.part(Part::Merged).pages)
+    }
+
     /// Tokens of a list that an eviction kept.
     pub fn n_kept(&self, layer: u32, kv_head: u32) -> u32 {
         self.list_at(layer, kv_head).kept
@@ -469,6 +556,23 @@ impl PageTable {
         list.positions.get(index as usize).copied().unwrap_or_else(|| self.tail_start + index - list.kept)
     }
 
+    /// What a list has in common with that of the layer beside it.
+    pub fn merged_runs(&self, layer: u32, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
+        let own = self.layers.list(layer);
+        let found = self.merged_list(own, kv_head);
+        let entry = self.merged_with[own as usize].map_or(0, |lower| self.entry_of(lower, kv_head, Part::Merged));
+        let (size, codec) = (self.shape.page.page_size, self.shape.codec.for_pairs());
+        found.into_iter().flat_map(move |(list, member)| {
+            list.part(Part::Merged).clipped(0..u32::MAX).map(move |run| {
+                let offset = run.first * size;
+                let n_tokens = (run.pages * size).min(list.merged - offset);
+                let (arena, entry) = (run.arena, entry + run.first);
+                // Items of these are made layer by layer.
+                Run { codec, arena, entry, layer_stride: 0, offset, index: offset, position: offset, n_tokens, member }
+            })
+        })
+    }
+
     /// What an eviction kept of a list.
     pub fn kept_runs(&self, layer: u32, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
         let entry = self.entry(layer, kv_head, Part::Kept);
@@ -478,7 +582,7 @@ impl PageTable {
             let offset = run.first * size;
             let n_tokens = (run.pages * size).min(kept - offset);
             let (codec, arena, entry) = (self.shape.codec, run.arena, entry + run.first);
-            Run { codec, arena, entry, layer_stride, offset, index: offset, position: offset, n_tokens }
+            Run { codec, arena, entry, layer_stride, offset, index: offset, position: offset, n_tokens, member: 0 }
         })
     }
 
@@ -489,7 +593,7 @@ impl PageTable {
         let n_tokens = (pages.end * size).min(self.tail) - offset;
         let (index, position) = (kept + offset, self.tail_start + offset);
         let layer_stride = if arena == PageId::WINDOW { 0 } else { self.layer_stride() };
-        Run { codec, arena, entry, layer_stride, offset, index, position, n_tokens }
+        Run { codec, arena, entry, layer_stride, offset, index, position, n_tokens, member: 0 }
     }
 
     /// Pages of the tail in their codec.
@@ -534,13 +638,11 @@ impl PageTable {
             (0..sealed, sealed..page + 1)
         };
         let tail = self.sealed_runs(layer, kv_head, sealed).chain(self.open_runs(layer, kv_head, open));
-        self.kept_runs(layer, kv_head).chain(tail.map(move |run| Run {
-            n_tokens: run.n_tokens.min(place + 1 - run.offset),
-            ..run
-        }))
+        let tail = tail.map(move |run| Run { n_tokens: run.n_tokens.min(place + 1 - run.offset), ..run });
+        self.merged_runs(layer, kv_head).chain(self.kept_runs(layer, kv_head)).chain(tail)
     }
 
-    /// Everything that a list holds between two steps, in order.
+    /// Everything that a list holds by itself between two steps, in order.
     pub fn held_runs(&self, layer: u32, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
         let all = self.tail.div_ceil(self.shape.page.page_size).max(self.retired);
         let (sealed, open) = if self.is_closed(layer, kv_head) {
@@ -558,6 +660,7 @@ impl PageTable {
         self.layers.owns(a)
             && self.layers.owns(b)
             && self.layers.list(a) + 1 == self.layers.list(b)
+            && [a, b].iter().all(|layer| self.merged_with[self.layers.list(*layer) as usize].is_none())
             && (0..self.shape.num_kv_heads).all(|head| {
                 let (a, b) = (self.list_at(a, head), self.list_at(b, head));
                 let spread = a.parts.iter().zip(&b.parts).all(|(a, b)| a.runs == b.runs);

@@ -33,6 +33,11 @@ impl TableShape {
         self.codec.page_bytes(self.page)
     }
 
+    /// Bytes of a page of what two layers have in common.
+    pub fn merged_page(&self) -> Bytes {
+        self.codec.for_pairs().page_bytes(self.page)
+    }
+
     /// Open and sealed pages that one list of `n_tokens` tokens needs at most, none of them evicted.
     pub fn pages_of_list(&self, n_tokens: u32) -> (u32, u32) {
         let (all, full) = (n_tokens.div_ceil(self.page.page_size), n_tokens / self.page.page_size);
@@ -73,12 +78,16 @@ pub struct Capacity {
     pub kept_pages: u32,
     /// The most of them in one list.
     pub kept_pages_of_list: u32,
+    /// Pages of what two layers have in common, over all lists.
+    pub merged_pages: u32,
+    /// The most of them in one list.
+    pub merged_pages_of_list: u32,
 }
 
 impl Capacity {
     /// Room for appended tokens alone.
     pub const fn tokens(tail_tokens: u32) -> Self {
-        Self { tail_tokens, kept_pages: 0, kept_pages_of_list: 0 }
+        Self { tail_tokens, kept_pages: 0, kept_pages_of_list: 0, merged_pages: 0, merged_pages_of_list: 0 }
     }
 }
 
@@ -95,7 +104,7 @@ pub struct Window {
 impl Window {
     /// A window for steps of at most `max_rows` rows; without slots where no page is ever sealed.
     pub fn new(page: PageGeometry, num_kv_heads: u32, max_rows: u32, seals: bool) -> Self {
-        let slots = if seals { (max_rows / page.page_size).max(1) } else { 0 };
+        let slots = if seals { (max_rows / page.page_size).max(2) } else { 0 };
         Self { slots, num_kv_heads, page: HiddenCodec::F16.page_bytes(page), used: 0 }
     }
 

@@ -19,6 +19,9 @@
 //! logits           = norm(x, output_norm) * output^T           [positions, vocab_size], after the last layer
 //! ```
 //!
+//! Where layers share caches, k and v of a layer are those of its owner. Where prompt tokens skip layers, x of every token
+//! but the prompt's last stays what it is from the first skipped layer on, and k and v come of it there.
+//!
 //! Weights are f16 and convert to f64 exactly; every activation and sum is f64. Sums run in index order whatever
 //! the number of threads, so that results are the same bits on every run.
 
@@ -34,16 +37,34 @@ const TOKEN_BLOCK: usize = 8;
 const ROW_TILE: usize = 16;
 
 /// The reference decoder: borrowed weights and the one choice that a real cache forces on the arithmetic.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ReferenceModel<'a> {
     weights: &'a Weights,
     round_kv_to_f16: bool,
+    /// The layer whose keys and values each layer reads; its own where there is none.
+    owners: Vec<usize>,
+    /// The first layer that prompt tokens skip, and tokens of the prompt.
+    skip: Option<(usize, usize)>,
 }
 
 impl<'a> ReferenceModel<'a> {
     /// A model that keeps keys and values in f64.
     pub const fn new(weights: &'a Weights) -> Self {
-        Self { weights, round_kv_to_f16: false }
+        Self { weights, round_kv_to_f16: false, owners: Vec::new(), skip: None }
+    }
+
+    /// Layers that read other layers' keys and values: of each layer the owner.
+    #[must_use]
+    pub fn share_layers(mut self, owners: &[u32]) -> Self {
+        self.owners = owners.iter().map(|owner| *owner as usize).collect();
+        self
+    }
+
+    /// Prompt tokens but the last stop below a layer.
+    #[must_use]
+    pub const fn skip_prefill(mut self, from: u32, prompt_tokens: usize) -> Self {
+        self.skip = Some((from as usize, prompt_tokens));
+        self
     }
 
     /// Whether keys (after the rotation) and values are rounded to f16, as a cache of f16 pages stores them.
@@ -65,8 +86,17 @@ impl<'a> ReferenceModel<'a> {
             assert!(token < geometry.vocab_size, "token {token} of a vocabulary of {}", geometry.vocab_size);
             x.extend(self.weights.embedding.row(token).iter().map(|w| w.to_f64()));
         }
-        for layer in &self.weights.layers {
-            self.layer(layer, &mut x);
+        let mut caches: Vec<Vec<f64>> = Vec::new();
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            let before = x.clone();
+            let owner = self.owners.get(index).copied().unwrap_or(index);
+            self.layer(layer, &mut x, owner, &mut caches);
+            if let Some((from, prompt_tokens)) = self.skip
+                && index >= from
+            {
+                let stopped = prompt_tokens.saturating_sub(1) * hidden_size;
+                x[..stopped].copy_from_slice(&before[..stopped]);
+            }
         }
         let mut wanted = Vec::with_capacity(positions.len() * hidden_size);
         for &position in positions {
@@ -78,11 +108,20 @@ impl<'a> ReferenceModel<'a> {
         logits.chunks_exact(geometry.vocab_size as usize).map(<[f64]>::to_vec).collect()
     }
 
-    /// One layer, in place on `x` of shape `[n, hidden_size]`.
-    fn layer(&self, layer: &LayerWeights, x: &mut [f64]) {
+    /// One layer, in place on `x` of shape `[n, hidden_size]`; `caches` are keys and values of the layers before it.
+    fn layer(&self, layer: &LayerWeights, x: &mut [f64], owner: usize, caches: &mut Vec<Vec<f64>>) {
         let geometry = &self.weights.geometry;
         let mut qkv = matmul(&self.norm(x, &layer.attention_norm), &layer.qkv);
         self.rotate_and_round(&mut qkv);
+        let (q_width, kv_width) = (geometry.heads.q_width() as usize, 2 * geometry.heads.kv_width() as usize);
+        let rows = qkv.chunks_exact_mut(q_width + kv_width);
+        match caches.get(owner) {
+            Some(cache) => {
+                rows.zip(cache.chunks_exact(kv_width)).for_each(|(row, kv)| row[q_width..].copy_from_slice(kv));
+                caches.push(Vec::new());
+            }
+            None => caches.push(rows.flat_map(|row| row[q_width..].to_vec()).collect()),
+        }
         let attended = causal_attention(&qkv, geometry.heads);
         add_in_place(x, &matmul(&attended, &layer.attention_output));
 

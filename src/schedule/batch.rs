@@ -14,6 +14,9 @@ pub struct PlannedRows {
     pub tokens: Vec<u32>,
     /// Whether this is a decode row.
     pub decode: bool,
+    /// The layer below which the rows stop; the layers above get their keys and values alone. `None` where they run to the
+    /// top.
+    pub depth: Option<u32>,
     /// What coming evictions want of these rows.
     pub observed: Vec<Observed>,
     /// How to choose the next token from the last row, when it is wanted.
@@ -38,6 +41,50 @@ impl StepPlan {
     /// Rows of all segments.
     pub fn n_rows(&self) -> u32 {
         self.segments.iter().map(PlannedRows::n_rows).sum()
+    }
+
+    /// Rows that are computed whole in a layer; they come first.
+    pub fn active_rows(&self, layer: u32) -> u32 {
+        let active = |s: &&PlannedRows| s.depth.is_none_or(|depth| layer < depth);
+        self.segments.iter().filter(active).map(PlannedRows::n_rows).sum()
+    }
+
+    /// Adds prompt rows of a session. Where it skips layers, its rows stop below the first of them, but for the last of the
+    /// prompt (`last`), which runs to the top.
+    pub fn push_prompt(&mut self, rows: PlannedRows, skip_from: Option<u32>, last: bool) {
+        let Some(depth) = skip_from else { return self.insert(rows) };
+        let deep = rows.tokens.len() - usize::from(last);
+        let (stopping, top) = rows.tokens.split_at(deep);
+        let n = u32::try_from(deep).expect("rows are counted in 32 bits");
+        if last {
+            let observed = rows.observed.iter().map(|o| Observed { first: o.first.saturating_sub(n), ..*o }).collect();
+            let first_index = rows.first_index + n;
+            self.insert(PlannedRows { first_index, tokens: top.to_vec(), observed, depth: None, ..rows.clone() });
+        }
+        if n > 0 {
+            let observed = rows.observed.iter().filter(|o| o.first < n).copied().collect();
+            let tokens = stopping.to_vec();
+            self.insert(PlannedRows { tokens, observed, depth: Some(depth), sample: None, ..rows });
+        }
+    }
+
+    /// Rows that run further come first.
+    fn insert(&mut self, rows: PlannedRows) {
+        let further = |s: &PlannedRows| s.depth.unwrap_or(u32::MAX) >= rows.depth.unwrap_or(u32::MAX);
+        let at = self.segments.iter().take_while(|s| further(s)).count();
+        self.segments.insert(at, rows);
+    }
+
+    /// Sessions of the step, once each, with all of their rows.
+    pub fn rows_of_sessions(&self) -> Vec<(SessionId, u32)> {
+        let mut all: Vec<(SessionId, u32)> = Vec::new();
+        for rows in &self.segments {
+            match all.iter_mut().find(|(session, _)| *session == rows.session) {
+                Some((_, n)) => *n += rows.n_rows(),
+                None => all.push((rows.session, rows.n_rows())),
+            }
+        }
+        all
     }
 
     /// Decode rows.
@@ -65,6 +112,7 @@ pub(super) fn plan<'s>(
             observed: caches.observed(session, 1).into_iter().collect(),
             tokens: vec![last],
             decode: true,
+            depth: None,
             sample: Some(s.request.sampling),
         });
     }
@@ -80,14 +128,17 @@ pub(super) fn plan<'s>(
         left -= n;
         let observed = caches.observed(session, u32::try_from(n).expect("rows are counted in 32 bits"));
         let end = done as usize + n;
-        plan.segments.push(PlannedRows {
+        let last = end == prompt.len();
+        let rows = PlannedRows {
             session,
             first_index: caches.tables[&session].n_tokens(),
             observed: observed.into_iter().collect(),
             tokens: prompt[done as usize..end].to_vec(),
             decode: false,
-            sample: (end == prompt.len()).then_some(s.request.sampling),
-        });
+            depth: None,
+            sample: last.then_some(s.request.sampling),
+        };
+        plan.push_prompt(rows, caches.skip_from(&s.request.compression), last);
     }
     plan
 }

@@ -17,6 +17,7 @@ use super::{Request, SessionId, StepPlan};
 use crate::compression::Compression;
 use crate::compression::head::{HeadPattern, HeadScores, ListPattern};
 use crate::compression::hidden::HiddenCodec;
+use crate::compression::layer::Sharing;
 use crate::compression::keep::{Domain, KeepShape, domains};
 use crate::compression::token::{Reduce, Rows, Rule, Score, TokenPolicy};
 use crate::geometry::Bytes;
@@ -91,6 +92,17 @@ pub struct Selection {
     pub carries: bool,
     /// Kept keys are turned to their places in the cache, and positions go on from there.
     pub rerotates: bool,
+    /// Layers whose tokens become directions in common.
+    pub merge: Option<Merging>,
+}
+
+/// Which layers are merged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merging {
+    /// Lower and upper layer.
+    pub pairs: Vec<(u32, u32)>,
+    /// Of the tokens that both hold, those that stay as they are, of 1000.
+    pub retain_permille: u32,
 }
 
 /// What is still to happen to a session's cache.
@@ -166,9 +178,31 @@ impl Caches {
         Ok(Layers::new(&compression.layer.owners(self.full.num_layers)?))
     }
 
+    /// The first layer that prompt tokens do not reach.
+    ///
+    /// # Panics
+    /// For a compression that [`Self::serves`] refuses.
+    pub fn skip_from(&self, compression: &Compression) -> Option<u32> {
+        compression.layer.skip_from(self.full.num_layers).expect("a compression that is served is for this model")
+    }
+
     /// Whether a cache of this compression is evicted from at all.
     pub fn evicts(compression: &Compression) -> bool {
-        compression.token.eviction().is_some() || compression.head != HeadPattern::Full
+        let merges = matches!(compression.layer.share, Sharing::Merge { .. });
+        compression.token.eviction().is_some() || compression.head != HeadPattern::Full || merges
+    }
+
+    /// The codecs whose kernels caches of this compression need, f16 pages of single layers aside.
+    pub fn codecs_of(compression: &Compression) -> Vec<HiddenCodec> {
+        let codec = compression.hidden;
+        let merged = matches!(compression.layer.share, Sharing::Merge { .. }).then(|| codec.for_pairs());
+        [codec].into_iter().filter(HiddenCodec::seals).chain(merged).collect()
+    }
+
+    fn merging(&self, compression: &Compression) -> Result<Option<Merging>, String> {
+        let Sharing::Merge { retain_permille, .. } = compression.layer.share else { return Ok(None) };
+        let pairs = compression.layer.merged_pairs(self.full.num_layers)?;
+        Ok(Some(Merging { pairs, retain_permille }))
     }
 
     /// Whether this backend can carry out a compression.
@@ -176,8 +210,8 @@ impl Caches {
     /// # Errors
     /// A sentence with the reason.
     pub fn serves(&self, compression: &Compression) -> Result<(), String> {
-        let codec = compression.hidden;
-        if codec.seals() && !self.abilities.codecs.contains(&codec) {
+        let missing = |codec: &HiddenCodec| !self.abilities.codecs.contains(codec);
+        if let Some(codec) = Self::codecs_of(compression).into_iter().find(missing) {
             let served: Vec<_> = [HiddenCodec::F16].iter().chain(&self.abilities.codecs).map(ToString::to_string).collect();
             return Err(format!("no kernels were made for hidden={codec}; this run serves {}", served.join(", ")));
         }
@@ -185,7 +219,9 @@ impl Caches {
             return Err(format!("{} evicts, and this engine was made without evictions", compression.short()));
         }
         self.layers(compression)?;
+        self.merging(compression)?;
         self.patterns(compression)?;
+        compression.layer.skip_from(self.full.num_layers)?;
         Ok(())
     }
 
@@ -215,7 +251,19 @@ impl Caches {
     pub fn capacity(&self, compression: &Compression, n_tokens: u32, tail_tokens: u32) -> Result<Capacity, String> {
         let size = self.full.page.page_size;
         let mut capacity = Capacity::tokens(tail_tokens);
-        for domain in self.domains(compression, n_tokens)? {
+        let domains = self.domains(compression, n_tokens)?;
+        if let Some(Merging { pairs, .. }) = self.merging(compression)? {
+            let most = |list: u32| domains.iter().find(|d| d.lists.contains(&list)).map_or(0, |d| d.total.min(n_tokens));
+            for (lower, upper) in pairs {
+                for head in 0..self.full.num_kv_heads {
+                    let tokens = [lower, upper].map(|layer| most(layer * self.full.num_kv_heads + head));
+                    let pages = tokens[0].min(tokens[1]).div_ceil(size);
+                    capacity.merged_pages += pages;
+                    capacity.merged_pages_of_list = capacity.merged_pages_of_list.max(pages);
+                }
+            }
+        }
+        for domain in domains {
             let lists = u32::try_from(domain.lists.len()).expect("lists are counted in 32 bits");
             let most = domain.total.min(n_tokens).div_ceil(size);
             // Lists that share a total leave a page each partly used.
@@ -263,6 +311,7 @@ impl Caches {
             let all = |per_list: u32| shape.num_lists().saturating_mul(per_list);
             pages.push((shape.open_page(), all(open)));
             pages.push((shape.sealed_page(), all(sealed).saturating_add(capacity.kept_pages)));
+            pages.push((shape.merged_page(), capacity.merged_pages));
         }
         Ok(pages)
     }
@@ -374,6 +423,7 @@ impl Caches {
             slot,
             carries: false,
             rerotates: eviction.is_some_and(|eviction| eviction.rerotate),
+            merge: self.merging(compression)?,
         })
     }
 
@@ -487,9 +537,9 @@ impl Caches {
     /// [`PoolError`] beyond what was admitted.
     pub fn grow(&mut self, plan: &StepPlan) -> Result<(), PoolError> {
         self.window.clear();
-        for rows in &plan.segments {
-            let table = self.tables.get_mut(&rows.session).expect("an admitted session has a table");
-            table.grow(&mut self.pool, &mut self.window, rows.n_rows())?;
+        for (session, n_rows) in plan.rows_of_sessions() {
+            let table = self.tables.get_mut(&session).expect("an admitted session has a table");
+            table.grow(&mut self.pool, &mut self.window, n_rows)?;
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ use std::time::Duration;
 use crate::pool::{PoolError, PoolReport};
 pub use admission::SubmitError;
 pub use batch::{PlannedRows, StepPlan};
-pub use caches::{Abilities, Caches, Observation, Observed, REPEAT_ROOM, Selection};
+pub use caches::{Abilities, Caches, Merging, Observation, Observed, REPEAT_ROOM, Selection};
 pub use session::{Finish, Phase, Request, Session, SessionId, SessionTimes};
 
 /// What executes a plan: the engine on a device, or a simulation.
@@ -216,12 +216,15 @@ impl Scheduler {
     fn apply(&mut self, plan: &StepPlan, result: &StepResult, report: &mut StepReport) -> Result<(), PoolError> {
         let mut tokens = result.tokens.iter();
         let now = self.now;
+        for (id, n_rows) in plan.rows_of_sessions() {
+            let session = self.session_mut(id);
+            if let Phase::Prefill(done) = session.phase {
+                session.phase = Phase::Prefill(done + n_rows);
+            }
+        }
         for rows in &plan.segments {
             let id = rows.session;
             let session = self.session_mut(id);
-            if let Phase::Prefill(done) = session.phase {
-                session.phase = Phase::Prefill(done + rows.n_rows());
-            }
             if rows.sample.is_none() {
                 continue;
             }

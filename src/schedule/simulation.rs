@@ -9,6 +9,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::{Backend, Caches, SessionId, StepPlan, StepResult};
 use crate::pool::PoolError;
+use crate::pool::page_table::KeptTokens;
 
 /// Seeded tokens, and a step time that grows with its rows.
 #[derive(Clone, Debug)]
@@ -61,7 +62,7 @@ impl Backend for Simulation {
         let mut tokens = Vec::new();
         for rows in &plan.segments {
             let table = &caches.tables[&rows.session];
-            assert_eq!(table.n_tokens(), rows.first_index + rows.n_rows(), "the table should hold the planned rows");
+            assert!(table.n_tokens() >= rows.first_index + rows.n_rows(), "the table should hold the planned rows");
             self.record(rows.session.0);
             self.record(rows.first_index);
             rows.tokens.iter().for_each(|t| self.record(*t));
@@ -81,17 +82,17 @@ impl Backend for Simulation {
         let (n_tokens, kv_heads) = (table.n_tokens(), table.shape().num_kv_heads);
         let owners: Vec<u32> =
             (0..caches.full.num_layers).filter(|layer| target.layers().owns(*layer)).collect();
-        let mut kept = vec![None; target.shape().num_lists() as usize];
+        let mut kept = vec![KeptTokens::default(); target.shape().num_lists() as usize];
         for domain in selection.domains.iter().filter(|domain| domain.total > 0) {
             let lists = u32::try_from(domain.lists.len()).expect("lists are counted in 32 bits");
             for list in &domain.lists {
                 let held = table.n_held(owners[(list / kv_heads) as usize], list % kv_heads);
                 let tokens = (domain.total / lists).min(held);
                 self.record(tokens);
-                kept[*list as usize] = Some((0..tokens).collect());
+                kept[*list as usize].own = Some((0..tokens).collect());
             }
         }
-        target.keep(&mut caches.pool, kept, n_tokens)?;
+        target.keep(&mut caches.pool, kept, &[], n_tokens)?;
         caches.swap(session, target)?;
         Ok(self.per_step)
     }

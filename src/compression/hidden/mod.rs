@@ -321,6 +321,9 @@ pub struct HiddenCodec {
     pub k: Codec,
     /// Values.
     pub v: Codec,
+    /// Whether pages hold directions that two layers have in common, and each layer's lengths: what the layer dimension makes
+    /// of merged layers, never written in a compression.
+    pub paired: bool,
 }
 
 impl HiddenCodec {
@@ -328,7 +331,25 @@ impl HiddenCodec {
     pub const F16: Self = Self {
         k: Codec { transform: Transform::None, quantizer: Quantizer::F16 },
         v: Codec { transform: Transform::None, quantizer: Quantizer::F16 },
+        paired: false,
     };
+
+    /// The same codec over directions of two layers.
+    #[must_use]
+    pub const fn for_pairs(self) -> Self {
+        Self { paired: true, ..self }
+    }
+
+    /// Words of lengths behind the sides of a page, where it has any: of each token's key, then value, in the lower and the
+    /// upper layer, f16.
+    pub const fn length_words(&self, page: PageGeometry) -> u32 {
+        if self.paired { 2 * page.page_size } else { 0 }
+    }
+
+    /// Words of keys and values, before any lengths.
+    pub fn side_words(&self, page: PageGeometry) -> u32 {
+        self.k.words(Side::Key, page) + self.v.words(Side::Value, page)
+    }
 
     /// Whether full pages are encoded; those of f16 stay as they are.
     pub fn seals(&self) -> bool {
@@ -345,8 +366,7 @@ impl HiddenCodec {
 
     /// Bytes of one page.
     pub fn page_bytes(&self, page: PageGeometry) -> Bytes {
-        let words = self.k.words(Side::Key, page) + self.v.words(Side::Value, page);
-        Bytes(u64::from(words) * WORD_BYTES)
+        Bytes(u64::from(self.side_words(page) + self.length_words(page)) * WORD_BYTES)
     }
 
     /// Bits per value of a page, everything in it included.
@@ -385,9 +405,9 @@ impl HiddenCodec {
         words
     }
 
-    /// The K and V that attention reads in a page, each `[page_size][head_dim]`.
+    /// The K and V that attention reads in a page, each `[page_size][head_dim]`; of merged layers, their directions.
     pub fn decode(&self, page: PageGeometry, context: PageContext<'_>, words: &[u32]) -> (Vec<f32>, Vec<f32>) {
-        let (k, v) = words.split_at(self.k.words(Side::Key, page) as usize);
+        let (k, v) = words[..self.side_words(page) as usize].split_at(self.k.words(Side::Key, page) as usize);
         (self.k.decode(Side::Key, page, context, k), self.v.decode(Side::Value, page, context, v))
     }
 }

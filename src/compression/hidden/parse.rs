@@ -237,7 +237,7 @@ impl FromStr for HiddenCodec {
     fn from_str(text: &str) -> Result<Self, String> {
         if !text.starts_with("k:") && !text.starts_with("v:") {
             let k: Codec = text.parse()?;
-            return Ok(Self { k, v: Self::values_of(k) });
+            return Ok(Self { k, v: Self::values_of(k), paired: false });
         }
         let (mut k, mut v) = (None, None);
         for part in text.split(',') {
@@ -259,7 +259,7 @@ impl FromStr for HiddenCodec {
             Transform::CentredRotation => return Err(format!("'{text}': only keys have a mean to take out")),
             _ => {}
         }
-        Ok(Self { k: k.unwrap_or_default(), v })
+        Ok(Self { k: k.unwrap_or_default(), v, paired: false })
     }
 }
 

@@ -127,18 +127,18 @@ pub const fn order_key(score: f32) -> u32 {
     if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
 }
 
-/// The tokens that stay of each list, ascending. `scores` are those of the domain's lists, `n_tokens` each.
+/// The tokens that stay of each list, ascending. `scores` are those of the domain's lists, one for each token of a list.
 ///
 /// # Panics
-/// When scores are missing.
-pub fn select(domain: &Domain, scores: &[&[f32]], n_tokens: u32) -> Vec<Vec<u32>> {
+/// When a list has no scores.
+pub fn select(domain: &Domain, scores: &[&[f32]]) -> Vec<Vec<u32>> {
     assert_eq!(scores.len(), domain.lists.len(), "scores of every list");
     let Domain { total, floor, sink, recent, .. } = *domain;
-    let always = |index: u32| index < sink || index >= n_tokens.saturating_sub(recent);
     let mut kept: Vec<Vec<u32>> = Vec::new();
     let mut others = Vec::new();
     for (list, scores) in scores.iter().enumerate() {
-        assert_eq!(scores.len(), n_tokens as usize, "a score for every token");
+        let n_tokens = u32::try_from(scores.len()).expect("tokens are counted in 32 bits");
+        let always = |index: u32| index < sink || index >= n_tokens.saturating_sub(recent);
         let (mut stays, mut rest): (Vec<u32>, Vec<u32>) = (0..n_tokens).partition(|index| always(*index));
         rest.sort_by_key(|index| Reverse(order_key(scores[*index as usize])));
         let fill = (floor as usize).saturating_sub(stays.len()).min(rest.len());

@@ -74,7 +74,7 @@ proptest! {
     ) {
         let scores: Vec<&[f32]> = lists.iter().map(|list| &list[..n]).collect();
         let domain = Domain { lists: (0..u32::try_from(scores.len())?).collect(), total, floor, sink, recent };
-        let kept = select(&domain, &scores, u32::try_from(n)?);
+        let kept = select(&domain, &scores);
         prop_assert_eq!(&kept, &one_by_one(&domain, &scores, n), "one by one");
         let always = n.min((sink + recent) as usize);
         let forced = scores.len() * always.max((floor as usize).min(n));
@@ -90,7 +90,7 @@ proptest! {
         let kept_scores = |list: &[f32]| {
             let n = u32::try_from(list.len()).expect("a short list");
             let mut kept: Vec<_> =
-                select(&domain, &[list], n)[0].iter().map(|i| order_key(list[*i as usize])).collect();
+                select(&domain, &[list])[0].iter().map(|i| order_key(list[*i as usize])).collect();
             kept.sort_unstable();
             kept
         };
@@ -150,9 +150,9 @@ fn keys_follow_floats() {
 fn heads_compete_above_their_floor() {
     let domain = Domain { lists: vec![4, 5], total: 6, floor: 2, sink: 1, recent: 0 };
     let (a, b) = ([0.0, 9.0, 8.0, 7.0, 6.0], [0.0, 1.0, 3.0, 2.0, 2.5]);
-    assert_eq!(select(&domain, &[&a, &b], 5), [vec![0, 1, 2, 3], vec![0, 2]], "the first is worth more");
+    assert_eq!(select(&domain, &[&a, &b]), [vec![0, 1, 2, 3], vec![0, 2]], "the first is worth more");
     let tie = Domain { total: 3, floor: 0, sink: 0, ..domain };
-    assert_eq!(select(&tie, &[&[1.0; 3], &[1.0; 3]], 3), [vec![0, 1, 2], vec![]], "the lower list, the lower index");
+    assert_eq!(select(&tie, &[&[1.0; 3], &[1.0; 3]]), [vec![0, 1, 2], vec![]], "the lower list, the lower index");
 }
 
 #[test]

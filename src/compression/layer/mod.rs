@@ -15,6 +15,7 @@
 
 use std::sync::Arc;
 
+pub mod minicache;
 mod parse;
 
 /// A way to write a layer policy.

@@ -397,7 +397,7 @@ fn check_pages(setup: &Setup<'_>, batch: &Batch) -> Result<Vec<Check>, EngineErr
         let (mut append, mut seal) = (Words::default(), Words::default());
         for sequence in setup.sequences.iter().filter(|sequence| sequence.codec == codec) {
             for kv_head in 0..heads.num_kv_heads {
-                let DevicePages { sealed, open } = setup.attention.pages(sequence.id, kv_head)?;
+                let DevicePages { sealed, open, .. } = setup.attention.pages(sequence.id, kv_head)?;
                 let expected = sequence.sealed.iter().skip(kv_head as usize).step_by(n_heads);
                 assert_eq!(sealed.len(), expected.len(), "every full page should be sealed");
                 sealed.iter().zip(expected).for_each(|(got, expected)| seal.compare(got, expected));
@@ -434,6 +434,14 @@ impl Words {
         assert_eq!(got.len(), expected.len(), "pages should be equally long");
         self.wrong += got.iter().zip(expected).filter(|(a, b)| a != b).count();
         self.compared += got.len();
+    }
+
+    /// Lists that may differ in length.
+    pub(super) fn compare_lists(&mut self, got: &[u32], expected: &[u32]) {
+        self.wrong += usize::from(got.len() != expected.len());
+        self.wrong += got.iter().zip(expected).filter(|(a, b)| a != b).count();
+        // An empty list is a comparison too.
+        self.compared += 1 + expected.len();
     }
 
     /// An open page that holds the given rows. Where it has held no page before, its other slots are still poison.

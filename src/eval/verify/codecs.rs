@@ -114,7 +114,7 @@ fn value_codecs() -> Vec<HiddenCodec> {
     let mut sides: Vec<Codec> = hidden::examples().map(|codec| codec.v).collect();
     sides.sort_unstable();
     sides.dedup();
-    sides.into_iter().map(|v| HiddenCodec { k, v }).collect()
+    sides.into_iter().map(|v| HiddenCodec { k, v, paired: false }).collect()
 }
 
 /// Keys are one-hot, so that row `t` attends to token `t` alone and its output is the decoded value of that token. The

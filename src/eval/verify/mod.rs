@@ -5,6 +5,7 @@
 
 pub mod attention;
 mod codecs;
+pub mod eviction;
 mod latent;
 pub mod operators;
 
@@ -61,12 +62,13 @@ pub fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(&Check)) -> Res
     latent::run(device, &mut report)?;
     codecs::run(device, extent, &mut report)?;
     attention::run(device, extent, &mut report)?;
+    eviction::run(device, extent, &mut report)?;
     Ok(checks)
 }
 
 /// How many checks [`run`] will make.
 pub fn count(extent: Extent) -> usize {
-    operators::COUNT + latent::COUNT + codecs::count(extent) + attention::count(extent)
+    operators::COUNT + latent::COUNT + codecs::count(extent) + attention::count(extent) + eviction::count(extent)
 }
 
 #[cfg(test)]

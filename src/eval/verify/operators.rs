@@ -215,7 +215,7 @@ fn product(
     let x = bench.values(((n_rows + x_row) * k) as usize);
     let size = ((n_rows + y_row + 1) * cols) as usize;
     let before = if output == Output::Accumulate { bench.values(size) } else { poison(size) };
-    let params = MatmulParams { x_row, y_row, n_rows, cols, cells: k / 8 };
+    let params = MatmulParams { x_row, y_row, n_rows, cols, cells: k / 8, first_col: 0 };
     let inputs = [bytes(&x), bytes(&packed), bytes(&before)];
     let got = floats(&bench.run(&spec, &inputs, &params, matmul::grid(&params, tile_rows))?);
     let mut want = Vec::new();
