@@ -12,6 +12,7 @@
 //! | 141 | the reader of the standard output has closed it |
 
 mod args;
+mod calibrate;
 mod codecs;
 mod devices;
 mod documents;
@@ -69,6 +70,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Codecs(codecs::CodecsArgs),
     Policies(policies::PoliciesArgs),
+    Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Verify(verify::VerifyArgs),
 }
@@ -87,6 +89,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Codecs(args) => codecs::run(args, global),
         Command::Policies(_) => policies::run(global),
+        Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };

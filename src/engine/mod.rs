@@ -13,6 +13,7 @@ mod merged;
 mod moves;
 pub mod paged_attention;
 mod parameters;
+mod scores;
 mod scratch;
 mod step;
 mod weights;

@@ -150,6 +150,14 @@ impl<'e, 'd> Driver<'e, 'd> {
         Ok(())
     }
 
+    /// Of each list the scores that a slot has of the first `n_tokens`.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn scores(&self, slot: u32, n_tokens: usize) -> Result<Vec<Vec<f32>>, EngineError> {
+        self.engine.raw_scores(slot, count(n_tokens))
+    }
+
     /// Scores the tokens of a full cache, which are `tokens`, by repeating them (`kvzip`), into a slot.
     ///
     /// # Errors

@@ -12,6 +12,7 @@
 //! | `tokenize` | [`TokenizeReport`] |
 //! | `codecs` | [`CodecsReport`] |
 //! | `policies` | [`PoliciesReport`] |
+//! | `calibrate heads` | [`HeadsReport`] |
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `verify` | [`VerifyReport`] |
@@ -19,6 +20,7 @@
 mod checks;
 mod codecs;
 mod device;
+mod heads;
 mod kl;
 mod meter;
 mod plot;
@@ -31,6 +33,7 @@ mod text;
 pub use checks::{PerplexityReport, VerifyReport};
 pub use codecs::{CodecReport, CodecsReport};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
+pub use heads::HeadsReport;
 pub use kl::{KlReport, KlRow};
 pub use meter::{ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, PrefillMetric};
 pub use plot::{Guide, Plot, Point};
