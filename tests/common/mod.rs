@@ -64,6 +64,7 @@ pub(crate) fn config(budget_mib: u64) -> EngineConfig {
         context_length: 1024,
         page_size: 16,
         codecs: Vec::new(),
+        chooses: false,
         evictions: None,
         max_arena: None,
     }
