@@ -2,21 +2,23 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use concertina::compression::Compression;
+use concertina::compression::head::HeadScores;
 use concertina::device::Device;
-use concertina::engine::{Engine, EngineConfig, EngineError};
+use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
 use concertina::eval::prompt::{self, Driver};
 use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
 use concertina::pool::PoolError;
-use concertina::pool::page_table::{Sealing, TableShape};
 use concertina::reference::compare::{kl_divergence, widen};
 use concertina::reference::transformer::ReferenceModel;
 use concertina::schedule::{Finish, Phase, Request, ScheduleConfig, Scheduler, SubmitError};
 
 fn request(seed: u64, n: usize, max_new: u32, sampling: Sampling) -> Request {
     let (prompt, stop, compression) = (common::tokens(seed, n, 200), Vec::new(), Compression::default());
-    Request { prompt, max_new, sampling, stop, compression }
+    Request { prompt, max_new, sampling, stop, compression, document: None }
 }
 
 fn schedule() -> ScheduleConfig {
@@ -51,7 +53,7 @@ fn a_whole_step_validates_on_the_noop_backend() {
 }
 
 fn compression(codec: &str) -> Compression {
-    codec.parse().expect("a codec")
+    codec.parse().unwrap_or_else(|e| panic!("{codec}: {e}"))
 }
 
 /// An engine whose pages hold whole groups of the KIVI codecs.
@@ -80,6 +82,77 @@ fn whole_steps_of_compressed_sessions_validate_on_the_noop_backend() {
     assert_eq!(report.allocated_bytes, engine.held_bytes(), "the pool says what the device holds");
     let refused = s.submit(Request { compression: compression("rot2"), ..request(1, 9, 9, Sampling::GREEDY) });
     assert!(refused.is_err(), "no kernels were made for it");
+}
+
+/// The same, and what evictions need.
+fn evicting(codecs: &[&str], slots: u32, budget_mib: u64) -> EngineConfig {
+    let scores = HeadScores::parse("0.9\t0.1\n0.2\t0.8\n").expect("two layers of two heads");
+    let repeat_prompt = vec![7, 8, 9];
+    let evictions = EvictionConfig { slots, moments: true, head_scores: Some(Arc::new(scores)), repeat_prompt };
+    EngineConfig { evictions: Some(evictions), ..config_with(codecs, budget_mib) }
+}
+
+/// A score of every kind, once and again, with lists that share, compete, keep a window or nothing.
+const EVICTING: [&str; 12] = [
+    "token=snapkv:0.25:window8",
+    "token=h2o:64:every32,hidden=kivi4",
+    "token=streaming:64:every32:rerotate",
+    "token=adakv:0.25:snapkv:window8,hidden=rot3",
+    "token=pyramidkv:0.5:window8,hidden=lowrank:8",
+    "token=expected:0.5,hidden=kivi4",
+    "token=keydiff:0.5,layer=share:2",
+    "token=knorm:64:every16",
+    "token=tova:0.5",
+    "token=kvzip:0.3,hidden=kivi4",
+    "token=random:0.5,head=duo:0.5:sink4:recent16",
+    "head=prune:0.5,hidden=kivi4",
+];
+
+#[test]
+fn whole_steps_of_sessions_that_are_evicted_from_validate_on_the_noop_backend() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(1);
+    let codecs = ["kivi4", "rot3", "lowrank:8"];
+    let (mut engine, caches) = Engine::new(&device, &weights, &evicting(&codecs, 3, 64)).expect("64 MiB suffice");
+    let mut s = Scheduler::new(schedule(), caches);
+    for (at, policy) in EVICTING.into_iter().enumerate() {
+        let n = [70, 110, 40][at % 3];
+        let request = Request { document: [None, Some(33)][at % 2], ..request(at as u64, n, 70, Sampling::GREEDY) };
+        s.submit(Request { compression: compression(policy), ..request }).unwrap_or_else(|e| panic!("{policy}: {e}"));
+    }
+    let mut evictions = 0;
+    while !s.is_idle() {
+        evictions += s.step(&mut engine).expect("every call should validate").evicted.len();
+    }
+    assert!(evictions > EVICTING.len(), "each session is evicted from, some again and again: {evictions}");
+    let report = s.report();
+    assert_eq!((report.pages_in_use_bytes, report.committed_bytes), (Bytes::ZERO, Bytes::ZERO), "all bytes are back");
+    assert_eq!(report.allocated_bytes, engine.held_bytes(), "the pool says what the device holds");
+}
+
+#[test]
+fn an_eviction_that_an_engine_was_not_made_for_is_refused_with_the_reason() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(1);
+    let refusal = |config: &EngineConfig, policy: &str| {
+        let (_, caches) = Engine::new(&device, &weights, config).expect("32 MiB suffice");
+        let mut s = Scheduler::new(schedule(), caches);
+        let request = Request { compression: compression(policy), ..request(1, 40, 9, Sampling::GREEDY) };
+        s.submit(request).expect_err(policy).to_string()
+    };
+    let without = config_with(&["kivi4"], 32);
+    for policy in ["streaming:0.5", "snapkv:0.9", "duo:0.5"] {
+        assert!(refusal(&without, policy).contains("without evictions"), "{policy} needs its buffers");
+    }
+    let mut no_scores = evicting(&["kivi4"], 0, 32);
+    let evictions = no_scores.evictions.as_mut().expect("it evicts");
+    evictions.head_scores = None;
+    assert!(refusal(&no_scores, "snapkv:0.9").contains("without slots"), "nothing would ever free one");
+    assert!(refusal(&no_scores, "duo:0.5").contains("--head-scores"), "who is worth what");
+    let served = evicting(&["kivi4"], 1, 32);
+    assert!(refusal(&served, "snapkv:0.25").contains("at least 32"), "a quarter of 40 tokens has no room for a window");
+    assert!(refusal(&served, "snapkv:0.9:rerotate").contains("leave rerotate out"), "it turns what streaming leaves");
+    assert!(refusal(&served, "share:0,0,0").contains("3 layers"), "a map for another model");
 }
 
 #[test]
@@ -217,34 +290,82 @@ fn logits_match_the_reference_over_one_arena_and_many_gpu() {
 
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
-fn pages_sealed_on_request_return_their_bytes_and_show_in_later_logits_only_gpu() {
+fn a_cache_made_of_a_full_one_holds_less_and_shows_in_later_logits_only_gpu() {
     let weights = common::tiny_model(2);
     let tokens = common::tokens(5, 300, 200);
     let (mut engine, mut caches) =
-        Engine::new(common::device(), &weights, &config_with(&["kivi4"], 16)).expect("16 MiB suffice");
-    let shape = caches.shape(&compression("kivi4"));
+        Engine::new(common::device(), &weights, &evicting(&["kivi4"], 1, 32)).expect("32 MiB suffice");
+    let full_shape = caches.full;
+    let kivi4 = caches.shape(&compression("kivi4")).expect("it is served");
+    let lists = u64::from(kivi4.num_lists());
     let mut driver = Driver::new(&mut engine, &mut caches);
-    let full = driver.admit(&Compression::default(), Sealing::WhenFull, 310).expect("fits");
-    let late = driver.admit(&compression("kivi4"), Sealing::OnRequest, 310).expect("fits");
-    let [of_full, of_late] = [full, late].map(|probe| {
+    let [full, other] = [0, 1].map(|_| driver.admit(&Compression::default(), 300, 310).expect("fits"));
+    let [of_full, of_other] = [full, other].map(|probe| {
         let mut rows = Vec::new();
         let mut keep = |_, row: Vec<f32>| rows.push(row);
         driver.prefill(probe, &tokens, 290..300, 50, &mut keep).expect("the prompt fits");
         rows
     });
-    assert_eq!(of_full, of_late, "before it is sealed, a cache is the full one");
-    assert_eq!(driver.held_bytes(late), driver.held_bytes(full), "and holds as many bytes");
-    driver.seal(late).expect("every full page can be sealed");
-    let expected = TableShape { sealing: Sealing::WhenFull, ..shape }.bytes_for(300);
-    assert_eq!(driver.held_bytes(late), expected, "then it holds what a session that is sealed as it fills would");
+    assert_eq!(of_full, of_other, "the same prompt");
+    // All 300 tokens in ten pages of codes, and 75 of them as they were, in three.
+    let [codes, quarter] = ["kivi4", "streaming:0.25"]
+        .map(|policy| driver.fork(full, &compression(policy), 0, 10).expect("the full cache is there"));
+    assert_eq!(driver.held_bytes(full), full_shape.bytes_for(300), "the full cache stays as it is");
+    assert_eq!(driver.held_bytes(codes), Bytes(lists * 10 * kivi4.sealed_page().0), "pages of codes, none open");
+    assert_eq!(driver.held_bytes(quarter), Bytes(lists * 3 * full_shape.open_page().0), "what stayed");
+    assert_eq!((driver.held_tokens(codes), driver.held_tokens(quarter)), (lists * 300, lists * 75), "tokens");
     for step in 0..10 {
-        let rows = driver.decode(&[(full, step), (late, step)]).expect("the step should run");
-        let kl = kl_divergence(&widen(&rows[0]), &widen(&rows[1]));
-        assert!(kl > 1e-9 && kl < 0.05, "step {step}: codes should show in later logits, a little: {kl:e} nats");
+        let rows = [full, other, codes, quarter].map(|probe| (probe, step));
+        let rows = driver.decode(&rows).expect("the step should run");
+        assert_eq!(rows[0], rows[1], "step {step}: the full cache is as if nothing had been made of it");
+        let kl = |row: usize| kl_divergence(&widen(&rows[0]), &widen(&rows[row]));
+        let (codes, quarter) = (kl(2), kl(3));
+        assert!(codes > 1e-9 && codes < 0.05, "step {step}: codes should show, a little: {codes:e} nats");
+        assert!(quarter > codes && quarter.is_finite(), "step {step}: a quarter costs more: {quarter:e} nats");
     }
     driver.end().expect("the pool agrees");
     assert_eq!(caches.pool.report().pages_in_use_bytes, Bytes::ZERO, "all bytes are back");
     assert_eq!(caches.pool.report().committed_bytes, Bytes::ZERO, "and all commitments");
+}
+
+/// A document whose tokens all stay reads as it was; only then do the pages of the full cache go.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn a_session_that_evicts_nothing_says_what_it_would_have_said_gpu() {
+    let weights = common::tiny_model(2);
+    let tokens = common::tokens(5, 200, 200);
+    let (mut engine, mut caches) =
+        Engine::new(common::device(), &weights, &evicting(&[], 1, 32)).expect("32 MiB suffice");
+    let mut logits = |policy: &str| {
+        let mut driver = Driver::new(&mut engine, &mut caches);
+        // A question of 80 tokens behind a document of 120.
+        let probe = driver.admit(&compression(policy), 120, 210).expect("fits");
+        let mut rows = Vec::new();
+        driver.prefill(probe, &tokens, 100..200, 50, &mut |_, row: Vec<f32>| rows.push(row)).expect("it fits");
+        for token in 0..9 {
+            rows.extend(driver.decode(&[(probe, token)]).expect("the step should run"));
+        }
+        let held = driver.held_tokens(probe);
+        driver.end().expect("the pool agrees");
+        (rows, held)
+    };
+    let (full, all) = logits("full");
+    let compared = |rows: &[Vec<f32>]| {
+        let each: Vec<f64> = full.iter().zip(rows).map(|(f, r)| kl_divergence(&widen(f), &widen(r))).collect();
+        let (document, rest) = each.split_at(20);
+        (document.iter().copied().fold(0.0, f64::max), rest.iter().copied().fold(0.0, f64::max))
+    };
+    for policy in ["snapkv:1", "h2o:512:every32", "keydiff:1", "adakv:1", "streaming:1"] {
+        let (rows, held) = logits(policy);
+        let (document, rest) = compared(&rows);
+        println!("{policy}: {rest:e} nats, {held} of {all} tokens");
+        // The document in other pages, split at other places.
+        assert!(document == 0.0 && rest < 1e-6, "{policy}: {document:e} nats in the document, {rest:e} behind it");
+        assert_eq!(held, all, "{policy}: everything stays");
+    }
+    let (rows, held) = logits("streaming:0.25");
+    let (document, rest) = compared(&rows);
+    assert!(document == 0.0 && rest > 1e-4 && held < all, "what left should be missed: {rest:e} nats");
 }
 
 #[test]

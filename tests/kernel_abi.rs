@@ -11,9 +11,10 @@ use std::path::Path;
 use concertina::compression::hidden::Side;
 use concertina::geometry::HeadGeometry;
 use concertina::kernels::abi::{
-    AppendItem, AppendParams, AttentionParams, DecodeItem, EmbedParams, GatedActivationParams, Immediates,
-    MatmulParams, MergeItem, MergeParams, PrefillItem, RmsNormParams, RopeParams, SampleItem, SampleParams, SealItem,
-    SealParams, VEC4_WORDS,
+    AppendItem, AppendParams, AttentionParams, CarryItem, CarryParams, DecideItem, DecideParams, DecodeItem,
+    EmbedParams, GatedActivationParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams,
+    MatmulParams, MergeItem, MergeParams, MomentItem, MomentParams, PrefillItem, RmsNormParams, RopeParams, SampleItem,
+    SampleParams, ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams, VEC4_WORDS,
 };
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::registry::{all_specs, codecs, format_specs};
@@ -37,14 +38,21 @@ fn host_layouts() -> BTreeMap<String, Layout> {
     let all = [
         host::<AppendParams>(),
         host::<AttentionParams>(),
+        host::<CarryParams>(),
+        host::<DecideParams>(),
         host::<EmbedParams>(),
         host::<GatedActivationParams>(),
+        host::<GatherParams>(),
+        host::<KeyScoreParams>(),
         host::<MatmulParams>(),
         host::<MergeParams>(),
+        host::<MomentParams>(),
         host::<RmsNormParams>(),
         host::<RopeParams>(),
         host::<SampleParams>(),
+        host::<ScoreParams>(),
         host::<SealParams>(),
+        host::<SelectParams>(),
     ];
     all.into_iter().map(|layout| (layout.name.clone(), layout)).collect()
 }
@@ -100,7 +108,14 @@ fn immediate_data_are_the_same_on_both_sides() {
         assert_eq!(spec.immediate_bytes as usize, shader.bytes, "{}: bytes of immediate data", spec.name);
         shader.name
     };
-    let seen: BTreeSet<_> = all_specs().par_iter().map(read).collect();
+    // One of each text: constants decide how much is computed, not what a struct is. `kernel_matrix` counts the bytes of all.
+    let text = |spec: &KernelSpec| {
+        let parts: Vec<_> = spec.parts.iter().map(|part| format!("{} {:?}", part.module.name, part.side)).collect();
+        (spec.name, parts)
+    };
+    let specs: BTreeMap<_, _> = all_specs().into_iter().map(|spec| (text(&spec), spec)).collect();
+    assert!(specs.len() > 50, "every kernel, and those of formats over many codecs, not {}", specs.len());
+    let seen: BTreeSet<_> = specs.par_iter().map(|(_, spec)| read(spec)).collect();
     let known: BTreeSet<_> = hosts.keys().cloned().collect();
     assert_eq!(seen, known, "every struct of the host should be read by some kernel");
 }
@@ -113,11 +128,76 @@ fn work_items_are_whole_rows_of_the_step_buffer() {
         ("MergeItem", size_of::<MergeItem>(), 16),
         ("AppendItem", size_of::<AppendItem>(), 32),
         ("SealItem", size_of::<SealItem>(), 32),
+        ("ScoreItem", size_of::<ScoreItem>(), 48),
+        ("KeyScoreItem", size_of::<KeyScoreItem>(), 32),
+        ("DecideItem", size_of::<DecideItem>(), 32),
+        ("SelectItem", size_of::<SelectItem>(), 32),
+        ("SelectList", size_of::<SelectList>(), 16),
+        ("CarryItem", size_of::<CarryItem>(), 16),
+        ("GatherItem", size_of::<GatherItem>(), 48),
+        ("MomentItem", size_of::<MomentItem>(), 16),
         ("SampleItem", size_of::<SampleItem>(), 32),
     ] {
         assert_eq!(found, expected, "bytes of {name}");
         assert_eq!(found % (4 * VEC4_WORDS), 0, "{name} should be whole vec4<u32>");
     }
+}
+
+/// How a shader reads its work list: rows of an item, and those of them that it looks at. `None` where it has no list.
+fn item_rows(text: &str) -> Result<Option<(usize, BTreeSet<usize>)>, String> {
+    let (mut strides, mut rows) = (BTreeSet::new(), BTreeSet::new());
+    for read in text.split("step[par.items + ").skip(1) {
+        let index = read.split(']').next().unwrap_or_default();
+        // `item`, `item * 3u` or `item * 3u + 2u`.
+        let number = |text: &str| text.trim().trim_end_matches('u').parse::<usize>().map_err(|_| index.to_owned());
+        let (item, row) = index.split_once(" + ").map_or((index, Ok(0)), |(item, row)| (item, number(row)));
+        strides.insert(item.split_once(" * ").map_or(Ok(1), |(_, stride)| number(stride))?);
+        rows.insert(row?);
+    }
+    match strides.pop_first() {
+        Some(stride) if strides.is_empty() => Ok(Some((stride, rows))),
+        Some(stride) => Err(format!("items of {stride} rows, and of {strides:?}")),
+        None => Ok(None),
+    }
+}
+
+#[test]
+fn shaders_read_items_as_long_as_they_are_written() {
+    let sizes = BTreeMap::from([
+        ("append.wgsl", size_of::<AppendItem>()),
+        ("carry.wgsl", size_of::<CarryItem>()),
+        ("decide.wgsl", size_of::<DecideItem>()),
+        ("decode.wgsl", size_of::<DecodeItem>()),
+        ("gather.wgsl", size_of::<GatherItem>()),
+        ("key_scores.wgsl", size_of::<KeyScoreItem>()),
+        ("merge_states.wgsl", size_of::<MergeItem>()),
+        ("moments.wgsl", size_of::<MomentItem>()),
+        ("prefill.wgsl", size_of::<PrefillItem>()),
+        ("sample.wgsl", size_of::<SampleItem>()),
+        ("score.wgsl", size_of::<ScoreItem>()),
+        ("seal.wgsl", size_of::<SealItem>()),
+        ("select.wgsl", size_of::<SelectItem>()),
+    ]);
+    let mut seen = BTreeSet::new();
+    for (name, text) in ["attention", "cache", "evict", "model"].iter().flat_map(|folder| wgsl_files(folder, "")) {
+        let Some((stride, rows)) = item_rows(&text).unwrap_or_else(|e| panic!("{name}: {e}")) else { continue };
+        let size = sizes.get(name.as_str()).unwrap_or_else(|| panic!("{name} reads items that are not named here"));
+        assert_eq!(stride * 4 * VEC4_WORDS, *size, "{name}: bytes of an item");
+        assert!(rows.iter().all(|row| *row < stride), "{name} reads rows {rows:?} of an item of {stride}");
+        seen.insert(name);
+    }
+    assert_eq!(seen.len(), sizes.len(), "every list should be read by some shader: {seen:?}");
+}
+
+#[test]
+fn items_of_another_length_are_noticed() {
+    let rows = |text: &str| item_rows(text);
+    assert_eq!(rows("let a = tables[item];"), Ok(None), "no list");
+    assert_eq!(rows("step[par.items + item]"), Ok(Some((1, BTreeSet::from([0])))), "one row");
+    let three = "step[par.items + i * 3u]; step[par.items + i * 3u + 2u]";
+    assert_eq!(rows(three), Ok(Some((3, BTreeSet::from([0, 2])))), "three rows");
+    assert!(rows("step[par.items + i * 3u]; step[par.items + i * 2u + 1u]").is_err(), "two lengths");
+    assert!(rows("step[par.items + i * n]").is_err(), "a length that is no number");
 }
 
 fn parse(wgsl: &str) -> naga::Module {

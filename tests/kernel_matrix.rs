@@ -5,7 +5,7 @@ use concertina::geometry::HeadGeometry;
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::prefill::PrefillSpec;
 use concertina::kernels::registry::{all_specs, format_specs};
-use concertina::kernels::{Access, KernelSpec, append, link, merge_states};
+use concertina::kernels::{Access, KernelSpec, append, link, merge_states, moments};
 use rayon::prelude::*;
 
 /// What Metal, DX12 and software Vulkan all grant; the WebGPU default would be half of it.
@@ -17,6 +17,14 @@ fn every_spec_links_validates_and_declares_its_bindings() {
     assert!(specs.len() > 5000, "the registry should be complete, it has {}", specs.len());
     let sealing = specs.iter().filter(|spec| spec.name.starts_with("seal_")).count();
     assert!(sealing > 2000, "every codec should have kernels that seal pages, not {sealing}");
+    let formats = specs.iter().filter(|spec| spec.name == "prefill").count();
+    for name in ["score", "key_scores", "gather"] {
+        let found = specs.iter().filter(|spec| spec.name == name).count();
+        assert_eq!(found, formats, "{name} reads every format that attention reads");
+    }
+    for name in ["decide", "select", "carry"] {
+        assert_eq!(specs.iter().filter(|spec| spec.name == name).count(), 1, "{name} knows no format");
+    }
     check(&specs);
 }
 
@@ -35,7 +43,7 @@ fn every_admitted_head_shape_has_kernels_within_the_limits() {
             let heads = HeadGeometry { num_qo_heads: group_size, num_kv_heads: 1, head_dim };
             if heads.check().is_ok() {
                 let shape = CacheShape { heads, page_size: 64 };
-                specs.extend([append::kernel(&shape), merge_states::kernel(&shape)]);
+                specs.extend([append::kernel(&shape), merge_states::kernel(&shape), moments::kernel(&shape)]);
                 assert!(PrefillSpec::tile_positions(&shape) > 0, "a tile of {heads:?} holds a position");
                 // Narrowest and widest groups of every head, and some between.
                 let widest = HeadGeometry { num_qo_heads: group_size + 1, ..heads }.check().is_err();

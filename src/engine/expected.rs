@@ -98,6 +98,7 @@ mod tests {
         let moments = |queries: &[[f64; 2]]| -> Vec<f32> {
             let sum = |f: &dyn Fn(&[f64; 2]) -> f64| queries.iter().map(f).sum::<f64>();
             let of = |i: usize, j: usize| sum(&move |q: &[f64; 2]| q[i] * q[j]);
+            #[expect(clippy::cast_possible_truncation, reason = "moments are summed up in f32")]
             [sum(&|q| q[0]), sum(&|q| q[1]), of(0, 0), of(0, 1), of(1, 0), of(1, 1)].map(|x| x as f32).to_vec()
         };
         let rotation = mean_rotation(2, 10_000.0, 7, 1);

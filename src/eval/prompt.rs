@@ -1,5 +1,7 @@
 //! Sequences that an evaluation drives itself, step by step, over the same engine and pool as sessions.
 
+use std::collections::BTreeMap;
+
 use crate::compression::Compression;
 use crate::compression::token::Score;
 use crate::engine::{Engine, EngineError};
@@ -16,6 +18,8 @@ pub struct Driver<'e, 'd> {
     caches: &'e mut Caches,
     /// Sequences whose prompts skip layers, and the first of them.
     skips: Vec<(Probe, u32)>,
+    /// What each sequence was fed.
+    fed: BTreeMap<SessionId, Vec<u32>>,
 }
 
 /// A sequence of a [`Driver`].
@@ -29,12 +33,12 @@ fn count(n: usize) -> u32 {
 impl<'e, 'd> Driver<'e, 'd> {
     /// Drives `engine` over `caches`, in which no session may be admitted.
     pub const fn new(engine: &'e mut Engine<'d>, caches: &'e mut Caches) -> Self {
-        Self { engine, caches, skips: Vec::new() }
+        Self { engine, caches, skips: Vec::new(), fed: BTreeMap::new() }
     }
 
     fn next_id(&self) -> SessionId {
         // Counted from the end, where no scheduler's numbers are.
-        SessionId(u32::MAX - count(self.caches.tables.len()))
+        self.caches.tables.keys().next().map_or(SessionId(u32::MAX), |lowest| SessionId(lowest.0 - 1))
     }
 
     /// Admits a sequence of at most `max_tokens` tokens, the first `document` of which are compressed before more come where its
@@ -113,13 +117,14 @@ impl<'e, 'd> Driver<'e, 'd> {
         self.caches.begin_slots(scores.iter().map(|(_, slot)| *slot));
         let mut done = 0;
         while done < tokens.len() {
-            self.evict_due(probe, tokens)?;
+            self.evict_due(probe)?;
             let n = self.caches.cut(probe.0, count(chunk.max(1).min(tokens.len() - done)));
             let first_index = self.caches.tables[&probe.0].n_tokens();
             let mut observed: Vec<Observed> = self.caches.observed(probe.0, n).into_iter().collect();
             let more = |(score, slot): &(Score, u32)| Observed::of(score, *slot, first_index, end, n);
             observed.extend(scores.iter().filter_map(more));
             let rows = tokens[done..done + n as usize].to_vec();
+            self.fed.entry(probe.0).or_default().extend_from_slice(&rows);
             let segment = PlannedRows {
                 session: probe.0,
                 first_index,
@@ -167,8 +172,9 @@ impl<'e, 'd> Driver<'e, 'd> {
     }
 
     /// Evicts from a sequence that is due.
-    fn evict_due(&mut self, probe: Probe, tokens: &[u32]) -> Result<(), EngineError> {
+    fn evict_due(&mut self, probe: Probe) -> Result<(), EngineError> {
         if self.caches.is_due(probe.0) {
+            let tokens = self.fed.get(&probe.0).map_or(&[][..], Vec::as_slice);
             self.engine.evict(probe.0, tokens, self.caches)?;
         }
         Ok(())
@@ -179,8 +185,9 @@ impl<'e, 'd> Driver<'e, 'd> {
     /// # Errors
     /// [`EngineError`].
     pub fn decode(&mut self, rows: &[(Probe, u32)]) -> Result<Vec<Vec<f32>>, EngineError> {
-        for (probe, _) in rows {
-            self.evict_due(*probe, &[])?;
+        for (probe, token) in rows {
+            self.evict_due(*probe)?;
+            self.fed.entry(probe.0).or_default().push(*token);
         }
         let segment = |(probe, token): &(Probe, u32)| PlannedRows {
             session: probe.0,
@@ -211,6 +218,7 @@ impl<'e, 'd> Driver<'e, 'd> {
     /// # Errors
     /// [`EngineError::Pool`] when the pool disagrees, which would be a defect.
     pub fn release(&mut self, probe: Probe) -> Result<(), EngineError> {
+        self.fed.remove(&probe.0);
         Ok(self.caches.release(probe.0)?)
     }
 
