@@ -23,6 +23,7 @@ mod interrupt;
 mod kl;
 mod kl_job;
 mod load;
+mod needle;
 mod output;
 mod policies;
 mod progress;

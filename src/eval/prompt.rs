@@ -166,8 +166,11 @@ impl<'e, 'd> Driver<'e, 'd> {
         self.engine.reconstruct(self.caches, probe.0, tokens, slot)
     }
 
-    /// Evicts from a sequence that is due.
-    fn evict_due(&mut self, probe: Probe, tokens: &[u32]) -> Result<(), EngineError> {
+    /// Evicts from a sequence that is due, whose last tokens are `tokens`: before its next rows, or earlier.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn evict_due(&mut self, probe: Probe, tokens: &[u32]) -> Result<(), EngineError> {
         if self.caches.is_due(probe.0) {
             self.engine.evict(probe.0, tokens, self.caches)?;
         }
