@@ -157,6 +157,16 @@ impl Job {
         }
     }
 
+    /// The compressions, as `--compress` reads them.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.compressions.iter().map(ToString::to_string).collect()
+    }
+
+    /// Steps of [`Progress`] that a window takes.
+    pub(super) fn steps_of_window(&self) -> usize {
+        prefixes(&self.compressions, &self.settings) * self.settings.prefix_tokens + self.settings.tail_tokens
+    }
+
     /// Rows computed of rows in all: a step of the tail has one for each cache.
     pub(super) fn rows(&self, progress: Progress) -> (u64, u64) {
         let caches = u64::from(caches(&self.compressions));

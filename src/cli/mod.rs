@@ -27,6 +27,7 @@ mod needle;
 mod output;
 mod policies;
 mod progress;
+mod resume;
 mod run;
 mod run_progress;
 mod tokenize;

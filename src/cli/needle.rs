@@ -20,6 +20,7 @@ use super::kl_job::Job;
 use super::load::{Model, calibrate, engine, read_text};
 use super::output::{Output, OutputFile};
 use super::progress;
+use super::resume::{ResumeArg, Resumed, fingerprint};
 
 /// What is still found: a sentence in a long document, asked for once the document is compressed
 ///
@@ -33,7 +34,7 @@ Examples:
   concertina eval needle --model model.gguf --compress duo:0.5 keydiff:0.5 snapkv:0.25 kivi2
   concertina eval needle --model model.gguf --text book.txt --lengths 512,2048 --depths 0.1,0.5,0.9 --compress duo:0.25
   concertina eval needle --model model.gguf --compress snapkv:0.25 tova:0.25 --query-aware --svg needle.svg
-  concertina eval needle --model model.gguf --compress kivi4 kivi2 --style multi --json needle.json")]
+  concertina eval needle --model model.gguf --compress kivi4 kivi2 --style multi --json needle.json --resume needle.jsonl")]
 pub(super) struct NeedleArgs {
     #[command(flatten)]
     model: ModelArg,
@@ -77,6 +78,9 @@ pub(super) struct NeedleArgs {
     /// Draw wrong answers against bytes per token into this file
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
+
+    #[command(flatten)]
+    resume: ResumeArg,
 
     #[command(flatten)]
     cache: CacheArgs,
@@ -207,6 +211,26 @@ fn job(args: &NeedleArgs, asked: &[Asked], model: &Model) -> Result<Job> {
     Job::of(settings, args.compress.clone(), &args.cache, model, calibrate, args.chunk)
 }
 
+/// What results are of.
+fn settings(args: &NeedleArgs, asked: &[Asked], model: &Model, job: &Job) -> Result<serde_json::Value> {
+    let tokens = asked.iter().flat_map(|asked| &asked.task.tokens).flat_map(|token| token.to_le_bytes());
+    Ok(serde_json::json!({
+        "measure": "eval needle",
+        "model": model.identity()?,
+        "compress": job.names(),
+        "lengths": args.lengths,
+        "depths": args.depths,
+        "style": NeedleStyle::from(args.style),
+        "query_aware": args.query_aware,
+        "seed": args.seed,
+        "prompts": fingerprint(&tokens.collect::<Vec<u8>>()),
+        "page_tokens": job.page.page_size,
+        "chunk_tokens": job.chunk,
+        "head_scores": args.cache.head_scores_fingerprint()?,
+        "calibrate": args.calibration.fingerprint()?,
+    }))
+}
+
 /// Asks.
 pub(super) fn run(args: &NeedleArgs, global: &Global) -> Result<ExitCode> {
     let output = Output::open(global.json.as_deref())?;
@@ -215,6 +239,7 @@ pub(super) fn run(args: &NeedleArgs, global: &Global) -> Result<ExitCode> {
     let model = Model::open(&args.model.model)?;
     let asked = questions(args, &model)?;
     let job = job(args, &asked, &model)?;
+    let mut resumed = Resumed::open(&args.resume, &settings(args, &asked, &model, &job)?)?;
     let device = Device::open(&request)?;
     let weights = model.weights()?;
     let config = job.engine_config(&device, &weights, args.kv_budget)?;
@@ -233,23 +258,31 @@ pub(super) fn run(args: &NeedleArgs, global: &Global) -> Result<ExitCode> {
     let work = |asked: &Asked| asked.task.rows(&job.compressions, args.query_aware) as u64;
     let bar = progress::work("asking", asked.iter().map(work).sum());
     let mut cases = Vec::with_capacity(asked.len());
-    for Asked { length, depth, task } in &asked {
-        let chunk = job.chunk as usize;
-        let (aware, advance) = (args.query_aware, &mut |rows| bar.inc(rows as u64));
-        let result =
-            needle::on_engine(&mut engine, &mut caches, &job.compressions, task, aware, chunk, advance).map_err(named);
+    for (index, question) in asked.iter().enumerate() {
+        if let Some(case) = resumed.unit(index)? {
+            bar.inc(work(question));
+            bar.reset_eta();
+            cases.push(case);
+            continue;
+        }
+        let Asked { length, depth, task } = question;
+        let (aware, chunk) = (args.query_aware, job.chunk as usize);
+        let mut advance = |rows: usize| bar.inc(rows as u64);
+        let result = needle::on_engine(&mut engine, &mut caches, &job.compressions, task, aware, chunk, &mut advance);
         if result.is_err() {
             bar.finish_and_clear();
         }
         let with_text = |outcome: NeedleOutcome| CaseOutcome { text: model.tokenizer.decode(&outcome.answer), outcome };
-        cases.push(NeedleCase {
+        let case = NeedleCase {
             length_tokens: *length,
             depth: *depth,
             prompt_tokens: task.tokens.len(),
             prefix_tokens: task.prefix(aware),
             answer: model.tokenizer.decode(&task.answer),
-            outcomes: result?.into_iter().map(with_text).collect(),
-        });
+            outcomes: result.map_err(named)?.into_iter().map(with_text).collect(),
+        };
+        resumed.add(index, &case)?;
+        cases.push(case);
     }
     bar.finish_and_clear();
     let report = NeedleReport {

@@ -244,9 +244,12 @@ fn ask(
 
 /// The most probable token; among equals the first.
 fn likeliest(logits: &[f32]) -> u32 {
-    let best = (0_u32..).zip(logits).fold((0, f32::NEG_INFINITY), |best, (token, logit)| {
-        if *logit > best.1 { (token, *logit) } else { best }
-    });
+    let best = (0_u32..).zip(logits).fold(
+        (0, f32::NEG_INFINITY),
+        |best, (token, logit)| {
+            if *logit > best.1 { (token, *logit) } else { best }
+        },
+    );
     best.0
 }
 

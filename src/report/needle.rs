@@ -168,11 +168,8 @@ impl NeedleRow {
 impl NeedleReport {
     /// Wrong answers against bytes per token; the full cache is where it ends.
     pub fn plot(&self) -> Plot {
-        let point = |row: &NeedleRow| Point {
-            x: row.per_token_bytes,
-            y: 1.0 - row.accuracy,
-            label: cache(&row.compression),
-        };
+        let point =
+            |row: &NeedleRow| Point { x: row.per_token_bytes, y: 1.0 - row.accuracy, label: cache(&row.compression) };
         let asked = self.results.first().map_or(0, |row| row.asked);
         let when = if self.query_aware { "the question is known" } else { "the question is not known" };
         let full = |row: &NeedleRow| {
@@ -180,7 +177,11 @@ impl NeedleReport {
             Guide { x: row.per_token_bytes, label }
         };
         Plot {
-            title: format!("{}: {} about needles, compressed while {when}", self.model.name, counted(asked as u64, "question")),
+            title: format!(
+                "{}: {} about needles, compressed while {when}",
+                self.model.name,
+                counted(asked as u64, "question")
+            ),
             x_title: "bytes of cache per token of the document (log scale)".to_owned(),
             y_title: "wrong answers".to_owned(),
             y_scale: Scale::Part,

@@ -328,7 +328,8 @@ mod tests {
 
     #[test]
     fn parts_lie_between_0_and_1() {
-        let plot = Plot { y_scale: Scale::Part, ..plot(&[(3000.0, 0.4, "some"), (6000.0, 0.0, "none"), (7e3, 1.0, "all")]) };
+        let plot =
+            Plot { y_scale: Scale::Part, ..plot(&[(3000.0, 0.4, "some"), (6000.0, 0.0, "none"), (7e3, 1.0, "all")]) };
         let svg = plot.svg();
         assert_eq!(svg.matches("fill=\"white\" stroke=\"#1f5fa8\"").count(), 0, "0 has a place: {svg}");
         assert!([">0 %<", ">40 %<", ">100 %<"].iter().all(|tick| svg.contains(tick)), "{svg}");
