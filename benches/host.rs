@@ -24,6 +24,7 @@ const SHAPE: TableShape = TableShape {
     num_kv_heads: 8,
     page: PageGeometry { page_size: 64, head_dim: 128 },
     codec: HiddenCodec::F16,
+    quest: None,
 };
 
 fn kivi4() -> Compression {
@@ -95,7 +96,7 @@ fn plan(c: &mut Criterion) {
                 n_rows: 1,
                 first_index: 16_000,
                 decode: true,
-                attend: true,
+                attend_below: u32::MAX,
                 scores: Vec::new(),
             })
             .collect();

@@ -9,7 +9,7 @@ const PAGES: u32 = 5;
 
 /// Bits per value of sealed pages: what the pool's counter of bytes in use grew by, open pages aside.
 fn measured(codec: HiddenCodec, page: PageGeometry) -> f64 {
-    let shape = TableShape { num_layers: 3, num_kv_heads: 2, page, codec };
+    let shape = TableShape { num_layers: 3, num_kv_heads: 2, page, codec, quest: None };
     let largest = shape.open_page().max(shape.sealed_page());
     let layout = PoolLayout {
         budget: Bytes::mib(64),

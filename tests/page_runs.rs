@@ -35,6 +35,7 @@ const SHAPE: TableShape = TableShape {
     num_kv_heads: 2,
     page: PageGeometry { page_size: 16, head_dim: 32 },
     codec: HiddenCodec::F16,
+    quest: None,
 };
 
 /// A table of layers that each own their cache, for appended tokens alone.
@@ -62,7 +63,8 @@ fn a_cache_that_is_evicted_from_returns_its_bytes_and_the_promises_that_it_does_
     // About as long as the pool allows beside what stays: 20 pages of each list, and a tail of three.
     let n_pages = u32::try_from(pool.capacity().0 / (SHAPE.open_page().0 * lists)).expect("few pages") - 60;
     let n_tokens = n_pages * 16 + 5;
-    let capacity = Capacity { tail_tokens: 48, kept_pages: 20 * shape.num_lists(), kept_pages_of_list: 20 };
+    let capacity =
+        Capacity { tail_tokens: 48, kept_pages: 20 * shape.num_lists(), kept_pages_of_list: 20, ..Capacity::default() };
     let mut source = admit(&mut pool, &mut ranges, source_shape, n_tokens).expect("as long as the pool allows");
     let mut target = PageTable::admit(&mut pool, &mut ranges, shape, &Layers::OWN, capacity).expect("it was left out");
     source.grow(&mut pool, &mut no_window(), n_tokens).expect("within the admission");
@@ -76,7 +78,7 @@ fn a_cache_that_is_evicted_from_returns_its_bytes_and_the_promises_that_it_does_
     let every_tenth: Vec<u32> = (0..n_tokens).step_by(10).take(100).collect();
     let mut kept = vec![Some(every_tenth); 5];
     kept.insert(2, None);
-    target.keep(&mut pool, kept, n_tokens).expect("committed");
+    target.keep(&mut pool, kept.into_iter().map(Into::into).collect(), &[], n_tokens).expect("committed");
     assert_eq!(pool.report().pages_in_use_bytes, open + Bytes(35 * shape.sealed_page().0), "until it is released");
     assert_eq!((target.n_tokens(), target.tail(), target.held_tokens()), (n_tokens, 0, 500), "what stayed");
     assert!(target.is_closed(1, 0) && !target.is_closed(1, 1), "the third list is the second layer's first");
@@ -102,7 +104,7 @@ fn a_cache_that_is_evicted_from_returns_its_bytes_and_the_promises_that_it_does_
 #[test]
 fn an_eviction_that_keeps_more_than_was_admitted_is_refused_and_takes_nothing_from_others() {
     let (mut pool, mut ranges) = (roomy(), TableRanges::new(4_000));
-    let capacity = Capacity { tail_tokens: 16, kept_pages: 8, kept_pages_of_list: 3 };
+    let capacity = Capacity { tail_tokens: 16, kept_pages: 8, kept_pages_of_list: 3, ..Capacity::default() };
     let admit_target = |pool: &mut PagePool, ranges: &mut TableRanges| {
         PageTable::admit(pool, ranges, SHAPE, &Layers::OWN, capacity).expect("the pool is roomy")
     };
@@ -110,12 +112,17 @@ fn an_eviction_that_keeps_more_than_was_admitted_is_refused_and_takes_nothing_fr
     let tokens = |n: &[u32]| n.iter().map(|n| Some((0..*n).collect())).collect::<Vec<_>>();
     let before = format!("{pool:?}");
     for (wrong, kept) in [("a list", [49, 1, 1, 1, 1, 1]), ("all lists", [48, 48, 17, 16, 0, 0])] {
-        let error = table.keep(&mut pool, tokens(&kept), 200).expect_err(wrong);
+        let error =
+            table.keep(&mut pool, tokens(&kept).into_iter().map(Into::into).collect(), &[], 200).expect_err(wrong);
         assert_eq!(error, PoolError::NotCommitted(SHAPE.sealed_page()), "{wrong}: the page size");
         assert_eq!(format!("{pool:?}"), before, "{wrong}: another table's commitments should be untouched");
     }
-    table.keep(&mut pool, tokens(&[48, 48, 17, 0, 0, 0]), 200).expect("eight pages were admitted");
-    other.keep(&mut pool, tokens(&[33, 33, 16, 1, 0, 0]), 200).expect("what was admitted can be taken");
+    table
+        .keep(&mut pool, tokens(&[48, 48, 17, 0, 0, 0]).into_iter().map(Into::into).collect(), &[], 200)
+        .expect("eight pages were admitted");
+    other
+        .keep(&mut pool, tokens(&[33, 33, 16, 1, 0, 0]).into_iter().map(Into::into).collect(), &[], 200)
+        .expect("what was admitted can be taken");
     assert_ne!(format!("{pool:?}"), before, "what is kept shows in this comparison");
 }
 
@@ -125,7 +132,7 @@ fn a_table_that_holds_tokens_can_not_be_filled_by_an_eviction() {
     let (mut pool, mut ranges) = (roomy(), TableRanges::new(4_000));
     let mut table = admit(&mut pool, &mut ranges, SHAPE, 40).expect("the pool is roomy");
     table.grow(&mut pool, &mut no_window(), 1).expect("within the admission");
-    let _ = table.keep(&mut pool, vec![None; 6], 1);
+    let _ = table.keep(&mut pool, vec![None; 6].into_iter().map(Into::into).collect(), &[], 1);
 }
 
 #[test]
@@ -133,7 +140,7 @@ fn a_table_that_holds_tokens_can_not_be_filled_by_an_eviction() {
 fn an_eviction_that_forgets_a_list_is_noticed() {
     let (mut pool, mut ranges) = (roomy(), TableRanges::new(4_000));
     let mut table = admit(&mut pool, &mut ranges, SHAPE, 40).expect("the pool is roomy");
-    let _ = table.keep(&mut pool, vec![None; 5], 1);
+    let _ = table.keep(&mut pool, vec![None; 5].into_iter().map(Into::into).collect(), &[], 1);
 }
 
 /// A repetition stands behind a document for a while, and again.
@@ -206,7 +213,7 @@ impl Session {
 
     fn shape(&self) -> TableShape {
         let (num_layers, num_kv_heads) = (count(self.own_layers().len()), self.num_kv_heads);
-        TableShape { num_layers, num_kv_heads, page: PAGE, codec: self.codec }
+        TableShape { num_layers, num_kv_heads, page: PAGE, codec: self.codec, quest: None }
     }
 
     fn pages(&self) -> impl Iterator<Item = u32> + '_ {
@@ -216,7 +223,12 @@ impl Session {
     fn capacity(&self) -> Capacity {
         // Some more than is needed, which returns.
         let (kept_pages, kept_pages_of_list) = (self.pages().sum::<u32>() + 3, self.pages().max().unwrap_or(0) + 1);
-        Capacity { tail_tokens: self.steps.iter().sum::<u32>().max(1), kept_pages, kept_pages_of_list }
+        Capacity {
+            tail_tokens: self.steps.iter().sum::<u32>().max(1),
+            kept_pages,
+            kept_pages_of_list,
+            ..Capacity::default()
+        }
     }
 
     /// Bytes that the table may still come to: what stayed, and the tails of lists that have one.
@@ -471,7 +483,7 @@ proptest! {
         let mut pool = Pool::new(arena_slabs);
         let mut tables: Vec<PageTable> = sessions.iter().map(|s| pool.admit(s)).collect();
         for (s, table) in sessions.iter().zip(&mut tables) {
-            table.keep(&mut pool.pool, s.kept.clone(), s.n_tokens).expect("committed");
+            table.keep(&mut pool.pool, s.kept.clone().into_iter().map(Into::into).collect(), &[], s.n_tokens).expect("committed");
             pool.upload(table);
             prop_assert_eq!(table.n_tokens(), s.n_tokens);
             check_table(s, table, &pool.buffer, &pool.window, (0, &[None])).map_err(TestCaseError::fail)?;
@@ -513,7 +525,9 @@ fn a_wrong_run_is_noticed() {
     let s = Session { codec, num_kv_heads: 2, owners: vec![0, 0, 2], kept, n_tokens: 200, steps: vec![96, 3] };
     let mut pool = Pool::new(16);
     let mut table = pool.admit(&s);
-    table.keep(&mut pool.pool, s.kept.clone(), s.n_tokens).expect("committed");
+    table
+        .keep(&mut pool.pool, s.kept.clone().into_iter().map(Into::into).collect(), &[], s.n_tokens)
+        .expect("committed");
     pool.grow(&mut table, 96);
     table.retire();
     pool.grow(&mut table, 3);

@@ -85,6 +85,7 @@ const SHAPE: TableShape = TableShape {
     num_kv_heads: 2,
     page: PageGeometry { page_size: 16, head_dim: 32 },
     codec: HiddenCodec::F16,
+    quest: None,
 };
 
 /// A table of layers that each own their cache, for appended tokens alone.
@@ -173,7 +174,7 @@ fn session_shapes() -> Vec<TableShape> {
         let page = PageGeometry { page_size, head_dim: 32 };
         let codec: HiddenCodec = codec.parse().expect("a codec");
         codec.check(page).expect("the codec fits the page");
-        TableShape { num_layers: 2, num_kv_heads: 2, page, codec }
+        TableShape { num_layers: 2, num_kv_heads: 2, page, codec, quest: None }
     };
     [("f16", 16), ("rot3", 16), ("kivi4", 32), ("f32", 16), ("lowrank:32", 32), ("k:int8,v:f16", 16)].map(shape).into()
 }
@@ -275,7 +276,7 @@ impl SessionWalk {
             let most = self.rng.random_range(1..40);
             let kept_pages = self.rng.random_range(most..=most * shape.num_lists());
             let tail_tokens = self.rng.random_range(1..200);
-            capacity = Capacity { tail_tokens, kept_pages, kept_pages_of_list: most };
+            capacity = Capacity { tail_tokens, kept_pages, kept_pages_of_list: most, ..Capacity::default() };
         }
         let (all, full) =
             (capacity.tail_tokens.div_ceil(shape.page.page_size), capacity.tail_tokens / shape.page.page_size);
@@ -393,7 +394,10 @@ impl SessionWalk {
             let beyond = kept_pages_of_list * size + 1;
             kept[0] = Some((0..beyond).collect());
             let before = format!("{:?}", self.pool);
-            let error = s.table.keep(&mut self.pool, kept, beyond).expect_err("beyond the admission");
+            let error = s
+                .table
+                .keep(&mut self.pool, kept.into_iter().map(Into::into).collect(), &[], beyond)
+                .expect_err("beyond the admission");
             assert_eq!(error, PoolError::NotCommitted(s.shape.sealed_page()), "the page size");
             assert_eq!(format!("{:?}", self.pool), before, "a refusal changes nothing");
             self.seen.refused_eviction += 1;
@@ -401,7 +405,9 @@ impl SessionWalk {
         }
         let pages = |tokens: &Vec<u32>| u32::try_from(tokens.len()).expect("few tokens").div_ceil(size);
         s.kept = kept.iter().map(|tokens| tokens.as_ref().map(pages)).collect();
-        s.table.keep(&mut self.pool, kept, 10_000).expect("within the admission");
+        s.table
+            .keep(&mut self.pool, kept.into_iter().map(Into::into).collect(), &[], 10_000)
+            .expect("within the admission");
         s.filled = true;
         let closed = s.kept.len() as u64 - s.tails();
         self.seen.closed_lists += u32::try_from(closed).expect("few lists");

@@ -19,6 +19,7 @@ use concertina::schedule::Caches;
 
 use super::failure::usage;
 use super::load::{Model, read_text};
+use super::resume::fingerprint;
 
 /// Rows of a step where nothing else is said.
 pub(super) const DEFAULT_CHUNK: u32 = 128;
@@ -124,6 +125,14 @@ pub(super) struct CacheArgs {
 }
 
 impl CacheArgs {
+    /// What tells these scores of heads from others.
+    pub(super) fn head_scores_fingerprint(&self) -> Result<String> {
+        match &self.head_scores {
+            Some(path) => Ok(fingerprint(read_text("the head scores", path)?.as_bytes())),
+            None => Ok(fingerprint(BUILT_IN_HEADS.as_bytes())),
+        }
+    }
+
     /// The codecs of some compressions, each once; kernels are made for them.
     ///
     /// A codec that pages of this size can not have is wrong usage,
@@ -193,6 +202,14 @@ pub(super) struct CalibrateArg {
     /// vary there. Any text in the language of the documents will do.
     #[arg(long, value_name = "FILE")]
     pub(super) calibrate: Option<PathBuf>,
+}
+
+impl CalibrateArg {
+    /// What tells this text from others.
+    pub(super) fn fingerprint(&self) -> Result<Option<String>> {
+        let of = |path: &PathBuf| Ok(fingerprint(read_text("the calibration text", path)?.as_bytes()));
+        self.calibrate.as_ref().map(of).transpose()
+    }
 }
 
 /// What is done to a cache.

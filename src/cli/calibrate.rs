@@ -21,8 +21,8 @@ use super::load::{Model, engine, read_text};
 use super::output::{Output, OutputFile};
 use super::progress;
 
-/// Prose that needles are planted in where no text is given.
-const PROSE: &str = include_str!("../../tests/golden/essay.txt");
+/// Prose where no text is given.
+pub(super) const PROSE: &str = include_str!("../../tests/golden/essay.txt");
 
 /// Measure on a model what compressions choose by
 ///
@@ -167,7 +167,7 @@ fn run_heads(args: &HeadsArgs, global: &Global) -> Result<ExitCode> {
     let bar = progress::work("reading", heads::work(&task, &settings) as u64);
     let result =
         heads::measure(&mut engine, &mut caches, &vocabulary, &task, &settings, DEFAULT_CHUNK as usize, &mut |n| {
-            bar.inc(n as u64)
+            bar.inc(n as u64);
         });
     bar.finish_and_clear();
     let measured = result?;

@@ -19,19 +19,21 @@ use super::args::{
 use super::failure::usage;
 use super::kl::{self, KlArgs};
 use super::load::{Model, calibrate, context_for, engine, read_text};
+use super::needle::{self, NeedleArgs};
 use super::output::Output;
 use super::progress;
 
 /// Measure how well a model predicts a text, and what compression costs
 ///
 /// `perplexity` is for one cache: run it with and without compression, or on different devices. `kl` compares many
-/// compressions with the full cache in one run.
+/// compressions with the full cache in one run, `needle` asks all of them for a sentence of a long document.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   concertina eval perplexity --model model.gguf --text essay.txt
   concertina eval perplexity --model model.gguf --text essay.txt --window 512 --reference
-  concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 rot3 --svg kl.svg")]
+  concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 rot3 --svg kl.svg
+  concertina eval needle --model model.gguf --compress duo:0.5 snapkv:0.25 --lengths 512,2048")]
 pub(super) struct EvalArgs {
     #[command(subcommand)]
     measure: Measure,
@@ -41,6 +43,7 @@ pub(super) struct EvalArgs {
 enum Measure {
     Perplexity(PerplexityArgs),
     Kl(KlArgs),
+    Needle(NeedleArgs),
 }
 
 /// Perplexity of a text in windows
@@ -92,6 +95,7 @@ pub(super) fn run(args: &EvalArgs, global: &Global) -> Result<ExitCode> {
     match &args.measure {
         Measure::Perplexity(args) => run_perplexity(args, global),
         Measure::Kl(args) => kl::run(args, global),
+        Measure::Needle(args) => needle::run(args, global),
     }
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 use concertina::compression::Compression;
 use concertina::device::Device;
-use concertina::eval::kl;
+use concertina::eval::kl::{self, Progress};
 use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, KlReport, Program};
 
@@ -17,6 +17,7 @@ use super::kl_job::Job;
 use super::load::{Model, calibrate, engine, read_text};
 use super::output::{Output, OutputFile};
 use super::progress;
+use super::resume::{ResumeArg, Resumed, fingerprint};
 
 /// What compressions cost: next-token distributions over a compressed cache against those over the full one
 ///
@@ -29,7 +30,7 @@ use super::progress;
 Examples:
   concertina eval kl --model model.gguf --text essay.txt
   concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 k:kivi2,v:rot4 --seal when-full
-  concertina eval kl --model model.gguf --text book.txt --windows 4 --json kl.json --svg kl.svg
+  concertina eval kl --model model.gguf --text book.txt --windows 4 --json kl.json --svg kl.svg --resume kl.jsonl
   concertina eval kl --model model.gguf --text essay.txt --prefix 512 --tail 64 --page-size 128")]
 pub(super) struct KlArgs {
     #[command(flatten)]
@@ -72,6 +73,9 @@ pub(super) struct KlArgs {
     svg: Option<PathBuf>,
 
     #[command(flatten)]
+    resume: ResumeArg,
+
+    #[command(flatten)]
     pub(super) cache: CacheArgs,
 
     #[command(flatten)]
@@ -97,6 +101,18 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
     let model = Model::open(&args.model.model)?;
     let job = Job::new(args, &model)?;
     let tokens = model.tokenizer.encode(&text, false)?;
+    let settings = serde_json::json!({
+        "measure": "eval kl",
+        "model": model.identity()?,
+        "text": fingerprint(text.as_bytes()),
+        "window": job.settings,
+        "compress": job.names(),
+        "page_tokens": job.page.page_size,
+        "chunk_tokens": job.chunk,
+        "head_scores": args.cache.head_scores_fingerprint()?,
+        "calibrate": args.calibration.fingerprint()?,
+    });
+    let mut resumed = Resumed::open(&args.resume, &settings)?;
     let windows =
         job.settings.windows(&tokens, args.windows as usize).map_err(|sentence| anyhow!("'{path}': {sentence}"))?;
     if windows.len() < args.windows as usize {
@@ -119,19 +135,32 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
 
     let started = Instant::now();
     let bar = progress::work("measuring", 1);
-    let result = kl::on_engine(
-        &mut engine,
-        &mut caches,
-        &job.compressions,
-        &windows,
-        &job.settings,
-        job.chunk as usize,
-        &mut |progress| {
-            let (rows, of) = job.rows(progress);
+    let per_window = job.steps_of_window();
+    let mut done = 0;
+    let mut measured = Vec::with_capacity(windows.len());
+    for (index, window) in windows.iter().enumerate() {
+        let total = per_window * windows.len();
+        let mut advance = |n: usize| {
+            done += n;
+            let (rows, of) = job.rows(Progress { done, total });
             bar.set_length(of);
             bar.set_position(rows);
-        },
-    );
+        };
+        if let Some(sums) = resumed.unit(index)? {
+            advance(per_window);
+            bar.reset_eta();
+            measured.push(sums);
+            continue;
+        }
+        let (compressions, chunk) = (&job.compressions, job.chunk as usize);
+        let result = kl::window(&mut engine, &mut caches, compressions, window, &job.settings, chunk, &mut advance);
+        if result.is_err() {
+            bar.finish_and_clear();
+        }
+        let sums = result.map_err(named)?;
+        resumed.add(index, &sums)?;
+        measured.push(sums);
+    }
     bar.finish_and_clear();
     let report = KlReport {
         program: Program::THIS,
@@ -144,7 +173,7 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
         page_tokens: job.page.page_size,
         chunk_tokens: job.chunk,
         kv_budget_bytes: config.budget,
-        results: job.rows_of(result.map_err(named)?),
+        results: job.rows_of(kl::results(&job.compressions, &measured)),
         elapsed_s: started.elapsed().as_secs_f64(),
     };
     output.text(&report)?;

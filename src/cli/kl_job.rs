@@ -1,6 +1,7 @@
 //! What `eval kl` measures, and the budget that holds all of its caches.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
 use anyhow::{Result, anyhow};
 use concertina::compression::Compression;
@@ -15,7 +16,7 @@ use concertina::report::KlRow;
 use concertina::schedule::REPEAT_ROOM;
 use concertina::weights::Weights;
 
-use super::args::chooses;
+use super::args::{CacheArgs, chooses};
 use super::failure::usage;
 use super::kl::{KlArgs, Seal};
 use super::load::{Model, context_for};
@@ -35,13 +36,12 @@ pub(super) struct Job {
 impl Job {
     /// Checks what was asked for against the model.
     pub(super) fn new(args: &KlArgs, opened: &Model) -> Result<Self> {
-        let model = opened.geometry();
         let sealing = match args.seal {
             Seal::AfterPrefix => PrefixSealing::AfterPrefix,
             Seal::WhenFull => PrefixSealing::WhenFull,
         };
         let settings = KlSettings { prefix_tokens: args.prefix as usize, tail_tokens: args.tail as usize, sealing };
-        let (window, longest) = (settings.window(), model.context_length);
+        let (window, longest) = (settings.window(), opened.geometry().context_length);
         if window > longest as usize {
             let (prefix, tail) = (args.prefix, args.tail);
             return Err(usage(format!(
@@ -49,31 +49,46 @@ impl Job {
                  model's context of {longest}"
             )));
         }
-        let page = PageGeometry { page_size: args.cache.page_size, head_dim: model.heads.head_dim };
+        let page = PageGeometry { page_size: args.cache.page_size, head_dim: opened.geometry().heads.head_dim };
         let compressions = if args.compress.is_empty() { every_example(page) } else { args.compress.clone() };
+        let calibrate = args.calibration.calibrate.as_deref();
+        Self::of(settings, compressions, &args.cache, opened, calibrate, args.chunk)
+    }
+
+    /// The same for any measurement of many caches that are made of one prefix, whose window fits the model.
+    pub(super) fn of(
+        settings: KlSettings,
+        compressions: Vec<Compression>,
+        cache: &CacheArgs,
+        opened: &Model,
+        calibrate: Option<&Path>,
+        chunk: u32,
+    ) -> Result<Self> {
+        let model = opened.geometry();
+        let page = PageGeometry { page_size: cache.page_size, head_dim: model.heads.head_dim };
         let mut seen = BTreeSet::new();
         for compression in &compressions {
-            let hidden = compression.hidden;
             if *compression == Compression::default() {
                 return Err(usage("the full cache is what every --compress is compared with; leave 'full' out"));
             }
             if !seen.insert(compression.to_string()) {
-                return Err(usage(format!("--compress gives {hidden} twice")));
+                return Err(usage(format!("--compress gives {} twice", compression.short())));
             }
         }
-        let codecs = args.cache.codecs(&compressions, model)?;
+        let codecs = cache.codecs(&compressions, model)?;
         // Caches are made of one prefix, and each policy observes it into a slot of its own.
         let slots = u32::try_from(slots(&compressions).0.len()).expect("a command line is short");
-        let evictions = args.cache.evictions(&compressions, opened, slots)?.unwrap_or_default();
+        let evictions = cache.evictions(&compressions, opened, slots)?.unwrap_or_default();
+        let prefix = u32::try_from(settings.prefix_tokens).expect("no longer than the model's context");
         for compression in &compressions {
             if let Some(eviction) = compression.token.eviction() {
-                eviction.check_kept(eviction.kept(args.prefix)).map_err(usage)?;
+                eviction.check_kept(eviction.kept(prefix)).map_err(usage)?;
             }
         }
         // Every cache has a row in a step of the tail.
-        let chunk = args.chunk.max(caches(&compressions));
-        let window = u32::try_from(window).expect("no longer than the model's context");
-        let context = context_for(window, args.calibration.calibrate.as_deref(), longest);
+        let chunk = chunk.max(caches(&compressions));
+        let window = u32::try_from(settings.window()).expect("no longer than the model's context");
+        let context = context_for(window, calibrate, model.context_length);
         Ok(Self { settings, compressions, codecs, evictions, context, page, chunk })
     }
 
@@ -141,6 +156,16 @@ impl Job {
             ),
             error => error.into(),
         }
+    }
+
+    /// The compressions, as `--compress` reads them.
+    pub(super) fn names(&self) -> Vec<String> {
+        self.compressions.iter().map(ToString::to_string).collect()
+    }
+
+    /// Steps of [`Progress`] that a window takes.
+    pub(super) fn steps_of_window(&self) -> usize {
+        prefixes(&self.compressions, &self.settings) * self.settings.prefix_tokens + self.settings.tail_tokens
     }
 
     /// Rows computed of rows in all: a step of the tail has one for each cache.
@@ -270,7 +295,7 @@ mod tests {
                 let of_list = domain.total / count(domain.lists.len());
                 domain.lists.iter().for_each(|list| kept[*list as usize] = Some((0..of_list).collect()));
             }
-            target.keep(&mut caches.pool, kept, prefix)?;
+            target.keep(&mut caches.pool, kept.into_iter().map(Into::into).collect(), &[], prefix)?;
             caches.tables.insert(id, target);
         }
         grow(caches, id, tail, 1)
@@ -291,10 +316,15 @@ mod tests {
             smallest_page: smallest,
             fixed_entries: window.entries(),
         };
-        let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec: HiddenCodec::F16 };
+        let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec: HiddenCodec::F16, quest: None };
         let scores: Vec<String> = (0..30).map(|layer| format!("0.{layer:02}\t0.5\t0.9\n")).collect();
         let scores = HeadScores::parse(&scores.concat()).expect("30 layers of three heads");
-        let abilities = Abilities { codecs: job.codecs.clone(), slots: Some(8), head_scores: Some(Arc::new(scores)) };
+        let abilities = Abilities {
+            codecs: job.codecs.clone(),
+            slots: Some(8),
+            head_scores: Some(Arc::new(scores)),
+            chooses: false,
+        };
         Caches::new(PagePool::new(&layout).expect("a pool"), full, window, abilities)
     }
 

@@ -46,6 +46,13 @@ impl Model {
         named.unwrap_or_else(|| self.path.file_stem().unwrap_or_default().to_string_lossy().into_owned())
     }
 
+    /// What tells it from other files: its name, and the bytes of the file, which differ by how it is quantised.
+    pub(super) fn identity(&self) -> Result<String> {
+        let about = std::fs::metadata(&self.path)
+            .map_err(|e| anyhow!("can not read the model '{}': {e}", self.path.display()))?;
+        Ok(format!("{}, {} bytes", self.name(), about.len()))
+    }
+
     /// For reports.
     pub(super) fn report(&self, weights: Option<Bytes>) -> ModelReport {
         let name = self.path.file_name().unwrap_or(self.path.as_os_str());

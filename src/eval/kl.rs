@@ -10,7 +10,7 @@
 //! tokens whatever the model would have said; all caches advance together, one row each in a step, so that the sessions
 //! of one batch have different codecs. This is policy error: the kernels' own error is `verify`'s business.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::prompt::{Driver, Probe};
 use crate::compression::Compression;
@@ -94,17 +94,29 @@ pub struct KlResult {
     pub held_tokens: u64,
 }
 
-/// Sums of one cache over positions.
-#[derive(Clone, Debug, Default)]
-struct Sums {
+/// What one cache did in one window, or in several.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct KlSums {
+    /// KL of every position.
     kl: Vec<f64>,
+    /// Sum of negative log-likelihoods.
     nll: f64,
+    /// Positions with the same most probable token.
     agreed: usize,
+    /// Bytes held in the last window.
     held: Bytes,
+    /// Tokens held then.
     tokens: u64,
 }
 
-impl Sums {
+impl KlSums {
+    /// Another window of the same cache.
+    fn join(mut self, next: &Self) -> Self {
+        self.kl.extend_from_slice(&next.kl);
+        let (nll, agreed) = (self.nll + next.nll, self.agreed + next.agreed);
+        Self { kl: self.kl, nll, agreed, held: next.held, tokens: next.tokens }
+    }
+
     fn add(&mut self, full: &[f64], logits: &[f64], target: u32) {
         self.kl.push(kl_divergence(full, logits));
         self.nll += log_sum_exp(logits) - logits[target as usize];
@@ -152,35 +164,33 @@ pub fn prefixes(compressions: &[Compression], settings: &KlSettings) -> usize {
     1 + compressions.iter().filter(|compression| !forks(compression, settings)).count()
 }
 
-/// Measures `compressions` against the full cache over `windows`. The first result is that of the full cache itself.
-/// `chunk` are rows of a prompt step.
+/// Measures `compressions` against the full cache over one window: sums of the full cache itself, then of each compression.
+/// `chunk` are rows of a prompt step; `each` hears of steps of [`Progress`].
 ///
 /// # Errors
 /// [`EngineError`], among them a pool too small for all caches at once.
-pub fn on_engine(
+pub fn window(
     engine: &mut Engine<'_>,
     caches: &mut Caches,
     compressions: &[Compression],
-    windows: &[&[u32]],
+    window: &[u32],
     settings: &KlSettings,
     chunk: usize,
-    each: &mut dyn FnMut(Progress),
-) -> Result<Vec<KlResult>, EngineError> {
+    each: &mut dyn FnMut(usize),
+) -> Result<Vec<KlSums>, EngineError> {
     let all: Vec<Compression> = std::iter::once(Compression::default()).chain(compressions.iter().cloned()).collect();
-    let mut sums = vec![Sums::default(); all.len()];
-    let per_window = prefixes(compressions, settings) * settings.prefix_tokens + settings.tail_tokens;
-    let mut progress = Progress { done: 0, total: per_window * windows.len() };
-    for window in windows {
-        let mut driver = Driver::new(engine, caches);
-        let mut step = |n: usize| {
-            progress.done += n;
-            each(progress);
-        };
-        let result = measure(&mut driver, &all, window, settings, chunk, &mut sums, &mut step);
-        driver.end()?;
-        result?;
-    }
-    Ok(sums.into_iter().zip(&all).map(|(sums, compression)| sums.result(compression)).collect())
+    let mut driver = Driver::new(engine, caches);
+    let result = measure(&mut driver, &all, window, settings, chunk, each);
+    driver.end()?;
+    result
+}
+
+/// Results over all windows, each with the sums of the full cache and of every compression.
+pub fn results(compressions: &[Compression], windows: &[Vec<KlSums>]) -> Vec<KlResult> {
+    let full = Compression::default();
+    let all = std::iter::once(&full).chain(compressions).enumerate();
+    let of_cache = |at: usize| windows.iter().fold(KlSums::default(), |sums, window| sums.join(&window[at]));
+    all.map(|(at, compression)| of_cache(at).result(compression)).collect()
 }
 
 /// Slots of what policies observe of the prefix, and of each compression the slot that its eviction reads. Policies that
@@ -218,9 +228,8 @@ fn measure(
     window: &[u32],
     settings: &KlSettings,
     chunk: usize,
-    sums: &mut [Sums],
     step: &mut dyn FnMut(usize),
-) -> Result<(), EngineError> {
+) -> Result<Vec<KlSums>, EngineError> {
     let (prefix, rest) = window.split_at(settings.prefix_tokens);
     let compressed = &all[1..];
     let (observed, slots) = slots(compressed);
@@ -242,17 +251,19 @@ fn measure(
         step(prefix.len());
         probes.push(probe);
     }
-    for (sums, probe) in sums.iter_mut().zip(&probes) {
-        sums.held = driver.held_bytes(*probe);
-        sums.tokens = driver.held_tokens(*probe);
-    }
+    let begin = |probe: &Probe| KlSums {
+        held: driver.held_bytes(*probe),
+        tokens: driver.held_tokens(*probe),
+        ..KlSums::default()
+    };
+    let mut sums: Vec<KlSums> = probes.iter().map(begin).collect();
     for pair in rest.windows(2) {
         let rows: Vec<(Probe, u32)> = probes.iter().map(|probe| (*probe, pair[0])).collect();
         let logits: Vec<Vec<f64>> = driver.decode(&rows)?.iter().map(|row| widen(row)).collect();
         sums.iter_mut().zip(&logits).for_each(|(sums, row)| sums.add(&logits[0], row, pair[1]));
         step(1);
     }
-    Ok(())
+    Ok(sums)
 }
 
 #[cfg(test)]
@@ -270,12 +281,15 @@ mod tests {
 
     #[test]
     fn results_are_means_medians_and_counts() {
-        let mut sums = Sums::default();
+        let mut sums = KlSums::default();
         let full = [0.0, 3.0_f64.ln()];
         sums.add(&full, &full, 1);
         sums.add(&full, &[3.0_f64.ln(), 0.0], 0);
-        sums.add(&full, &full, 0);
-        let result = sums.result(&Compression::default());
+        let mut second = KlSums { tokens: 7, ..KlSums::default() };
+        second.add(&full, &full, 0);
+        let windows = [vec![sums], vec![second]];
+        let [result] = &results(&[], &windows)[..] else { panic!("the full cache alone") };
+        assert_eq!(result.held_tokens, 7, "of the last window");
         // KL of (1/4, 3/4) against (3/4, 1/4).
         let kl = 0.5 * 3.0_f64.ln();
         assert!((result.max_kl - kl).abs() < 1e-12 && result.median_kl == 0.0, "by hand");

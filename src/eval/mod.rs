@@ -3,6 +3,7 @@
 pub mod calibration;
 pub mod heads;
 pub mod kl;
+pub mod needle;
 pub mod perplexity;
 pub mod prompt;
 pub mod verify;

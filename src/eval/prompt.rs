@@ -171,8 +171,11 @@ impl<'e, 'd> Driver<'e, 'd> {
         self.engine.reconstruct(self.caches, probe.0, tokens, slot)
     }
 
-    /// Evicts from a sequence that is due.
-    fn evict_due(&mut self, probe: Probe) -> Result<(), EngineError> {
+    /// Evicts from a sequence that is due: before its next rows, or earlier.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn evict_due(&mut self, probe: Probe) -> Result<(), EngineError> {
         if self.caches.is_due(probe.0) {
             let tokens = self.fed.get(&probe.0).map_or(&[][..], Vec::as_slice);
             self.engine.evict(probe.0, tokens, self.caches)?;

@@ -103,6 +103,13 @@ pub struct KeptTokens {
     pub merged: Vec<u32>,
 }
 
+impl From<Option<Vec<u32>>> for KeptTokens {
+    /// Nothing in common with another list.
+    fn from(own: Option<Vec<u32>>) -> Self {
+        Self { own, merged: Vec::new() }
+    }
+}
+
 /// The pages of one (layer, KV head).
 #[derive(Clone, Debug, Default)]
 struct PageList {

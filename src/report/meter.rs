@@ -200,7 +200,7 @@ mod tests {
             fixed_entries: 0,
         };
         let pool = PagePool::new(&layout).expect("room for two slabs");
-        let shape = TableShape { num_layers: 1, num_kv_heads: 1, page, codec: HiddenCodec::F16 };
+        let shape = TableShape { num_layers: 1, num_kv_heads: 1, page, codec: HiddenCodec::F16, quest: None };
         let window = Window::new(page, 1, 8, false);
         let config = ScheduleConfig { max_rows: 8, max_sessions: 4, context_length: 100 };
         Scheduler::new(config, Caches::new(pool, shape, window, Abilities::default()))

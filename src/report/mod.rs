@@ -15,6 +15,7 @@
 //! | `calibrate heads` | [`HeadsReport`] |
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
+//! | `eval needle` | [`NeedleReport`], which draws one too |
 //! | `verify` | [`VerifyReport`] |
 
 mod checks;
@@ -23,6 +24,7 @@ mod device;
 mod heads;
 mod kl;
 mod meter;
+mod needle;
 mod plot;
 mod policies;
 mod run;
@@ -36,7 +38,8 @@ pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
 pub use heads::HeadsReport;
 pub use kl::{KlReport, KlRow};
 pub use meter::{ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, PrefillMetric};
-pub use plot::{Guide, Plot, Point};
+pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
+pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{RunReport, RunSettings, SessionReport, finish_name};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};

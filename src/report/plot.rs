@@ -1,4 +1,4 @@
-//! A plot of labelled points on two logarithmic axes, as SVG.
+//! A plot of labelled points as SVG: a logarithmic axis below, and beside it one that is logarithmic or runs from 0 to 1.
 //!
 //! Lower is better in both directions, and points that no other one beats in both are joined by a line, up to the
 //! guide. What a logarithmic axis has no place for, zero or far below everything else, is drawn hollow on the lower
@@ -39,6 +39,15 @@ pub struct Guide {
     pub label: String,
 }
 
+/// A vertical axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// Logarithmic, over the points.
+    Log,
+    /// From 0 to 1, in percent.
+    Part,
+}
+
 /// What is drawn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plot {
@@ -48,35 +57,50 @@ pub struct Plot {
     pub x_title: String,
     /// Beside the vertical axis.
     pub y_title: String,
+    /// What the vertical axis shows.
+    pub y_scale: Scale,
     /// Where a reference lies.
     pub guide: Option<Guide>,
     /// The points.
     pub points: Vec<Point>,
 }
 
-/// A logarithmic axis.
+/// An axis.
 #[derive(Clone, Copy, Debug)]
 struct Axis {
-    /// Decimal logarithms of both ends.
-    logs: (f64, f64),
+    scale: Scale,
+    /// Both ends: decimal logarithms, or values.
+    ends: (f64, f64),
     /// Where they are drawn.
     at: (f64, f64),
 }
 
 impl Axis {
+    fn measure(&self, value: f64) -> f64 {
+        match self.scale {
+            Scale::Log => value.log10(),
+            Scale::Part => value,
+        }
+    }
+
+    /// Whether it has a place for a value that is not below it.
+    fn shows(&self, value: f64) -> bool {
+        self.measure(value) >= self.ends.0
+    }
+
     fn place(&self, value: f64) -> f64 {
-        let part = (value.log10() - self.logs.0) / (self.logs.1 - self.logs.0);
+        let part = (self.measure(value) - self.ends.0) / (self.ends.1 - self.ends.0);
         // Negative values and NaN have no logarithm.
         let part = if part.is_nan() { 0.0 } else { part.clamp(0.0, 1.0) };
         self.at.0 + part * (self.at.1 - self.at.0)
     }
 
-    /// The given multiples of powers of ten that lie on it.
+    /// The given multiples of powers of ten that lie on a logarithmic axis.
     fn ticks(&self, multiples: &[f64]) -> Vec<f64> {
         #[expect(clippy::cast_possible_truncation, reason = "logarithms of f64 are small")]
-        let decades = self.logs.0.floor() as i32..=self.logs.1.ceil() as i32;
+        let decades = self.ends.0.floor() as i32..=self.ends.1.ceil() as i32;
         let all = decades.flat_map(|decade| multiples.iter().map(move |m| m * 10_f64.powi(decade)));
-        all.filter(|tick| (self.logs.0 - 1e-9..=self.logs.1 + 1e-9).contains(&tick.log10())).collect()
+        all.filter(|tick| (self.ends.0 - 1e-9..=self.ends.1 + 1e-9).contains(&tick.log10())).collect()
     }
 }
 
@@ -115,7 +139,7 @@ impl Plot {
         }
         // Over the labels, so that none hides a point.
         for (point, (px, py)) in self.points.iter().zip(&places) {
-            let fill = if point.y.log10() >= y.logs.0 { "#1f5fa8" } else { "white" };
+            let fill = if y.shows(point.y) { "#1f5fa8" } else { "white" };
             let _ = writeln!(
                 svg,
                 "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"{RADIUS}\" fill=\"{fill}\" stroke=\"#1f5fa8\"/>"
@@ -130,18 +154,22 @@ impl Plot {
         let all = self.points.iter().map(|p| p.x).chain(self.guide.iter().map(|g| g.x));
         let logs = all.filter(|x| *x > 0.0).map(f64::log10);
         let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), x| (l.min(x), h.max(x)));
-        let logs = if low <= high { (low - 0.08, high + 0.12) } else { (0.0, 1.0) };
-        Axis { logs, at: (AREA.0, AREA.2) }
+        let ends = if low <= high { (low - 0.08, high + 0.12) } else { (0.0, 1.0) };
+        Axis { scale: Scale::Log, ends, at: (AREA.0, AREA.2) }
     }
 
-    /// Whole decades around the points, at most [`DECADES_MAX`] from above.
+    /// Whole decades around the points, at most [`DECADES_MAX`] from above; or from 0 to 1, with some room for points at both.
     fn y_axis(&self) -> Axis {
+        // Upside down: large values are at the top.
+        let at = (AREA.3, AREA.1);
+        if self.y_scale == Scale::Part {
+            return Axis { scale: Scale::Part, ends: (-0.03, 1.06), at };
+        }
         let logs = self.points.iter().map(|p| p.y).filter(|y| *y > 0.0 && y.is_finite()).map(f64::log10);
         let (low, high) = logs.fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), y| (l.min(y), h.max(y)));
         let high = if high.is_finite() { (high + 0.02).ceil() } else { 1.0 };
         let low = if low.is_finite() { low.floor().max(high - f64::from(DECADES_MAX)) } else { 0.0 };
-        // Upside down: large values are at the top.
-        Axis { logs: (low.min(high - 1.0), high), at: (AREA.3, AREA.1) }
+        Axis { scale: Scale::Log, ends: (low.min(high - 1.0), high), at }
     }
 
     fn draw_axes(&self, svg: &mut String, x: &Axis, y: &Axis) {
@@ -151,10 +179,14 @@ impl Plot {
             line(svg, (at, top), (at, bottom), "stroke=\"#e4e4e4\"");
             text(svg, (at, bottom + 18.0), "middle", "", &thousands(tick));
         }
-        for tick in y.ticks(&[1.0]) {
+        let ticks: Vec<(f64, String)> = match y.scale {
+            Scale::Log => y.ticks(&[1.0]).into_iter().map(|tick| (tick, format!("{tick:.0e}"))).collect(),
+            Scale::Part => (0..=5).map(|fifths| (f64::from(fifths) / 5.0, format!("{} %", fifths * 20))).collect(),
+        };
+        for (tick, words) in ticks {
             let at = y.place(tick);
             line(svg, (left, at), (right, at), "stroke=\"#e4e4e4\"");
-            text(svg, (left - 8.0, at + 4.0), "end", "", &format!("{tick:.0e}"));
+            text(svg, (left - 8.0, at + 4.0), "end", "", &words);
         }
         let frame = [((left, top), (left, bottom)), ((left, bottom), (right, bottom))];
         frame.into_iter().for_each(|(from, to)| line(svg, from, to, "stroke=\"#222\""));
@@ -260,6 +292,7 @@ mod tests {
             title: "a < b & c".to_owned(),
             x_title: "bytes".to_owned(),
             y_title: "nats".to_owned(),
+            y_scale: Scale::Log,
             guide: Some(Guide { x: 20_000.0, label: "full".to_owned() }),
             points: points.iter().map(point).collect(),
         }
@@ -291,6 +324,19 @@ mod tests {
         assert_eq!(svg.matches("fill=\"white\" stroke=\"#1f5fa8\"").count(), 3, "{svg}");
         assert!(!svg.contains("\"NaN") && !svg.contains("inf"), "{svg}");
         assert!(plot(&[]).svg().contains("nats"), "no points, no panic");
+    }
+
+    #[test]
+    fn parts_lie_between_0_and_1() {
+        let plot =
+            Plot { y_scale: Scale::Part, ..plot(&[(3000.0, 0.4, "some"), (6000.0, 0.0, "none"), (7e3, 1.0, "all")]) };
+        let svg = plot.svg();
+        assert_eq!(svg.matches("fill=\"white\" stroke=\"#1f5fa8\"").count(), 0, "0 has a place: {svg}");
+        assert!([">0 %<", ">40 %<", ">100 %<"].iter().all(|tick| svg.contains(tick)), "{svg}");
+        let axis = plot.y_axis();
+        let [none, all] = [0.0, 1.0].map(|part| axis.place(part));
+        assert!(AREA.1 < all && all < none && none < AREA.3, "{all} and {none} should lie inside");
+        assert!(!axis.shows(f64::NAN), "no number has no place");
     }
 
     #[test]

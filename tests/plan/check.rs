@@ -282,7 +282,7 @@ impl Checker<'_> {
             row_lo += s.rows;
         }
         for (place, range) in dispatches {
-            ensure(place.pass == 0, || "every session has one segment".to_owned())?;
+            ensure(place.pass.0 == 0, || "every session has one segment".to_owned())?;
             for item in &self.plan.score[range.start as usize..range.end as usize] {
                 ensure(item.n_tokens <= score::TOKENS, || format!("{item:?} is too long"))?;
                 let out = item.out + self.after * KV_HEADS * CAPACITY;

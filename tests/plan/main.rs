@@ -75,7 +75,7 @@ proptest! {
     ) {
         let codec = codecs(page_size)[codec % codecs(page_size).len()];
         let page = PageGeometry { page_size, head_dim: 64 };
-        let shape = TableShape { num_layers: 1, num_kv_heads: 1, page, codec };
+        let shape = TableShape { num_layers: 1, num_kv_heads: 1, page, codec, quest: None };
         let allowed = |rows: u32| {
             let end = first + rows;
             !codec.seals() || end.is_multiple_of(page_size) || end / page_size == first / page_size
@@ -189,7 +189,7 @@ fn rows_of_one_session_are_scored_in_dispatches_of_their_own() {
     let score = |first, largest| vec![ScoredRows { first, at: 0, capacity: CAPACITY, largest }];
     let segment = |table, row_lo, n_rows, first_index, scores| {
         let (decode, attend) = (false, true);
-        Segment { table, row_lo, n_rows, first_index, decode, attend, scores }
+        Segment { table, row_lo, n_rows, first_index, decode, attend_below: if attend { u32::MAX } else { 0 }, scores }
     };
     let plan = AttentionPlan::new(
         &setup.shape,
@@ -206,7 +206,7 @@ fn rows_of_one_session_are_scored_in_dispatches_of_their_own() {
         .map(|(place, range)| {
             let items = &plan.score[range.start as usize..range.end as usize];
             let rows = |item: &ScoreItem| (item.row_lo, item.n_rows);
-            (place.pass, place.largest, rows(&items[0]), items.iter().map(|item| item.n_tokens).sum::<u32>())
+            (place.pass.0, place.largest, rows(&items[0]), items.iter().map(|item| item.n_tokens).sum::<u32>())
         })
         .collect();
     let expected = [(0, false, (2, 2), 2 * 104), (0, true, (4, 3), 2 * 53), (1, false, (7, 5), 2 * 109)];
@@ -311,7 +311,7 @@ fn a_wrong_plan_over_what_stayed_is_noticed() {
             ("another page's scores", Box::new(move |p| p.score[score].page_lo += 1)),
             ("a row scored as another", Box::new(move |p| p.score[score].first_index += 1)),
             ("sums as the largest", Box::new(|p| p.plans[0].score[0].0.largest ^= true)),
-            ("scores one after another", Box::new(|p| p.plans[0].score[0].0.pass += 1)),
+            ("scores one after another", Box::new(|p| p.plans[0].score[0].0.pass.0 += 1)),
         ]
     });
 }

@@ -185,7 +185,7 @@ fn capacity(s: &Sequence, page_size: u32) -> Capacity {
     };
     let lists = s.evicted.iter().flat_map(|evicted| &evicted.kept);
     let (kept_pages, kept_pages_of_list) = (lists.clone().map(pages).sum(), lists.map(pages).max().unwrap_or(0));
-    Capacity { tail_tokens: s.cached + s.rows, kept_pages, kept_pages_of_list }
+    Capacity { tail_tokens: s.cached + s.rows, kept_pages, kept_pages_of_list, ..Capacity::default() }
 }
 
 /// Grows the sequences in turns, so that with small arenas their pages interleave, then for the step to be planned.
@@ -194,7 +194,7 @@ pub(crate) fn setup(sequences: &[Sequence], group: u32, page_size: u32, arena_sl
     let shape = CacheShape { heads, page_size };
     let table_shape = |s: &Sequence| {
         let num_layers = u32::try_from(s.own_layers().len()).expect("few layers");
-        TableShape { num_layers, num_kv_heads: KV_HEADS, page: shape.page(), codec: s.codec }
+        TableShape { num_layers, num_kv_heads: KV_HEADS, page: shape.page(), codec: s.codec, quest: None }
     };
     let mut sequences = sequences.to_vec();
     for s in &mut sequences {
@@ -230,7 +230,9 @@ pub(crate) fn setup(sequences: &[Sequence], group: u32, page_size: u32, arena_sl
     let mut tables: Vec<_> = sequences.iter().map(&mut admit).collect();
     for (s, table) in sequences.iter().zip(&mut tables) {
         if let Some(evicted) = &s.evicted {
-            table.keep(&mut pool, evicted.kept.clone(), evicted.n_tokens).expect("committed");
+            table
+                .keep(&mut pool, evicted.kept.clone().into_iter().map(Into::into).collect(), &[], evicted.n_tokens)
+                .expect("committed");
         }
     }
     let mut left: Vec<u32> = sequences.iter().map(|s| s.cached).collect();
@@ -293,7 +295,15 @@ pub(crate) fn segments(setup: &Setup) -> Vec<Segment<'_>> {
             ScoredRows { first: *first, at, capacity, largest: *largest }
         };
         let scores = s.scores.iter().enumerate().map(score).collect();
-        segments.push(Segment { table, row_lo, n_rows, first_index, decode: s.decode, attend: s.attend, scores });
+        segments.push(Segment {
+            table,
+            row_lo,
+            n_rows,
+            first_index,
+            decode: s.decode,
+            attend_below: if s.attend { u32::MAX } else { 0 },
+            scores,
+        });
         row_lo += n_rows;
     }
     segments

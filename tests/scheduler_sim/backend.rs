@@ -184,7 +184,7 @@ impl Backend for Watched {
         let mut lengths = kept.iter().flatten().map(Vec::len);
         let first = lengths.next();
         self.ragged += u32::from(lengths.any(|n| Some(n) != first));
-        target.keep(&mut caches.pool, kept, n_tokens)?;
+        target.keep(&mut caches.pool, kept.into_iter().map(Into::into).collect(), &[], n_tokens)?;
         caches.swap(id, target)?;
         self.judge(id, caches, &selection);
         self.evictions += 1;

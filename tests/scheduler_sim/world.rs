@@ -55,13 +55,13 @@ pub(crate) fn compressed(text: &str) -> Compression {
 
 pub(crate) fn full(num_layers: u32, num_kv_heads: u32, page_size: u32) -> TableShape {
     let page = PageGeometry { page_size, head_dim: 32 };
-    TableShape { num_layers, num_kv_heads, page, codec: HiddenCodec::F16 }
+    TableShape { num_layers, num_kv_heads, page, codec: HiddenCodec::F16, quest: None }
 }
 
 /// What serves these codecs and every eviction.
 pub(crate) fn abilities(full: &TableShape, codecs: &[&str], slots: u32) -> Abilities {
     let codecs = codecs.iter().map(|codec| compressed(codec).hidden).collect();
-    Abilities { codecs, slots: Some(slots), head_scores: Some(Arc::new(head_scores(full))) }
+    Abilities { codecs, slots: Some(slots), head_scores: Some(Arc::new(head_scores(full))), chooses: false }
 }
 
 pub(crate) fn head_scores(full: &TableShape) -> HeadScores {
@@ -108,7 +108,7 @@ pub(crate) fn scheduler(rng: &mut ChaCha8Rng) -> Scheduler {
     let codecs = asked.into_iter().filter(fits).filter(|_| rng.random_bool(0.8)).collect();
     let slots = rng.random_bool(0.9).then(|| rng.random_range(0..4));
     let head_scores = rng.random_bool(0.8).then(|| Arc::new(head_scores(&shape)));
-    let abilities = Abilities { codecs, slots, head_scores };
+    let abilities = Abilities { codecs, slots, head_scores, chooses: false };
     let (slabs, arena_slabs) = (rng.random_range(2..40), rng.random_range(1..8));
     Scheduler::new(config, caches(shape, abilities, config.max_rows, slabs, arena_slabs))
 }
@@ -126,7 +126,7 @@ pub(crate) fn document(request: &Request) -> u32 {
 
 /// Whether nobody here can carry out a request, by what the caches are able to.
 pub(crate) fn is_beyond(caches: &Caches, request: &Request) -> bool {
-    let Abilities { codecs, slots, head_scores } = &caches.abilities;
+    let Abilities { codecs, slots, head_scores, .. } = &caches.abilities;
     let compression = &request.compression;
     let eviction = compression.token.eviction();
     let ranks = eviction.is_some_and(|eviction| eviction.rule(u32::MAX).score != Score::None);

@@ -88,7 +88,6 @@ proptest! {
     ) {
         let domain = Domain { lists: vec![0], total, floor: 0, sink: 0, recent: 0 };
         let kept_scores = |list: &[f32]| {
-            let n = u32::try_from(list.len()).expect("a short list");
             let mut kept: Vec<_> =
                 select(&domain, &[list])[0].iter().map(|i| order_key(list[*i as usize])).collect();
             kept.sort_unstable();
