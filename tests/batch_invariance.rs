@@ -63,7 +63,7 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
                 let first_index = u32::try_from(done).expect("short");
                 let sample = last.then_some(concertina::kernels::sample::Sampling::GREEDY);
                 let (session, observed) = (SessionId(*id), Vec::new());
-                plan.segments.push(PlannedRows { session, first_index, tokens, decode, observed, sample });
+                plan.segments.push(PlannedRows { session, first_index, tokens, decode, depth: None, observed, sample });
             }
         }
         if plan.segments.is_empty() {
