@@ -501,29 +501,25 @@ impl<'d> Engine<'d> {
         self.read_logits(plan, caches, Want::LogitsOfMany)
     }
 
-    /// Keys, after rotary positions, and values of one list's open pages, each `[tokens][head_dim]`: for calibration, since it
-    /// reads page by page.
+    /// Keys, after rotary positions, and values that one list holds, decoded, each `[tokens][head_dim]`: for calibration and
+    /// tests, since it reads page by page. Latents are not lifted.
     ///
     /// # Errors
     /// [`EngineError`].
-    pub fn open_rows(&self, table: &PageTable, layer: u32, kv_head: u32) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
+    pub fn held_rows(&self, table: &PageTable, layer: u32, kv_head: u32) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
         let shape = table.shape();
-        let bytes = usize::try_from(shape.open_page().0).expect("a page fits in the address space");
         let nobody = HeadParameters::default();
-        let context = PageContext::at(&nobody, 0);
-        let (sealed, open) = table.list(layer, kv_head);
         let width = shape.page.head_dim as usize;
-        let n_tokens = table.tail() as usize - sealed.len() * shape.page.page_size as usize;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for page in open {
+        for (page, codec, n_tokens) in table.held_pages(layer, kv_head) {
             let arena = &self.buffers.arenas[usize::from(page.arena)];
+            let bytes = usize::try_from(codec.page_bytes(shape.page).0).expect("a page fits in the address space");
             let words = download(self.device, arena, u64::from(page.cell) * CELL_BYTES, bytes)?;
-            let (k, v) = HiddenCodec::F16.decode(shape.page, context, &bytemuck::pod_collect_to_vec(&words));
-            keys.extend(k);
-            values.extend(v);
+            let context = PageContext::at(&nobody, 0);
+            let (k, v) = codec.decode(shape.page, context, &bytemuck::pod_collect_to_vec(&words));
+            keys.extend(&k[..n_tokens as usize * width]);
+            values.extend(&v[..n_tokens as usize * width]);
         }
-        keys.truncate(n_tokens * width);
-        values.truncate(n_tokens * width);
         Ok((keys, values))
     }
 

@@ -208,12 +208,12 @@ impl<'e, 'd> Driver<'e, 'd> {
         Ok(logits)
     }
 
-    /// Keys, after rotary positions, and values of a sequence whose pages are open, each `[tokens][head_dim]`.
+    /// Keys, after rotary positions, and values that a list of a sequence holds, decoded, each `[tokens][head_dim]`.
     ///
     /// # Errors
     /// [`EngineError`].
     pub fn rows(&self, probe: Probe, layer: u32, kv_head: u32) -> Result<(Vec<f32>, Vec<f32>), EngineError> {
-        self.engine.open_rows(&self.caches.tables[&probe.0], layer, kv_head)
+        self.engine.held_rows(&self.caches.tables[&probe.0], layer, kv_head)
     }
 
     /// Ends one sequence.
@@ -223,6 +223,11 @@ impl<'e, 'd> Driver<'e, 'd> {
     pub fn release(&mut self, probe: Probe) -> Result<(), EngineError> {
         self.fed.remove(&probe.0);
         Ok(self.caches.release(probe.0)?)
+    }
+
+    /// The position of a sequence's next token.
+    pub fn position(&self, probe: Probe) -> u32 {
+        self.caches.tables[&probe.0].n_tokens()
     }
 
     /// Tokens that a sequence holds, over all lists.

@@ -544,6 +544,20 @@ impl PageTable {
         found.map_or(&[], |(list, _)| &list.part(Part::Merged).pages)
     }
 
+    /// Pages that a list holds by itself between two steps, in order, each with its codec and tokens.
+    pub fn held_pages(&self, layer: u32, kv_head: u32) -> Vec<(PageId, HiddenCodec, u32)> {
+        let (list, size) = (self.list_at(layer, kv_head), self.shape.page.page_size);
+        let pages = |part: Part, codec: HiddenCodec, tokens: u32| {
+            let left = (0..).map(move |page| tokens.saturating_sub(page * size).min(size));
+            list.part(part).pages.iter().zip(left).filter(|(_, n)| *n > 0).map(move |(id, n)| (*id, codec, n))
+        };
+        let tail = if list.closed { 0 } else { self.tail };
+        let sealed = self.retired * size;
+        let kept = pages(Part::Kept, self.shape.codec, list.kept);
+        let in_tail = pages(Part::Sealed, self.shape.codec, sealed);
+        kept.chain(in_tail).chain(pages(Part::Open, HiddenCodec::F16, tail.saturating_sub(sealed))).collect()
+    }
+
     /// Tokens of a list that an eviction kept.
     pub fn n_kept(&self, layer: u32, kv_head: u32) -> u32 {
         self.list_at(layer, kv_head).kept

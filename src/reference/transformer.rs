@@ -108,6 +108,51 @@ impl<'a> ReferenceModel<'a> {
         logits.chunks_exact(geometry.vocab_size as usize).map(<[f64]>::to_vec).collect()
     }
 
+    /// The logits that follow one token at a position, whose layers attend to what a cache holds of each (layer, KV head), the
+    /// token itself included: keys after rotary positions and values, each `[tokens][head_dim]`.
+    ///
+    /// # Panics
+    /// When the token is not below `vocab_size`, or a list has other widths.
+    pub fn logits_over(
+        &self,
+        token: u32,
+        position: u32,
+        list: &mut dyn FnMut(u32, u32) -> (Vec<f32>, Vec<f32>),
+    ) -> Vec<f64> {
+        let geometry = &self.weights.geometry;
+        let heads = geometry.heads;
+        let (head_dim, group) = (heads.head_dim as usize, heads.group_size() as usize);
+        assert!(token < geometry.vocab_size, "token {token} of a vocabulary of {}", geometry.vocab_size);
+        let mut x: Vec<f64> = self.weights.embedding.row(token).iter().map(|w| w.to_f64()).collect();
+        for (index, layer) in (0..).zip(&self.weights.layers) {
+            let qkv = matmul(&self.norm(&x, &layer.attention_norm), &layer.qkv);
+            let mut q = qkv[..heads.q_width() as usize].to_vec();
+            self.rotate(&mut q, position as usize);
+            let mut attended = Vec::with_capacity(q.len());
+            for kv_head in 0..heads.num_kv_heads {
+                let (k, v) = list(index, kv_head);
+                for query in q.chunks_exact(head_dim).skip(kv_head as usize * group).take(group) {
+                    let scores: Vec<f64> = k
+                        .chunks_exact(head_dim)
+                        .map(|k| query.iter().zip(k).map(|(a, b)| a * f64::from(*b)).sum::<f64>())
+                        .map(|s| s / (head_dim as f64).sqrt())
+                        .collect();
+                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                    let total: f64 = scores.iter().map(|s| (s - largest).exp()).sum();
+                    let mut out = vec![0.0; head_dim];
+                    for (score, v) in scores.iter().zip(v.chunks_exact(head_dim)) {
+                        let p = (score - largest).exp() / total;
+                        out.iter_mut().zip(v).for_each(|(o, v)| *o += p * f64::from(*v));
+                    }
+                    attended.extend(out);
+                }
+            }
+            add_in_place(&mut x, &matmul(&attended, &layer.attention_output));
+            self.feed_forward(layer, &mut x);
+        }
+        matmul(&self.norm(&x, &self.weights.output_norm), self.weights.output_matrix())
+    }
+
     /// One layer, in place on `x` of shape `[n, hidden_size]`; `caches` are keys and values of the layers before it.
     fn layer(&self, layer: &LayerWeights, x: &mut [f64], owner: usize, caches: &mut Vec<Vec<f64>>) {
         let geometry = &self.weights.geometry;
@@ -124,7 +169,12 @@ impl<'a> ReferenceModel<'a> {
         }
         let attended = causal_attention(&qkv, geometry.heads);
         add_in_place(x, &matmul(&attended, &layer.attention_output));
+        self.feed_forward(layer, x);
+    }
 
+    /// The gated feed-forward part of a layer, added to `x`.
+    fn feed_forward(&self, layer: &LayerWeights, x: &mut [f64]) {
+        let geometry = &self.weights.geometry;
         let gate_up = matmul(&self.norm(x, &layer.ffn_norm), &layer.gate_up);
         let width = geometry.intermediate_size as usize;
         let gated: Vec<f64> = gate_up
@@ -149,21 +199,26 @@ impl<'a> ReferenceModel<'a> {
             .collect()
     }
 
+    /// Turns heads by a position.
+    fn rotate(&self, heads: &mut [f64], position: usize) {
+        let head_dim = self.weights.geometry.heads.head_dim as usize;
+        let base = f64::from(self.weights.geometry.rope_theta);
+        for head in heads.chunks_exact_mut(head_dim) {
+            for (i, pair) in head.chunks_exact_mut(2).enumerate() {
+                let frequency = base.powf(-2.0 * i as f64 / head_dim as f64);
+                let (sin, cos) = (position as f64 * frequency).sin_cos();
+                let [a, b] = [pair[0], pair[1]];
+                pair.copy_from_slice(&[a * cos - b * sin, a * sin + b * cos]);
+            }
+        }
+    }
+
     /// Turns queries and keys by their positions, then rounds keys and values if the cache would.
     fn rotate_and_round(&self, qkv: &mut [f64]) {
         let heads = self.weights.geometry.heads;
-        let head_dim = heads.head_dim as usize;
         let (q_width, kv_width) = (heads.q_width() as usize, heads.kv_width() as usize);
-        let base = f64::from(self.weights.geometry.rope_theta);
         for (position, row) in qkv.chunks_exact_mut(q_width + 2 * kv_width).enumerate() {
-            for head in row[..q_width + kv_width].chunks_exact_mut(head_dim) {
-                for (i, pair) in head.chunks_exact_mut(2).enumerate() {
-                    let frequency = base.powf(-2.0 * i as f64 / head_dim as f64);
-                    let (sin, cos) = (position as f64 * frequency).sin_cos();
-                    let [a, b] = [pair[0], pair[1]];
-                    pair.copy_from_slice(&[a * cos - b * sin, a * sin + b * cos]);
-                }
-            }
+            self.rotate(&mut row[..q_width + kv_width], position);
             if self.round_kv_to_f16 {
                 for value in &mut row[q_width..] {
                     *value = f16::from_f64(*value).to_f64();
