@@ -13,8 +13,7 @@ const STEPS: usize = 20_000;
 const CAP: u64 = 512;
 
 /// Positions alone with keys that are turned to their places, and sums of attention over codes.
-const SPECS: [&str; 2] =
-    ["token=streaming:512:every64:rerotate", "token=h2o:512:every64,hidden=kivi4"];
+const SPECS: [&str; 2] = ["token=streaming:512:every64:rerotate", "token=h2o:512:every64,hidden=kivi4"];
 
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
