@@ -262,7 +262,9 @@ fn codecs_that_pages_can_not_have_are_refused_with_the_page_size_that_they_need(
     let run = |more: &[&str]| join(&["run", "--model", &model, "--document", &document, "--ask", "Why?"], more);
     refused(&run(&["--compress", "kivi4:128"]), 2, &["kivi4:128", "64 tokens", "--page-size 128"]);
     refused(&run(&["--compress", "lowrank:128"]), 2, &["lowrank:128", "64 channels"]);
-    refused(&run(&["--compress", "snapkv:0.25"]), 2, &["token=snapkv:0.25", "not carried out yet"]);
+    refused(&run(&["--compress", "h2o:512:every32"]), 2, &["every32", "pages of 64 tokens"]);
+    let scores = files.file("heads.tsv", "0.5\t0.25\n");
+    refused(&run(&["--compress", "duo:0.5", "--head-scores", &scores]), 2, &["1 layers of 2", "30 of 3"]);
     let two = ["--document", &document, "--compress", "full", "kivi2", "int8"];
     refused(&run(&two), 2, &["3 compressions", "2 documents"]);
 }
@@ -448,9 +450,9 @@ fn compressions_are_compared_with_the_full_cache_gpu() {
     let [fine, coarse] = [int8, kivi2].map(|row| number(&row["mean_kl"]));
     assert!(fine > 0.0 && fine < 0.01 && fine < coarse / 10.0, "int8 {fine} should be far better than kivi2 {coarse}");
     assert!(coarse < 1.0, "and kivi2 should not be noise: {coarse}");
-    // Three sealed pages and an open one in each of 90 lists.
+    // Three pages in each of 90 lists, of which an eviction that leaves a third leaves one.
     let page = |bits: f64| 2.0 * 32.0 * 64.0 * bits / 8.0;
-    assert_eq!(number(&int8["held_bytes"]), 90.0 * (3.0 * page(8.5) + page(16.0)), "bytes that it held");
+    assert_eq!(number(&int8["held_bytes"]), 90.0 * 3.0 * page(8.5), "bytes that it held");
     let picture = fs::read_to_string(&svg).expect("a plot");
     assert!(picture.starts_with("<svg") && picture.contains(">kivi2<"), "{picture}");
 
@@ -484,6 +486,22 @@ fn each_document_has_its_own_compression_gpu() {
     }
     let text = String::from_utf8(concertina(&[&run[..], &["--compress", "rot3"]].concat()).stdout).expect("UTF-8");
     assert!(text.contains("rot3"), "the table says how caches were kept: {text}");
+
+    // A document is compressed before the question about it.
+    let both = ["--compress", "streaming:0.25", "token=snapkv:0.5:window8,hidden=kivi2"];
+    let found = report(&[&run[..], &both].concat());
+    for (session, name) in [(0, "token=streaming:0.25"), (1, "token=snapkv:0.5:window8")] {
+        let session = &found["sessions"][session];
+        assert!(session["compression"].as_str().is_some_and(|c| c.contains(name)), "{name}: {session}");
+        assert!(session["new_tokens"].as_u64() > Some(0) && session["ended_by"] != "cancelled", "{name}: {session}");
+    }
+    assert_eq!(
+        (&found["pool"]["pages_in_use_bytes"], &found["pool"]["committed_bytes"]),
+        (&0.into(), &0.into()),
+        "back"
+    );
+    let few = [&run[..], &["--compress", "snapkv:0.05"]].concat();
+    refused(&few, 1, &["a.txt", "token=snapkv:0.05 leaves", "last 32", "give a budget"]);
 }
 
 /// The size after "at least" in a message.

@@ -130,6 +130,30 @@ fn whole_steps_of_sessions_that_are_evicted_from_validate_on_the_noop_backend() 
     assert_eq!(report.allocated_bytes, engine.held_bytes(), "the pool says what the device holds");
 }
 
+/// Layers that share are planned one by one, whether anything is evicted or not.
+#[test]
+fn a_step_of_many_layers_that_share_fits_its_buffer() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let mut weights = common::tiny_model(1);
+    weights.layers = vec![weights.layers[0].clone(); 24];
+    weights.geometry.num_layers = 24;
+    for policy in ["share:2", "layer=share:3,hidden=lowrank:8"] {
+        let evictions = EvictionConfig::of(&[compression(policy)], 4);
+        assert_eq!(evictions.as_ref().map(|e| e.slots), Some(0), "{policy}: nothing is scored");
+        let config = EngineConfig { evictions, ..config_with(&["lowrank:8"], 64) };
+        let (mut engine, caches) = Engine::new(&device, &weights, &config).expect("64 MiB suffice");
+        let mut s = Scheduler::new(schedule(), caches);
+        for (seed, n) in (0..8).zip((100..).step_by(40)) {
+            let request = request(seed, n, 20, Sampling::GREEDY);
+            s.submit(Request { compression: compression(policy), ..request }).expect("fits");
+        }
+        while !s.is_idle() {
+            s.step(&mut engine).unwrap_or_else(|e| panic!("{policy}: {e}"));
+        }
+        assert_eq!(s.report().pages_in_use_bytes, Bytes::ZERO, "{policy}: all bytes are back");
+    }
+}
+
 #[test]
 fn an_eviction_that_an_engine_was_not_made_for_is_refused_with_the_reason() {
     let device = Device::open_noop().expect("the noop backend is compiled into the tests");
@@ -141,9 +165,10 @@ fn an_eviction_that_an_engine_was_not_made_for_is_refused_with_the_reason() {
         s.submit(request).expect_err(policy).to_string()
     };
     let without = config_with(&["kivi4"], 32);
-    for policy in ["streaming:0.5", "snapkv:0.9", "duo:0.5"] {
+    for policy in ["streaming:0.5", "snapkv:0.9", "duo:0.5", "share:2"] {
         assert!(refusal(&without, policy).contains("without evictions"), "{policy} needs its buffers");
     }
+    assert!(EvictionConfig::of(&[compression("kivi4"), compression("full")], 4).is_none(), "codecs need none");
     let mut no_scores = evicting(&["kivi4"], 0, 32);
     let evictions = no_scores.evictions.as_mut().expect("it evicts");
     evictions.head_scores = None;

@@ -3,7 +3,7 @@
 mod common;
 
 use concertina::compression::Compression;
-use concertina::engine::{Engine, EngineConfig};
+use concertina::engine::{Engine, EngineConfig, EvictionConfig};
 use concertina::eval::prompt::Driver;
 use concertina::reference::compare::{kl_divergence, widen};
 use concertina::reference::transformer::ReferenceModel;
@@ -23,7 +23,8 @@ fn four_layers() -> Weights {
 /// Logits of the last prompt row and of some decoded tokens, through the engine.
 fn logits(weights: &Weights, compression: &str, tokens: &[u32]) -> Vec<Vec<f64>> {
     let compression: Compression = compression.parse().expect("a compression");
-    let config = EngineConfig { codecs: vec!["f32".parse().expect("a codec")], ..common::config(16) };
+    let evictions = EvictionConfig::of(std::slice::from_ref(&compression), 0);
+    let config = EngineConfig { codecs: vec!["f32".parse().expect("a codec")], evictions, ..common::config(16) };
     let (mut engine, mut caches) = Engine::new(common::device(), weights, &config).expect("16 MiB are enough");
     let mut driver = Driver::new(&mut engine, &mut caches);
     let probe = driver.admit(&compression, PROMPT, tokens.len()).expect("fits");
@@ -74,9 +75,13 @@ fn layers_that_share_or_skip_match_the_reference_gpu() {
 fn rows_that_skip_layers_have_no_logits_gpu() {
     let weights = four_layers();
     let tokens = common::tokens(8, PROMPT, weights.geometry.vocab_size);
-    let (mut engine, mut caches) = Engine::new(common::device(), &weights, &common::config(16)).expect("enough");
+    let compression: Compression = "layer=skip-prefill:2..".parse().expect("a compression");
+    let config = EngineConfig {
+        evictions: EvictionConfig::of(std::slice::from_ref(&compression), 0),
+        ..common::config(16)
+    };
+    let (mut engine, mut caches) = Engine::new(common::device(), &weights, &config).expect("enough");
     let mut driver = Driver::new(&mut engine, &mut caches);
-    let compression = "layer=skip-prefill:2..".parse().expect("a compression");
     let probe = driver.admit(&compression, PROMPT, PROMPT).expect("fits");
     let refused = driver.prefill(probe, &tokens, 3..9, 32, &mut |_, _| ()).expect_err("no logits").to_string();
     assert!(refused.contains("skip layers"), "{refused}");

@@ -16,6 +16,7 @@ mod parameters;
 mod scores;
 mod scratch;
 mod step;
+mod tables;
 mod weights;
 
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use std::time::{Duration, Instant};
 use crate::compression::Compression;
 use crate::compression::head::HeadScores;
 use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
+use crate::compression::layer::LayerPolicy;
 use crate::compression::token::Score;
 use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::timing::{Clock, StepTimer};
@@ -44,6 +46,7 @@ use layers::{Layers, RowCounts};
 use paged_attention::page_sizes;
 use scratch::{Scratch, ScratchSizes};
 use step::{StepOffsets, StepRows, inverse_frequencies};
+use tables::DirtyTables;
 use weights::DeviceWeights;
 
 /// What can go wrong while executing.
@@ -82,7 +85,7 @@ pub struct EngineConfig {
     pub codecs: Vec<HiddenCodec>,
     /// Whether decode rows of sessions may choose the pages that they read (`quest`).
     pub chooses: bool,
-    /// What sessions may do besides; `None` where nothing is evicted.
+    /// What sessions may do besides; `None` where nothing is evicted and no layers share or skip.
     pub evictions: Option<EvictionConfig>,
     /// Largest arena; the adapter's binding limit where `None`.
     pub max_arena: Option<Bytes>,
@@ -102,14 +105,18 @@ pub struct EvictionConfig {
 }
 
 impl EvictionConfig {
-    /// What these compressions need; `None` where none of them evicts.
+    /// What these compressions need; `None` where none of them evicts or shares.
     pub fn of(compressions: &[Compression], slots: u32) -> Option<Self> {
         let moments = |compression: &Compression| {
             let score = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).score);
             matches!(score, Some(Score::Expected { .. }))
         };
-        let evicts = compressions.iter().any(Caches::evicts);
-        evicts.then(|| Self { slots, moments: compressions.iter().any(moments), ..Self::default() })
+        let ragged = |compression: &Compression| {
+            Caches::evicts(compression) || compression.layer != LayerPolicy::default()
+        };
+        let slots = if compressions.iter().any(Caches::observes) { slots } else { 0 };
+        let any = compressions.iter().any(ragged);
+        any.then(|| Self { slots, moments: compressions.iter().any(moments), ..Self::default() })
     }
 }
 
@@ -542,36 +549,6 @@ impl<'d> Engine<'d> {
         }
         let values: Vec<f32> = bytemuck::pod_collect_to_vec(&self.submit(plan, caches, want)?);
         Ok(values.chunks_exact(vocab).map(<[f32]>::to_vec).collect())
-    }
-}
-
-/// Page tables that changed since they were uploaded.
-struct DirtyTables {
-    words: Vec<u32>,
-    /// First entry in the table buffer, first word here, words.
-    regions: Vec<(u32, usize, usize)>,
-}
-
-impl DirtyTables {
-    fn collect(plan: &StepPlan, caches: &mut Caches) -> Self {
-        let mut dirty = Self { words: Vec::new(), regions: Vec::new() };
-        for rows in &plan.segments {
-            let table = caches.tables.get_mut(&rows.session).expect("a planned session has a table");
-            if table.is_dirty() {
-                let from = dirty.words.len();
-                let region = table.write_region(&mut dirty.words);
-                dirty.regions.push((region, from, dirty.words.len() - from));
-            }
-        }
-        dirty
-    }
-
-    /// Copies every region from the staging half, in which the words begin at `offset` bytes.
-    fn record(&self, encoder: &mut wgpu::CommandEncoder, source: &wgpu::Buffer, offset: u64, tables: &wgpu::Buffer) {
-        for (region, from, n) in &self.regions {
-            let (from, to) = (offset + *from as u64 * WORD_BYTES, u64::from(*region) * WORD_BYTES);
-            encoder.copy_buffer_to_buffer(source, from, tables, to, *n as u64 * WORD_BYTES);
-        }
     }
 }
 

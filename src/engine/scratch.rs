@@ -94,7 +94,7 @@ fn step_bytes(
     let append_and_seal = pages * (8 + 8);
     let lists = append_and_seal + sessions * runs * 8 + tiles * (1 + changes) * 12 + rows * 4;
     // Lists of different lengths are planned layer by layer.
-    let ragged = arenas > 1 || config.evictions.is_some();
+    let ragged = arenas > 1 || config.evictions.is_some() || config.chooses;
     let plans = if ragged { u64::from(geometry.num_layers) } else { 1 };
     let observed = config.evictions.as_ref().map_or(0, |evictions| u64::from(evictions.slots));
     let scores = observed

@@ -194,12 +194,16 @@ pub fn results(compressions: &[Compression], windows: &[Vec<KlSums>]) -> Vec<KlR
 }
 
 /// Slots of what policies observe of the prefix, and of each compression the slot that its eviction reads. Policies that
-/// rank by keys or by chance share one that observes nothing.
+/// rank by keys or by chance share one that observes nothing; what ranks nothing needs none.
 pub fn slots(compressions: &[Compression]) -> (Vec<(Score, u32)>, Vec<u32>) {
     let mut observed: Vec<(Score, u32)> = Vec::new();
     let mut of_each = Vec::with_capacity(compressions.len());
     for compression in compressions {
         let score = compression.token.eviction().map_or(Score::None, |eviction| eviction.rule(u32::MAX).score);
+        if score == Score::None {
+            of_each.push(0);
+            continue;
+        }
         let score = if needs_slot(&score) { score } else { Score::None };
         let slot = observed.iter().position(|(other, _)| *other == score).unwrap_or_else(|| {
             observed.push((score, u32::try_from(observed.len()).expect("policies are few")));
@@ -277,6 +281,24 @@ mod tests {
         assert_eq!(settings.windows(&tokens, 9).expect("two windows"), [&tokens[..8], &tokens[8..16]], "whole windows");
         assert!(settings.windows(&tokens[..7], 9).expect_err("too short").contains("7 tokens"), "the numbers");
         assert!(settings.windows(&tokens, 0).is_err(), "no window");
+    }
+
+    #[test]
+    fn policies_that_observe_the_same_share_a_slot() {
+        let compressions = |texts: &[&str]| -> Vec<Compression> {
+            texts.iter().map(|text| text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))).collect()
+        };
+        let (observed, of_each) = slots(&compressions(&["int8", "streaming:0.5", "duo:0.5", "share:2"]));
+        assert!(observed.is_empty(), "an engine without slots has none to clear: {observed:?}");
+        assert_eq!(of_each, [0; 4], "nothing is ranked");
+        let all = ["snapkv:0.5", "h2o:0.5", "int8", "snapkv:0.1,hidden=int8", "keydiff:0.5", "random:0.5", "kvzip:0.5"];
+        let (observed, of_each) = slots(&compressions(&["token=snapkv:0.5", "token=h2o:0.5"]));
+        assert_eq!((observed.len(), of_each), (2, vec![0, 1]), "the last rows, and all");
+        let all = all.map(|text| if text.contains("hidden") { format!("token={text}") } else { text.to_owned() });
+        let (observed, of_each) = slots(&compressions(&all.iter().map(String::as_str).collect::<Vec<_>>()));
+        assert_eq!(of_each, [0, 1, 0, 0, 2, 2, 3], "keys and chance are written over what nobody observes");
+        let scores: Vec<bool> = observed.iter().map(|(score, _)| needs_slot(score)).collect();
+        assert_eq!(scores, [true, true, false, true], "all but the third are observed");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::compression::Compression;
 use crate::compression::head::{HeadPattern, HeadScores, ListPattern};
 use crate::compression::hidden::HiddenCodec;
 use crate::compression::keep::{Domain, KeepShape, domains};
-use crate::compression::layer::Sharing;
+use crate::compression::layer::{LayerPolicy, Sharing};
 use crate::compression::token::{Allocation, Reduce, Rows, Rule, Score, TokenPolicy};
 use crate::geometry::Bytes;
 use crate::pool::page_table::{Capacity, Layers, PageTable, Quest, TableRanges, TableShape, Window};
@@ -32,7 +32,7 @@ pub const REPEAT_ROOM: u32 = 320;
 pub struct Abilities {
     /// Codecs that it has kernels for, f16 aside.
     pub codecs: Vec<HiddenCodec>,
-    /// Sessions that it scores at once; `None` where it can not evict.
+    /// Sessions that it scores at once; `None` where it can neither evict nor share.
     pub slots: Option<u32>,
     /// Whether decode rows can choose the pages that they read.
     pub chooses: bool,
@@ -236,6 +236,10 @@ impl Caches {
         if matches!(compression.token, TokenPolicy::Quest { .. }) && !self.abilities.chooses {
             return Err(format!("{} chooses pages, and this engine was made without that", compression.short()));
         }
+        if compression.layer != LayerPolicy::default() && self.abilities.slots.is_none() {
+            // Their layers are planned one by one, as those of ragged lists are, and take as many work items.
+            return Err(format!("{} plans layer by layer, and this engine was made without evictions", compression.short()));
+        }
         if Self::observes(compression) && self.abilities.slots == Some(0) {
             return Err(format!(
                 "{} scores tokens, and this engine was made without slots for that",
@@ -372,7 +376,7 @@ impl Caches {
     }
 
     /// Whether a session of this compression holds a slot while its rows are observed.
-    fn observes(compression: &Compression) -> bool {
+    pub fn observes(compression: &Compression) -> bool {
         let Some(eviction) = compression.token.eviction() else { return false };
         !matches!(eviction.rule(u32::MAX).score, Score::None)
     }

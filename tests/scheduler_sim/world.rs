@@ -6,6 +6,7 @@ use std::sync::Arc;
 use concertina::compression::Compression;
 use concertina::compression::head::{HeadPattern, HeadScores};
 use concertina::compression::hidden::HiddenCodec;
+use concertina::compression::layer::Sharing;
 use concertina::compression::token::{Allocation, Score};
 use concertina::geometry::{Bytes, PageGeometry};
 use concertina::pool::page_table::{TableShape, Window};
@@ -140,7 +141,7 @@ pub(crate) fn is_beyond(caches: &Caches, request: &Request) -> bool {
     let other_model = compression.layer.owners(caches.full.num_layers).is_err();
     other_model
         || (compression.hidden.seals() && !codecs.contains(&compression.hidden))
-        || (evicts(compression) && slots.is_none())
+        || ((evicts(compression) || compression.layer.share != Sharing::None) && slots.is_none())
         || (ranks && *slots == Some(0))
         || (compression.head != HeadPattern::Full && head_scores.is_none())
         || no_room
