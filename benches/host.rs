@@ -12,10 +12,10 @@ use concertina::geometry::{Bytes, HeadGeometry, PageGeometry};
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::plan::{AttentionPlan, Segment};
 use concertina::kernels::sample::Sampling;
-use concertina::pool::page_table::{PageTable, Sealing, TableRanges, TableShape, Window};
+use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
 use concertina::pool::{PagePool, PoolLayout};
 use concertina::schedule::simulation::Simulation;
-use concertina::schedule::{Caches, Request, ScheduleConfig, Scheduler};
+use concertina::schedule::{Abilities, Caches, Request, ScheduleConfig, Scheduler};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// A model of 32 layers with 8 KV heads of 128 channels, pages of 64 tokens.
@@ -24,7 +24,6 @@ const SHAPE: TableShape = TableShape {
     num_kv_heads: 8,
     page: PageGeometry { page_size: 64, head_dim: 128 },
     codec: HiddenCodec::F16,
-    sealing: Sealing::WhenFull,
 };
 
 fn kivi4() -> Compression {
@@ -73,12 +72,13 @@ fn plan(c: &mut Criterion) {
         let table_shape = TableShape { codec, ..SHAPE };
         let mut tables = Vec::new();
         for _ in 0..16 {
-            let table = PageTable::admit(&mut pool, &mut ranges, table_shape, 16_384);
+            let capacity = Capacity::tokens(16_384);
+            let table = PageTable::admit(&mut pool, &mut ranges, table_shape, &Layers::OWN, capacity);
             let mut table = table.expect("16 sessions of at most 2 GiB fit");
             while table.n_tokens() < 16_000 {
                 window.clear();
                 table.grow(&mut pool, &mut window, 64).expect("committed");
-                table.retire(&mut pool).expect("the pool agrees");
+                table.retire();
             }
             tables.push(table);
         }
@@ -96,6 +96,7 @@ fn plan(c: &mut Criterion) {
                 first_index: 16_000,
                 decode: true,
                 attend: true,
+                scores: Vec::new(),
             })
             .collect();
         c.bench_function(&format!("plan: decode of 16 {name} sessions x 16K tokens, 32 layers, {place}"), |b| {
@@ -111,11 +112,12 @@ fn schedule(c: &mut Criterion) {
                 let config = ScheduleConfig { max_rows: 256, max_sessions: 16, context_length: 8192 };
                 let window = window(config.max_rows);
                 let pool = pool(8, Bytes(2 << 30), &window);
-                let mut s = Scheduler::new(config, Caches::new(pool, SHAPE, window, vec![kivi4().hidden]));
+                let abilities = Abilities { codecs: vec![kivi4().hidden], ..Abilities::default() };
+                let mut s = Scheduler::new(config, Caches::new(pool, SHAPE, window, abilities));
                 for i in 0..32 {
                     let (prompt, stop) = (vec![1; 500 + 40 * i], Vec::new());
                     let (sampling, compression) = (Sampling::GREEDY, compression.clone());
-                    let request = Request { prompt, max_new: 64, sampling, stop, compression };
+                    let request = Request { prompt, max_new: 64, sampling, stop, compression, document: None };
                     s.submit(request).expect("each fits alone");
                 }
                 let mut backend = Simulation::new(1, 1000);

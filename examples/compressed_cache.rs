@@ -38,6 +38,7 @@ fn numbers(seed: u64, n: usize) -> Vec<f32> {
 fn decoded(codec: HiddenCodec, k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
     let (page, width, row) = (SHAPE.page(), HEADS.head_dim as usize, HEADS.kv_width() as usize);
     let (mut k_read, mut v_read) = (k.to_vec(), v.to_vec());
+    let parameters = HeadParameters::default();
     let tokens_of_page = page.page_size as usize;
     for first in (0..N_TOKENS / tokens_of_page).map(|index| index * tokens_of_page) {
         for head in 0..HEADS.num_kv_heads as usize {
@@ -45,7 +46,7 @@ fn decoded(codec: HiddenCodec, k: &[f32], v: &[f32]) -> (Vec<f32>, Vec<f32>) {
             let gather =
                 |from: &[f32]| (0..tokens_of_page).flat_map(|t| from[channels(t)].to_vec()).collect::<Vec<_>>();
             let first_position = u32::try_from(first).expect("few tokens");
-            let context = PageContext::at(&HeadParameters::default(), first_position);
+            let context = PageContext::at(&parameters, first_position);
             let words = codec.encode(page, context, &gather(k), &gather(v));
             let (k_page, v_page) = codec.decode(page, context, &words);
             for t in 0..tokens_of_page {

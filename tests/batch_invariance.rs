@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use concertina::compression::hidden::HiddenCodec;
 use concertina::engine::{Engine, EngineConfig};
-use concertina::pool::page_table::{PageTable, Sealing, TableShape};
+use concertina::pool::page_table::{Capacity, Layers, PageTable, TableShape};
 use concertina::schedule::{Caches, PlannedRows, SessionId, StepPlan};
 
 /// Tokens of each session: a prompt, then what is fed in decode, the same whatever the logits say.
@@ -35,8 +35,9 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
     for (id, script) in &scripts {
         let n = u32::try_from(script.prompt.len() + script.decode.len()).expect("short");
         let codec = codecs[*id as usize % codecs.len()];
-        let shape = TableShape { codec, sealing: Sealing::WhenFull, ..caches.full };
-        let table = PageTable::admit(&mut caches.pool, &mut caches.ranges, shape, n).expect("all fit");
+        let shape = TableShape { codec, ..caches.full };
+        let Caches { pool, ranges, .. } = &mut *caches;
+        let table = PageTable::admit(pool, ranges, shape, &Layers::OWN, Capacity::tokens(n)).expect("all fit");
         caches.tables.insert(SessionId(*id), table);
     }
     let mut at: BTreeMap<u32, usize> = sessions.iter().map(|s| (*s, 0)).collect();
@@ -51,8 +52,7 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
                     script.decode.get(done - n_prompt).copied().into_iter().collect()
                 } else {
                     let n = u32::try_from(chunk.min(left).min(n_prompt - done)).expect("short");
-                    let first = u32::try_from(done).expect("short");
-                    let n = caches.tables[&SessionId(*id)].shape().cut(first, n) as usize;
+                    let n = caches.tables[&SessionId(*id)].cut(n) as usize;
                     script.prompt[done..done + n].to_vec()
                 };
                 if (done >= n_prompt) != decode || tokens.is_empty() {
@@ -62,7 +62,8 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
                 let last = done + tokens.len() >= n_prompt;
                 let first_index = u32::try_from(done).expect("short");
                 let sample = last.then_some(concertina::kernels::sample::Sampling::GREEDY);
-                plan.segments.push(PlannedRows { session: SessionId(*id), first_index, tokens, decode, sample });
+                let (session, observed) = (SessionId(*id), Vec::new());
+                plan.segments.push(PlannedRows { session, first_index, tokens, decode, observed, sample });
             }
         }
         if plan.segments.is_empty() {
@@ -73,7 +74,7 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
             *at.get_mut(&rows.session.0).expect("known") += rows.tokens.len();
         }
         let mut logits = engine.logits(&plan, caches).expect("the step should run").into_iter();
-        caches.retire(&plan).expect("the pool agrees");
+        caches.retire(&plan);
         for rows in plan.segments.iter().filter(|r| r.sample.is_some()) {
             out.entry(rows.session.0).or_default().push(logits.next().expect("a row of logits"));
         }

@@ -244,8 +244,7 @@ fn codec(text: &str) -> HiddenCodec {
 /// The words of one side of a page, by [`HiddenCodec::encode`].
 fn encode(text: &str, side: Side, page: PageGeometry, values: &[f32]) -> Vec<u32> {
     let parameters = HeadParameters::default();
-    let mut words =
-        codec(text).encode(page, PageContext::at(&parameters, 0), values, values);
+    let mut words = codec(text).encode(page, PageContext::at(&parameters, 0), values, values);
     let values = words.split_off(codec(text).k.words(Side::Key, page) as usize);
     if side == Side::Key { words } else { values }
 }

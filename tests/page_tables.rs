@@ -1,7 +1,7 @@
-//! Page tables of sessions over one pool: what they hold open and sealed, against a model that knows only counts.
+//! Page tables of sessions over one pool: what they hold kept, sealed and open, against a model that knows only counts.
 //!
-//! The model decides by itself which session fits, which pages a step takes and which it returns; tables and pool have
-//! to agree on every byte after every step.
+//! The model decides by itself which session fits, which pages a step or an eviction takes and which promises return;
+//! tables and pool have to agree on every byte after every step. Which tokens a table names is `tests/page_runs.rs`.
 
 #[path = "common/pool_model.rs"]
 mod model;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 
 use concertina::compression::hidden::HiddenCodec;
 use concertina::geometry::{Bytes, PageGeometry};
-use concertina::pool::page_table::{PageTable, Sealing, TableRanges, TableShape, Window};
+use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
 use concertina::pool::{PageId, PagePool, PoolError, PoolLayout};
 use model::{KIB, Model, layout};
 use proptest::prelude::*;
@@ -38,11 +38,11 @@ proptest! {
         let codec = codec.parse().expect("a codec");
         let shape = TableShape { num_layers, num_kv_heads, codec, ..SHAPE };
         let mut window = Window::new(shape.page, num_kv_heads, 40, true);
-        let mut table = PageTable::admit(&mut pool, &mut ranges, shape, max_tokens).expect("the pool is roomy");
+        let mut table = admit(&mut pool, &mut ranges, shape, max_tokens).expect("the pool is roomy");
         prop_assert_eq!(pool.report().committed_bytes, shape.bytes_for(max_tokens));
         let mut n_tokens = 0;
         for n in growth {
-            let n = shape.cut(n_tokens, n);
+            let n = table.cut(n);
             if n_tokens + n > max_tokens {
                 break;
             }
@@ -56,11 +56,11 @@ proptest! {
                 prop_assert_eq!((sealed.len(), open.len()), wanted, "every list has room for the tokens");
                 if n > 0 {
                     // What the step's last row reads.
-                    let seen: u32 = table.seen_extents(layer, head, (n_tokens - 1) / 16).map(|e| e.pages).sum();
-                    prop_assert_eq!(seen as usize, all, "the extents cover the list");
+                    let seen: u32 = table.seen_runs(layer, head, n_tokens - 1).map(|run| run.n_tokens).sum();
+                    prop_assert_eq!(seen, n_tokens, "the runs cover the list");
                 }
             }
-            table.retire(&mut pool).expect("the pool should agree");
+            table.retire();
             prop_assert_eq!(pool.report().pages_in_use_bytes, shape.bytes_for(n_tokens));
             prop_assert_eq!(table.held_bytes(), shape.bytes_for(n_tokens));
         }
@@ -85,8 +85,17 @@ const SHAPE: TableShape = TableShape {
     num_kv_heads: 2,
     page: PageGeometry { page_size: 16, head_dim: 32 },
     codec: HiddenCodec::F16,
-    sealing: Sealing::WhenFull,
 };
+
+/// A table of layers that each own their cache, for appended tokens alone.
+fn admit(
+    pool: &mut PagePool,
+    ranges: &mut TableRanges,
+    shape: TableShape,
+    max_tokens: u32,
+) -> Result<PageTable, PoolError> {
+    PageTable::admit(pool, ranges, shape, &Layers::OWN, Capacity::tokens(max_tokens))
+}
 
 /// For sessions whose pages are never sealed.
 fn no_window() -> Window {
@@ -99,13 +108,13 @@ fn an_admission_that_fails_leaves_everything_as_it_was() {
     let mut few = TableRanges::new(20);
     pool.commit(SHAPE.open_page(), 0).expect("no pages always fit");
     let before = (format!("{pool:?}"), format!("{few:?}"));
-    let error = PageTable::admit(&mut pool, &mut few, SHAPE, 16 * 4).expect_err("24 entries of 20");
+    let error = admit(&mut pool, &mut few, SHAPE, 16 * 4).expect_err("24 entries of 20");
     assert_eq!(error, PoolError::TablesFull { wanted: 24, total: 20 }, "the refusal should carry the numbers");
     assert_eq!((format!("{pool:?}"), format!("{few:?}")), before, "too few table entries");
-    let error = PageTable::admit(&mut pool, &mut few, SHAPE, 16 * 5_000).expect_err("58 MiB of 5");
+    let error = admit(&mut pool, &mut few, SHAPE, 16 * 5_000).expect_err("58 MiB of 5");
     assert!(matches!(error, PoolError::DoesNotFit { pages: 30_000, .. }), "{error}");
     assert_eq!((format!("{pool:?}"), format!("{few:?}")), before, "too few pages");
-    let table = PageTable::admit(&mut pool, &mut few, SHAPE, 16 * 3).expect("18 entries of 20");
+    let table = admit(&mut pool, &mut few, SHAPE, 16 * 3).expect("18 entries of 20");
     assert_ne!(format!("{few:?}"), before.1, "an admission that succeeds shows in this comparison");
     table.release(&mut pool, &mut few).expect("the pool should agree");
 }
@@ -113,8 +122,8 @@ fn an_admission_that_fails_leaves_everything_as_it_was() {
 #[test]
 fn growth_beyond_the_admission_is_refused_and_takes_nothing_from_others() {
     let (mut pool, mut ranges) = roomy();
-    let mut small = PageTable::admit(&mut pool, &mut ranges, SHAPE, 16).expect("the pool is roomy");
-    let mut other = PageTable::admit(&mut pool, &mut ranges, SHAPE, 160).expect("the pool is roomy");
+    let mut small = admit(&mut pool, &mut ranges, SHAPE, 16).expect("the pool is roomy");
+    let mut other = admit(&mut pool, &mut ranges, SHAPE, 160).expect("the pool is roomy");
     small.grow(&mut pool, &mut no_window(), 16).expect("growth within the admission");
     let before = format!("{pool:?}");
     let error = small.grow(&mut pool, &mut no_window(), 1).expect_err("a second page per list was never admitted");
@@ -131,7 +140,7 @@ fn an_admission_whose_sealed_pages_do_not_fit_leaves_everything_as_it_was() {
         pool.commit(page, 0).expect("no pages always fit");
     }
     let before = (format!("{pool:?}"), format!("{ranges:?}"));
-    let error = PageTable::admit(&mut pool, &mut ranges, shape, 16 * 1_000).expect_err("24 MiB of 5");
+    let error = admit(&mut pool, &mut ranges, shape, 16 * 1_000).expect_err("24 MiB of 5");
     assert!(
         matches!(error, PoolError::DoesNotFit { pages: 6_000, page, .. } if page == shape.sealed_page()),
         "{error}"
@@ -139,70 +148,12 @@ fn an_admission_whose_sealed_pages_do_not_fit_leaves_everything_as_it_was() {
     assert_eq!((format!("{pool:?}"), format!("{ranges:?}")), before, "the open pages are not committed either");
 }
 
-/// Sealing on request is worth it only when the bytes are there for others at once.
-#[test]
-fn open_pages_that_are_sealed_on_request_return_their_bytes() {
-    let (mut pool, mut ranges) = (roomy().0, TableRanges::new(10_000));
-    let shape = TableShape { codec: "rot2".parse().expect("a codec"), sealing: Sealing::OnRequest, ..SHAPE };
-    let capacity = pool.capacity();
-    // About as long as the pool allows, by the bytes of both forms: slabs leave a rest.
-    let list = shape.open_page().0 + shape.sealed_page().0;
-    let n_pages = u32::try_from(capacity.0 / (list * u64::from(shape.num_lists()))).expect("few pages") - 9;
-    let n_tokens = n_pages * 16 + 5;
-    let mut table = PageTable::admit(&mut pool, &mut ranges, shape, n_tokens).expect("as long as the pool allows");
-    let mut window = no_window();
-    table.grow(&mut pool, &mut window, n_tokens).expect("within the admission");
-    table.retire(&mut pool).expect("the pool should agree");
-    let lists = u64::from(shape.num_lists());
-    let open = Bytes(u64::from(n_pages + 1) * lists * shape.open_page().0);
-    assert_eq!(pool.report().pages_in_use_bytes, open, "every page is open");
-    let other = TableShape { codec: HiddenCodec::F16, ..SHAPE };
-    let wanted = 16 * (n_pages / 2);
-    PageTable::admit(&mut pool, &mut ranges, other, wanted).expect_err("the pool is full");
-    let mut left = n_pages;
-    while left > 0 {
-        let before = pool.report().pages_in_use_bytes;
-        table.seal(&mut pool, 7).expect("committed");
-        let sealing = left.min(7);
-        assert_eq!(table.sealing_pages().len(), sealing as usize, "at most seven pages of each list");
-        let both = before + Bytes(u64::from(sealing) * lists * shape.sealed_page().0);
-        assert_eq!(pool.report().pages_in_use_bytes, both, "for the length of a step a page has both forms");
-        table.retire(&mut pool).expect("the pool should agree");
-        let after = both - Bytes(u64::from(sealing) * lists * shape.open_page().0);
-        assert_eq!(pool.report().pages_in_use_bytes, after, "then its open form is gone");
-        left -= sealing;
-    }
-    table.seal_when_full(&mut pool).expect("the pool should agree");
-    let report = pool.report();
-    assert_eq!(
-        report.pages_in_use_bytes,
-        TableShape { sealing: Sealing::WhenFull, ..shape }.bytes_for(n_tokens),
-        "both"
-    );
-    assert_eq!(report.pages_in_use_bytes, table.held_bytes(), "the table knows what it holds");
-    assert_eq!(report.committed_bytes, Bytes::ZERO, "nothing is kept for later");
-    let other = PageTable::admit(&mut pool, &mut ranges, other, wanted).expect("the bytes of open pages are there");
-    other.release(&mut pool, &mut ranges).expect("the pool should agree");
-    table.release(&mut pool, &mut ranges).expect("the pool should agree");
-    assert_eq!(pool.report().pages_in_use_bytes, Bytes::ZERO, "everything returned");
-}
-
-#[test]
-#[should_panic(expected = "every full page should be sealed")]
-fn a_session_with_open_full_pages_can_not_be_sealed_as_it_fills() {
-    let (mut pool, mut ranges) = roomy();
-    let shape = TableShape { codec: "rot2".parse().expect("a codec"), sealing: Sealing::OnRequest, ..SHAPE };
-    let mut table = PageTable::admit(&mut pool, &mut ranges, shape, 40).expect("the pool is roomy");
-    table.grow(&mut pool, &mut no_window(), 40).expect("within the admission");
-    let _ = table.seal_when_full(&mut pool);
-}
-
 #[test]
 #[should_panic(expected = "rows that leave a page should end on an edge")]
 fn rows_beyond_the_cut_are_noticed() {
     let (mut pool, mut ranges) = roomy();
     let shape = TableShape { codec: "rot2".parse().expect("a codec"), ..SHAPE };
-    let mut table = PageTable::admit(&mut pool, &mut ranges, shape, 40).expect("the pool is roomy");
+    let mut table = admit(&mut pool, &mut ranges, shape, 40).expect("the pool is roomy");
     let _ = table.grow(&mut pool, &mut Window::new(shape.page, shape.num_kv_heads, 64, true), 20);
 }
 
@@ -211,34 +162,36 @@ fn an_admission_of_more_pages_than_32_bits_count_is_refused() {
     let (mut pool, mut ranges) = roomy();
     let shape = TableShape { num_layers: 64, num_kv_heads: 64, ..SHAPE };
     // 64 * 64 * 2^20 pages: exactly 2^32, which wraps to none.
-    let error = PageTable::admit(&mut pool, &mut ranges, shape, 1 << 24).expect_err("32 TiB of 5 MiB");
+    let error = admit(&mut pool, &mut ranges, shape, 1 << 24).expect_err("32 TiB of 5 MiB");
     assert!(matches!(error, PoolError::DoesNotFit { .. }), "{error}");
 }
 
 /// Shapes of the sessions of [`SessionWalk`]: several codecs on two page sizes, one whose pages are as large as open
 /// ones, one whose pages are larger.
 fn session_shapes() -> Vec<TableShape> {
-    let shape = |codec: &str, page_size, sealing| {
+    let shape = |(codec, page_size): (&str, u32)| {
         let page = PageGeometry { page_size, head_dim: 32 };
         let codec: HiddenCodec = codec.parse().expect("a codec");
         codec.check(page).expect("the codec fits the page");
-        TableShape { num_layers: 2, num_kv_heads: 2, page, codec, sealing }
+        TableShape { num_layers: 2, num_kv_heads: 2, page, codec }
     };
-    let codecs = [("f16", 16), ("rot3", 16), ("kivi4", 32), ("f32", 16), ("lowrank:32", 32), ("k:int8,v:f16", 16)];
-    let both = [Sealing::WhenFull, Sealing::OnRequest];
-    codecs.into_iter().flat_map(|(codec, size)| both.map(|sealing| shape(codec, size, sealing))).collect()
+    [("f16", 16), ("rot3", 16), ("kivi4", 32), ("f32", 16), ("lowrank:32", 32), ("k:int8,v:f16", 16)].map(shape).into()
 }
 
 /// A session as the model sees it: counts per list.
 struct ModelSession {
     shape: TableShape,
-    max_tokens: u32,
-    n_tokens: u32,
+    capacity: Capacity,
+    tail: u32,
+    /// Open and sealed pages of each list's tail.
     open: u32,
     sealed: u32,
-    retired: u32,
-    /// Pages per list that may still be taken.
-    promised: (u32, u32),
+    /// Kept pages of each list; `None` where it is closed.
+    kept: Vec<Option<u32>>,
+    /// Whether an eviction has filled it, after which none can.
+    filled: bool,
+    /// Pages that may still be taken.
+    promised: (u64, u64),
     entries: (usize, usize),
     table: PageTable,
     /// Pages that the model has noted.
@@ -246,16 +199,13 @@ struct ModelSession {
 }
 
 impl ModelSession {
-    fn when_full(&self) -> bool {
-        self.shape.codec.seals() && self.shape.sealing == Sealing::WhenFull
-    }
-
-    fn lists(&self) -> u64 {
-        u64::from(self.shape.num_layers * self.shape.num_kv_heads)
-    }
-
     fn size(&self) -> u32 {
         self.shape.page.page_size
+    }
+
+    /// Lists that have a tail.
+    fn tails(&self) -> u64 {
+        self.kept.iter().flatten().count() as u64
     }
 }
 
@@ -267,8 +217,10 @@ struct SessionsSeen {
     tables_full: u32,
     grown: u32,
     refused_growth: u32,
-    sealed_on_request: u32,
-    sealed_from_now_on: u32,
+    evicted: u32,
+    refused_eviction: u32,
+    closed_lists: u32,
+    taken_back: u32,
     released: u32,
 }
 
@@ -308,57 +260,61 @@ impl SessionWalk {
     fn step(&mut self) {
         match self.rng.random_range(0..100) {
             0..15 => self.admit(),
-            15..70 => self.grow(),
-            70..90 => self.seal(),
+            15..65 => self.grow(),
+            65..80 => self.keep(),
+            80..90 => self.rewind(),
             _ => self.release(),
         }
     }
 
+    /// A table for appended tokens, or one that an eviction can fill.
     fn admit(&mut self) {
         let shape = self.shapes[self.rng.random_range(0..self.shapes.len())];
-        let max_tokens = self.rng.random_range(1..900_u32);
-        let (all, full) = (max_tokens.div_ceil(shape.page.page_size), max_tokens / shape.page.page_size);
-        let promised = match shape.sealing {
-            _ if !shape.codec.seals() => (all, 0),
-            Sealing::WhenFull => (1, full),
-            Sealing::OnRequest => (all, full),
-        };
-        let lists = u64::from(shape.num_layers * shape.num_kv_heads);
-        let (open, sealed) = (u64::from(promised.0) * lists, u64::from(promised.1) * lists);
-        // Open pages first, then what is left for sealed ones.
+        let mut capacity = Capacity::tokens(self.rng.random_range(1..900));
+        if self.rng.random_bool(0.5) {
+            let most = self.rng.random_range(1..40);
+            let kept_pages = self.rng.random_range(most..=most * shape.num_lists());
+            let tail_tokens = self.rng.random_range(1..200);
+            capacity = Capacity { tail_tokens, kept_pages, kept_pages_of_list: most };
+        }
+        let (all, full) =
+            (capacity.tail_tokens.div_ceil(shape.page.page_size), capacity.tail_tokens / shape.page.page_size);
+        let tail = if shape.codec.seals() { (1, full) } else { (all, 0) };
+        let lists = u64::from(shape.num_lists());
+        let promised = (u64::from(tail.0) * lists, u64::from(tail.1) * lists + u64::from(capacity.kept_pages));
+        // Open pages first, then what is left for those in the codec.
         let mut expected = Ok(());
         let mut model = self.model.clone();
-        for (page, n) in [(shape.open_page(), open), (shape.sealed_page(), sealed)] {
+        for (page, n) in [(shape.open_page(), promised.0), (shape.sealed_page(), promised.1)] {
             if n > model.available(page) {
                 expected = Err(page);
                 break;
             }
             model.commit(page, n);
         }
-        let n = usize::try_from(open + sealed).expect("few entries");
+        let of_list = u64::from(tail.0 + tail.1 + capacity.kept_pages_of_list);
+        let n = usize::try_from(of_list * lists).expect("few entries");
         let mut places = 0..=self.entries.len().saturating_sub(n);
         let place = places.find(|start| self.entries.get(*start..start + n).is_some_and(|e| e.iter().all(|t| !t)));
         let before = (format!("{:?}", self.pool), format!("{:?}", self.ranges));
-        let result = PageTable::admit(&mut self.pool, &mut self.ranges, shape, max_tokens);
+        let result = PageTable::admit(&mut self.pool, &mut self.ranges, shape, &Layers::OWN, capacity);
         match (result, expected, place) {
             (Ok(table), Ok(()), Some(start)) => {
                 self.model = model;
                 self.entries[start..start + n].fill(true);
-                let (entries, pages) = ((start, n), Vec::new());
-                let (n_tokens, open, sealed, retired) = (0, 0, 0, 0);
-                let session = ModelSession {
+                self.sessions.push(ModelSession {
                     shape,
-                    max_tokens,
-                    n_tokens,
-                    open,
-                    sealed,
-                    retired,
+                    capacity,
+                    tail: 0,
+                    open: 0,
+                    sealed: 0,
+                    kept: vec![Some(0); shape.num_lists() as usize],
+                    filled: false,
                     promised,
-                    entries,
+                    entries: (start, n),
                     table,
-                    pages,
-                };
-                self.sessions.push(session);
+                    pages: Vec::new(),
+                });
                 self.seen.admitted += 1;
                 return;
             }
@@ -379,82 +335,100 @@ impl SessionWalk {
     fn grow(&mut self) {
         let Some(at) = self.pick() else { return };
         let s = &mut self.sessions[at];
+        let max_tokens = s.capacity.tail_tokens;
         let mut n = self.rng.random_range(1..80_u32);
-        if s.n_tokens + n > s.max_tokens {
+        if s.tail + n > max_tokens {
             if self.rng.random_bool(0.1) {
                 // Any number of rows, but whole pages, so that the cut has no say.
-                let n = (s.max_tokens / s.size() + 1) * s.size() - s.n_tokens;
+                let n = (max_tokens / s.size() + 1) * s.size() - s.tail;
                 let mut window = Window::new(s.shape.page, s.shape.num_kv_heads, 1000, true);
                 let error = s.table.grow(&mut self.pool, &mut window, n).expect_err("beyond the admission");
                 assert_eq!(error, PoolError::NotCommitted(s.shape.open_page()), "the page size");
                 self.seen.refused_growth += 1;
                 return;
             }
-            n = s.max_tokens - s.n_tokens;
+            n = max_tokens - s.tail;
         }
         if n == 0 {
             return;
         }
-        n = s.shape.cut(s.n_tokens, n);
+        n = s.table.cut(n);
         let mut window = Window::new(s.shape.page, s.shape.num_kv_heads, n, true);
         s.table.grow(&mut self.pool, &mut window, n).expect("growth within the admission");
-        s.n_tokens += n;
-        let (all, full) = (s.n_tokens.div_ceil(s.size()), s.n_tokens / s.size());
+        s.tail += n;
+        let (all, full) = (s.tail.div_ceil(s.size()), s.tail / s.size());
         // Pages that are filled and sealed in this step, but the first, pass through the window.
-        let open = if s.when_full() { all.min(1) } else { all - s.retired };
-        s.promised.0 -= open.max(s.open) - s.open;
-        s.open = s.open.max(open);
-        if s.when_full() {
-            s.promised.1 -= full - s.sealed;
-            s.sealed = full;
-        }
+        let (open, sealed) = if s.shape.codec.seals() { (1, full) } else { (all.max(s.open), 0) };
+        s.promised.0 -= u64::from(open - s.open) * s.tails();
+        s.promised.1 -= u64::from(sealed - s.sealed) * s.tails();
+        (s.open, s.sealed) = (open, sealed);
         self.seen.grown += 1;
         self.note(at);
-        self.retire(at);
-    }
-
-    fn seal(&mut self) {
-        let Some(at) = self.pick() else { return };
-        let most = self.rng.random_range(1..5);
-        let s = &mut self.sessions[at];
-        s.table.seal(&mut self.pool, most).expect("committed");
-        if s.shape.codec.seals() {
-            let sealed = (s.n_tokens / s.size()).min(s.sealed + most);
-            s.promised.1 -= sealed - s.sealed;
-            self.seen.sealed_on_request += u32::from(sealed > s.sealed);
-            s.sealed = sealed;
-        }
+        let before = self.pool.report();
+        self.sessions[at].table.retire();
+        assert_eq!(self.pool.report(), before, "the open page stays for what comes next");
         self.note(at);
-        self.retire(at);
-        let s = &mut self.sessions[at];
-        let all = s.sealed == s.n_tokens / s.size();
-        if s.shape.sealing == Sealing::OnRequest && (all || !s.shape.codec.seals()) && self.rng.random_bool(0.3) {
-            s.table.seal_when_full(&mut self.pool).expect("the pool should agree");
-            s.shape.sealing = Sealing::WhenFull;
-            if s.shape.codec.seals() {
-                // A list that holds no open page needs one if tokens are still to come.
-                let needed = u32::from(s.open == 0 && s.n_tokens < s.max_tokens);
-                let returned = u64::from(s.promised.0 - needed) * s.lists();
-                s.promised.0 = needed;
-                self.model.uncommit(s.shape.open_page(), returned);
-                self.seen.sealed_from_now_on += 1;
-            }
-            self.note(at);
-        }
     }
 
-    fn retire(&mut self, at: usize) {
+    /// An eviction fills a table: lists keep unequally much, some nothing for good.
+    fn keep(&mut self) {
+        let Some(at) = self.pick() else { return };
         let s = &mut self.sessions[at];
-        let before = self.pool.report().pages_in_use_bytes;
-        s.table.retire(&mut self.pool).expect("the pool should agree");
-        let done = s.sealed - s.retired;
-        s.retired = s.sealed;
-        let mut returned = Bytes::ZERO;
-        if s.shape.sealing == Sealing::OnRequest {
-            s.open -= done;
-            returned = Bytes(u64::from(done) * s.lists() * s.shape.open_page().0);
+        if s.tail > 0 || s.open > 0 || s.filled {
+            return;
         }
-        assert_eq!(before - self.pool.report().pages_in_use_bytes, returned, "bytes of open pages that are sealed now");
+        let size = s.shape.page.page_size;
+        let Capacity { kept_pages, kept_pages_of_list, .. } = s.capacity;
+        let mut left = kept_pages;
+        let mut kept: Vec<Option<Vec<u32>>> = Vec::new();
+        for _ in 0..s.shape.num_lists() {
+            let most = left.min(kept_pages_of_list) * size;
+            let n = self.rng.random_range(0..=most);
+            left -= n.div_ceil(size);
+            let closes = n == 0 || self.rng.random_bool(0.05);
+            left += if closes { n.div_ceil(size) } else { 0 };
+            kept.push((!closes).then(|| (0..n).map(|token| token * 3).collect()));
+        }
+        if self.rng.random_bool(0.2) {
+            let beyond = kept_pages_of_list * size + 1;
+            kept[0] = Some((0..beyond).collect());
+            let before = format!("{:?}", self.pool);
+            let error = s.table.keep(&mut self.pool, kept, beyond).expect_err("beyond the admission");
+            assert_eq!(error, PoolError::NotCommitted(s.shape.sealed_page()), "the page size");
+            assert_eq!(format!("{:?}", self.pool), before, "a refusal changes nothing");
+            self.seen.refused_eviction += 1;
+            return;
+        }
+        let pages = |tokens: &Vec<u32>| u32::try_from(tokens.len()).expect("few tokens").div_ceil(size);
+        s.kept = kept.iter().map(|tokens| tokens.as_ref().map(pages)).collect();
+        s.table.keep(&mut self.pool, kept, 10_000).expect("within the admission");
+        s.filled = true;
+        let closed = s.kept.len() as u64 - s.tails();
+        self.seen.closed_lists += u32::try_from(closed).expect("few lists");
+        // What was promised to the tails of closed lists, and to tokens that did not stay.
+        let lists = s.kept.len() as u64;
+        let of_tails = (s.promised.0 / lists, (s.promised.1 - u64::from(kept_pages)) / lists);
+        let taken: u64 = s.kept.iter().flatten().map(|pages| u64::from(*pages)).sum();
+        let returned = (closed * of_tails.0, closed * of_tails.1 + u64::from(kept_pages) - taken);
+        s.promised = (s.promised.0 - returned.0, s.promised.1 - returned.1 - taken);
+        self.model.uncommit(s.shape.open_page(), returned.0);
+        self.model.uncommit(s.shape.sealed_page(), returned.1);
+        self.seen.evicted += 1;
+        self.note(at);
+    }
+
+    fn rewind(&mut self) {
+        let Some(at) = self.pick() else { return };
+        let s = &mut self.sessions[at];
+        if s.shape.codec.seals() || s.tail == 0 {
+            return;
+        }
+        let n = self.rng.random_range(1..=s.tail);
+        let before = self.pool.report();
+        s.table.rewind(n);
+        s.tail -= n;
+        assert_eq!(self.pool.report(), before, "pages stay for what comes next");
+        self.seen.taken_back += 1;
         self.note(at);
     }
 
@@ -463,30 +437,27 @@ impl SessionWalk {
         let s = self.sessions.swap_remove(at);
         s.table.release(&mut self.pool, &mut self.ranges).expect("the pool should agree");
         s.pages.into_iter().for_each(|page| self.model.release(page));
-        let lists = u64::from(s.shape.num_layers * s.shape.num_kv_heads);
-        self.model.uncommit(s.shape.open_page(), u64::from(s.promised.0) * lists);
-        self.model.uncommit(s.shape.sealed_page(), u64::from(s.promised.1) * lists);
+        self.model.uncommit(s.shape.open_page(), s.promised.0);
+        self.model.uncommit(s.shape.sealed_page(), s.promised.1);
         self.entries[s.entries.0..s.entries.0 + s.entries.1].fill(false);
         self.seen.released += 1;
         self.check();
     }
 
-    /// Notes the pages that a table took and returned, and compares all numbers.
+    /// Notes the pages that a table took, and compares all numbers.
     fn note(&mut self, at: usize) {
         let s = &mut self.sessions[at];
         let mut now = BTreeMap::new();
-        for (layer, head) in (0..s.shape.num_layers).flat_map(|l| (0..s.shape.num_kv_heads).map(move |h| (l, h))) {
-            let (sealed, open) = s.table.list(layer, head);
-            let counts = (u32::try_from(sealed.len()).expect("few"), u32::try_from(open.len()).expect("few"));
-            assert_eq!(counts, (s.sealed, s.open), "sealed and open pages of {:?} at {}", s.shape, s.n_tokens);
-            now.extend(sealed.iter().map(|page| (*page, s.shape.sealed_page())));
+        let lists = (0..s.shape.num_layers).flat_map(|l| (0..s.shape.num_kv_heads).map(move |h| (l, h)));
+        for ((layer, head), kept) in lists.zip(&s.kept) {
+            let (in_codec, open) = s.table.list(layer, head);
+            let counts = (u32::try_from(in_codec.len()).expect("few"), u32::try_from(open.len()).expect("few"));
+            let expected = kept.map_or((0, 0), |kept| (kept + s.sealed, s.open));
+            assert_eq!(counts, expected, "pages in the codec and open ones of {:?} with a tail of {}", s.shape, s.tail);
+            now.extend(in_codec.iter().map(|page| (*page, s.shape.sealed_page())));
             now.extend(open.iter().map(|page| (*page, s.shape.open_page())));
         }
-        for page in std::mem::take(&mut s.pages) {
-            if !now.contains_key(&page) {
-                self.model.release(page);
-            }
-        }
+        assert!(s.pages.iter().all(|page| now.contains_key(page)), "a table returns no page before it is released");
         s.pages = now.keys().copied().collect();
         for (page, bytes) in now {
             if !self.model.pages.contains_key(&page) {
@@ -504,7 +475,7 @@ impl SessionWalk {
 }
 
 #[test]
-fn sessions_that_are_sealed_agree_with_the_model() {
+fn sessions_that_are_evicted_from_agree_with_the_model() {
     for seed in 0..4 {
         let mut walk = SessionWalk::new(seed);
         println!("seed {seed}");
@@ -522,8 +493,8 @@ fn sessions_that_are_sealed_agree_with_the_model() {
         assert_eq!(walk.ranges.reserve(n), Some(0), "all table entries are in one piece again");
         let s = &walk.seen;
         println!("{s:?}");
-        let least = [s.admitted, s.refused, s.grown, s.sealed_on_request, s.sealed_from_now_on, s.released];
-        let least = least.into_iter().chain([s.tables_full, s.refused_growth]).min().unwrap_or(0);
+        let least = [s.admitted, s.refused, s.tables_full, s.grown, s.refused_growth, s.evicted, s.refused_eviction];
+        let least = least.into_iter().chain([s.closed_lists, s.taken_back, s.released]).min().unwrap_or(0);
         assert!(least >= 20, "every kind of step should have happened often: {s:?}");
     }
 }

@@ -24,7 +24,7 @@ var<immediate> par: KeyScoreParams;
 @group(0) @binding(1) var<storage, read> tables: array<u32>;
 @group(0) @binding(2) var<storage, read> arena: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> parameters: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> moments: array<f32>;     // [query head of all layers][HEAD_DIM + HEAD_DIM^2]
+@group(0) @binding(4) var<storage, read> moments: array<vec4<f32>>;  // [query head of all layers][HEAD_DIM + HEAD_DIM^2] / 4
 @group(0) @binding(5) var<storage, read_write> summary: array<f32>;  // [list][SUMMARY]
 @group(0) @binding(6) var<storage, read_write> scores: array<f32>;
 
@@ -36,16 +36,28 @@ fn square(row: ptr<function, Row>) -> f32 {
   return sum;
 }
 
-// What a query head is expected to give a key, base 2: log2 of the mean of exp over queries.
+fn quad(row: ptr<function, Row>, at: u32) -> vec4<f32> {
+  return vec4<f32>((*row).x[at * 4u], (*row).x[at * 4u + 1u], (*row).x[at * 4u + 2u], (*row).x[at * 4u + 3u]);
+}
+
+// What a query head is expected to give a key, base 2: log2 of the mean of exp over queries. In squares of four, because
+// software Vulkan stops a lane's loops after 65,535 rounds in all.
 fn expected_logit(key: ptr<function, Row>, head: u32) -> f32 {
-  let at = head * (HEAD_DIM + HEAD_DIM * HEAD_DIM);
+  const QUADS = HEAD_DIM / 4u;
+  let at = head * (QUADS + QUADS * HEAD_DIM);
   var mean = 0.0;
-  for (var i = 0u; i < HEAD_DIM; i++) { mean += moments[at + i] * (*key).x[i]; }
   var spread = 0.0;
-  for (var i = 0u; i < HEAD_DIM; i++) {
-    var sum = 0.0;
-    for (var j = 0u; j < HEAD_DIM; j++) { sum += moments[at + HEAD_DIM + i * HEAD_DIM + j] * (*key).x[j]; }
-    spread += sum * (*key).x[i];
+  for (var i = 0u; i < QUADS; i++) {
+    let rows = quad(key, i);
+    mean += dot(moments[at + i], rows);
+    var sum = vec4<f32>(0.0);
+    for (var j = 0u; j < QUADS; j++) {
+      let x = quad(key, j);
+      let m = at + QUADS + i * HEAD_DIM + j;
+      sum += vec4<f32>(
+        dot(moments[m], x), dot(moments[m + QUADS], x), dot(moments[m + 2u * QUADS], x), dot(moments[m + 3u * QUADS], x));
+    }
+    spread += dot(sum, rows);
   }
   return (mean * inverseSqrt(f32(HEAD_DIM)) + spread * (0.5 / f32(HEAD_DIM))) * 1.4426950408889634;
 }
@@ -62,6 +74,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let out = a.w;
   let begins = b.x == 1u;
   let index = b.y;     // tokens before the run in its list
+  let slot = b.z;      // of the first token in its page
   let first_head = list * GROUP_SIZE;
   let basis = head_parameters(list);
   var sum: Row;
@@ -70,8 +83,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   for (var h = 0u; h < GROUP_SIZE; h++) { m[h] = NEGLIGIBLE; }
 
   for (var token = li; token < n_tokens; token += WORKGROUP_SIZE) {
-    let page = tables[pages + token / PAGE_SIZE];
-    var key = key_row(page, token % PAGE_SIZE, basis);
+    let page = tables[pages + (slot + token) / PAGE_SIZE];
+    let place = (slot + token) % PAGE_SIZE;
+    var key = key_row(page, place, basis);
     if (par.mode == NORM) {
       scores[out + token] = -sqrt(square(&key));
     } else if (par.mode == ANCHOR) {
@@ -101,7 +115,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let at = list * SUMMARY + 2u * h;
         total += exp2(expected_logit(&key, first_head + h) - summary[at]) / summary[at + 1u];
       }
-      var value = value_row(page, token % PAGE_SIZE, basis);
+      var value = value_row(page, place, basis);
       scores[out + token] = total / f32(GROUP_SIZE) * sqrt(square(&value));
     }
   }

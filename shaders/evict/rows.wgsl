@@ -64,15 +64,13 @@ fn key_row(page: u32, token: u32, basis: u32) -> Row {
 fn value_row(page: u32, token: u32, basis: u32) -> Row {
   var row: Row;
   let first = token / VALUE_CODEC_SPAN * VALUE_CODEC_SPAN;
-  var latents: array<f32, VALUE_WIDTH>;
+  var latents: array<vec4<f32>, VALUE_WIDTH / 4u>;
   for (var c = 0u; c < VALUE_CELLS; c++) {
     let raw = value_codec_load(page, first, c);
     let value = value_codec_cell(page, token, c, value_codec_row(page, token, c), raw);
     if (VALUE_LIFTS) {
-      for (var i = 0u; i < 4u; i++) {
-        latents[c * 8u + i] = value.low[i];
-        latents[c * 8u + 4u + i] = value.high[i];
-      }
+      latents[c * 2u] = value.low;
+      latents[c * 2u + 1u] = value.high;
     } else {
       row_put(&row, c, value);
     }
@@ -80,9 +78,8 @@ fn value_row(page: u32, token: u32, basis: u32) -> Row {
   if (VALUE_LIFTS) {
     for (var channel = 0u; channel < HEAD_DIM; channel++) {
       var sum = 0.0;
-      for (var r = 0u; r < VALUE_WIDTH; r++) {
-        let at = basis + VALUE_BASIS + (channel * VALUE_WIDTH + r) / 4u;
-        sum += latents[r] * parameters[at][r % 4u];
+      for (var r = 0u; r < VALUE_WIDTH / 4u; r++) {
+        sum += dot(latents[r], parameters[basis + VALUE_BASIS + channel * (VALUE_WIDTH / 4u) + r]);
       }
       row.x[channel] = sum;
     }

@@ -58,9 +58,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
       workgroupBarrier();
       for (var i = 0u; i < min(PAIRS, n_pairs - first); i++) {
         var s = 0.0;
-        for (var d = 0u; d < HEAD_DIM / 4u; d++) {
-          let x = q_tile[i * (HEAD_DIM / 4u) + d];
-          s += x.x * key.x[d * 4u] + x.y * key.x[d * 4u + 1u] + x.z * key.x[d * 4u + 2u] + x.w * key.x[d * 4u + 3u];
+        for (var d = 0u; d < HEAD_DIM; d += 8u) {
+          let x = q_tile[i * (HEAD_DIM / 4u) + d / 4u];
+          let y = q_tile[i * (HEAD_DIM / 4u) + d / 4u + 1u];
+          s += x.x * key.x[d] + x.y * key.x[d + 1u] + x.z * key.x[d + 2u] + x.w * key.x[d + 3u];
+          s += y.x * key.x[d + 4u] + y.y * key.x[d + 5u] + y.z * key.x[d + 6u] + y.w * key.x[d + 7u];
         }
         let seen = b.y + token <= b.z + (first + i) / GROUP_SIZE;
         let p = select(0.0, exp2(s - lse_tile[i]), seen);

@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use concertina::compression::Compression;
 use concertina::compression::head::{HeadPattern, HeadScores};
 use concertina::compression::hidden::HiddenCodec;
+use concertina::compression::token::TokenPolicy;
 use concertina::device::{AdapterChoice, AdapterRequest, Tier};
 use concertina::engine::EvictionConfig;
 use concertina::geometry::{Bytes, ModelGeometry, PageGeometry};
@@ -134,7 +135,7 @@ impl CacheArgs {
 
     /// The codecs of some compressions, each once; kernels are made for them.
     ///
-    /// A codec that pages of this size can not have is wrong usage, 
+    /// A codec that pages of this size can not have is wrong usage,
     pub(super) fn codecs(&self, compressions: &[Compression], model: &ModelGeometry) -> Result<Vec<HiddenCodec>> {
         let page = PageGeometry { page_size: self.page_size, head_dim: model.heads.head_dim };
         let mut codecs: Vec<_> = compressions.iter().flat_map(Caches::codecs_of).collect();
@@ -157,7 +158,9 @@ impl CacheArgs {
         for eviction in compressions.iter().filter_map(|compression| compression.token.eviction()) {
             if let Some(every) = eviction.every.filter(|every| every % self.page_size != 0) {
                 let size = self.page_size;
-                return Err(usage(format!("token={eviction}: every{every} is no multiple of the pages of {size} tokens")));
+                return Err(usage(format!(
+                    "token={eviction}: every{every} is no multiple of the pages of {size} tokens"
+                )));
             }
         }
         let geometry = model.geometry();
@@ -183,6 +186,11 @@ impl CacheArgs {
         let repeat_prompt = model.tokenizer.encode(REPEAT, false)?;
         Ok(Some(EvictionConfig { head_scores, repeat_prompt, ..config }))
     }
+}
+
+/// Whether decode rows under one of the compressions choose the pages that they read.
+pub(super) fn chooses(compressions: &[Compression]) -> bool {
+    compressions.iter().any(|compression| matches!(compression.token, TokenPolicy::Quest { .. }))
 }
 
 /// A text that codecs are fitted to.

@@ -157,6 +157,7 @@ fn run_heads(args: &HeadsArgs, global: &Global) -> Result<ExitCode> {
         context_length: context,
         page_size: DEFAULT_PAGE_SIZE,
         codecs: Vec::new(),
+        chooses: false,
         evictions: Some(EvictionConfig { slots: 1, ..EvictionConfig::default() }),
         max_arena: None,
     };

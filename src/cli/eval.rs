@@ -13,7 +13,9 @@ use concertina::geometry::Bytes;
 use concertina::reference::transformer::ReferenceModel;
 use concertina::report::{DeviceReport, PerplexityReport, Program};
 
-use super::args::{CacheArgs, CalibrateArg, CompressArg, DEFAULT_CHUNK, Global, ModelArg, budget, token_count};
+use super::args::{
+    CacheArgs, CalibrateArg, CompressArg, DEFAULT_CHUNK, Global, ModelArg, budget, chooses, token_count,
+};
 use super::failure::usage;
 use super::kl::{self, KlArgs};
 use super::load::{Model, calibrate, context_for, engine, read_text};
@@ -129,6 +131,7 @@ fn run_perplexity(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         context_length: context_for(args.window, args.calibration.calibrate.as_deref(), longest),
         page_size: args.cache.page_size,
         codecs,
+        chooses: chooses(std::slice::from_ref(compression)),
         evictions: args.cache.evictions(std::slice::from_ref(compression), &model, 1)?,
         max_arena: None,
     };

@@ -11,7 +11,7 @@ use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, GenerateReport, Meter, Program, finish_name};
 use concertina::schedule::{Request, Scheduler, SessionId, SubmitError};
 
-use super::args::{self, CacheArgs, CalibrateArg, CompressArg, Global, ModelArg, SamplingArgs};
+use super::args::{self, CacheArgs, CalibrateArg, CompressArg, Global, ModelArg, SamplingArgs, chooses};
 use super::failure::INTERRUPTED;
 use super::interrupt;
 use super::load::{self, Model};
@@ -138,6 +138,7 @@ fn engine_config(args: &GenerateArgs, prompt: usize, model: &Model) -> Result<En
         context_length,
         page_size: args.cache.page_size,
         codecs: args.cache.codecs(compressions, model.geometry())?,
+        chooses: chooses(compressions),
         evictions: args.cache.evictions(compressions, model, 1)?,
         max_arena: None,
     })

@@ -16,7 +16,7 @@ use concertina::report::KlRow;
 use concertina::schedule::REPEAT_ROOM;
 use concertina::weights::Weights;
 
-use super::args::CacheArgs;
+use super::args::{CacheArgs, chooses};
 use super::failure::usage;
 use super::kl::{KlArgs, Seal};
 use super::load::{Model, context_for};
@@ -109,6 +109,7 @@ impl Job {
             context_length: self.context,
             page_size: self.page.page_size,
             codecs: self.codecs.clone(),
+            chooses: chooses(&self.compressions),
             evictions: Some(self.evictions.clone()),
             max_arena: None,
         };
@@ -133,7 +134,7 @@ impl Job {
         let prefix = u32::try_from(self.settings.prefix_tokens).expect("no longer than the model's context");
         let bytes = |codec, n_tokens| {
             let (num_layers, num_kv_heads) = (model.num_layers, model.heads.num_kv_heads);
-            TableShape { num_layers, num_kv_heads, page: self.page, codec }.bytes_for(n_tokens)
+            TableShape { num_layers, num_kv_heads, page: self.page, codec, quest: None }.bytes_for(n_tokens)
         };
         let of_cache = |compression: &Compression| {
             let kept = compression.token.eviction().map_or(prefix, |eviction| eviction.kept(prefix).min(prefix));
@@ -214,12 +215,16 @@ fn fixed_bytes(device: &Device, weights: &Weights, config: &EngineConfig, slab: 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::super::args::DEFAULT_CHUNK;
     use super::*;
+    use concertina::compression::head::{self, HeadScores};
+    use concertina::compression::token::{self, TokenPolicy};
     use concertina::geometry::HeadGeometry;
-    use concertina::pool::page_table::{PageTable, Window};
+    use concertina::pool::page_table::Window;
     use concertina::pool::{PagePool, PoolLayout};
-    use concertina::schedule::Caches;
+    use concertina::schedule::{Abilities, Caches, SessionId};
 
     /// The shape of the reference model.
     fn smollm2() -> ModelGeometry {
@@ -235,33 +240,87 @@ mod tests {
         }
     }
 
-    /// Fills and seals a cache as the measurement does.
-    fn fill(
-        caches: &mut Caches,
-        job: &Job,
-        compression: &Compression,
-        sealing: Sealing,
-    ) -> Result<PageTable, PoolError> {
-        let Caches { pool, ranges, window, full, .. } = caches;
-        let shape = TableShape { codec: compression.hidden, sealing, ..*full };
-        let n_tokens = u32::try_from(job.settings.window() - 1).expect("few tokens");
-        let mut table = PageTable::admit(pool, ranges, shape, n_tokens)?;
-        let (prefix, mut sealed) = (u32::try_from(job.settings.prefix_tokens).expect("few tokens"), false);
-        while table.n_tokens() < n_tokens {
-            let first = table.n_tokens();
-            let rows = if first < prefix { job.chunk.min(prefix - first) } else { 1 };
+    fn job(settings: KlSettings, page: PageGeometry, compressions: Vec<Compression>) -> Job {
+        let codecs: BTreeSet<_> = compressions.iter().map(|c| c.hidden).filter(HiddenCodec::seals).collect();
+        let (codecs, evictions) = (codecs.into_iter().collect(), EvictionConfig::default());
+        Job { settings, compressions, codecs, evictions, context: 8192, page, chunk: DEFAULT_CHUNK }
+    }
+
+    /// Every example of codecs, of policies that leave something of the prefix, and of head patterns.
+    fn everything(page: PageGeometry, prefix: u32) -> Vec<Compression> {
+        let full = Compression::default;
+        let possible = |token: &TokenPolicy| token.eviction().is_some_and(|e| e.check_kept(e.kept(prefix)).is_ok());
+        let tokens = token::examples().filter(possible).map(|token| Compression { token, ..full() });
+        let heads = head::examples().map(|head| Compression { head, ..full() });
+        let codecs = every_example(page);
+        let hidden = codecs.last().expect("some codec fits").hidden;
+        // Windows that are wider than what the policy leaves of the other heads.
+        let wide = "head=duo:0.1:recent512,token=streaming:0.1".parse().expect("both exist");
+        let both: Vec<_> = tokens.chain(heads).chain([wide]).collect();
+        // What stays in a codec, and as it was.
+        let in_codec: Vec<_> = both.iter().map(|c| Compression { hidden, ..c.clone() }).collect();
+        codecs.into_iter().chain(both).chain(in_codec).collect()
+    }
+
+    fn grow(caches: &mut Caches, id: SessionId, n_tokens: u32, chunk: u32) -> Result<(), PoolError> {
+        let mut left = n_tokens;
+        while left > 0 {
+            let n = caches.cut(id, chunk.min(left));
+            let Caches { pool, window, tables, .. } = caches;
+            let table = tables.get_mut(&id).expect("it was admitted");
             window.clear();
-            table.grow(pool, window, table.shape().cut(first, rows))?;
-            table.retire(pool)?;
-            if table.n_tokens() >= prefix && !sealed && sealing == Sealing::OnRequest {
-                while table.seal(pool, 1).is_ok() && !table.sealing_pages().is_empty() {
-                    table.retire(pool)?;
-                }
-                table.seal_when_full(pool)?;
-                sealed = true;
-            }
+            table.grow(pool, window, n)?;
+            table.retire();
+            left -= n;
         }
-        Ok(table)
+        Ok(())
+    }
+
+    /// Makes a cache as the measurement does: of the full one's prefix where it can, else of a prefix of its own; then the
+    /// tail.
+    fn fill(caches: &mut Caches, job: &Job, compression: &Compression, id: SessionId) -> Result<(), PoolError> {
+        let count = |n: usize| u32::try_from(n).expect("few tokens");
+        let (prefix, tail) = (count(job.settings.prefix_tokens), count(job.settings.tail_tokens));
+        if *compression == Compression::default() {
+            caches.admit(id, compression, prefix, prefix + tail + REPEAT_ROOM)?;
+            grow(caches, id, prefix, job.chunk)?;
+        } else if job.settings.sealing == PrefixSealing::WhenFull && !Caches::evicts(compression) {
+            caches.admit(id, compression, prefix, prefix + tail)?;
+            grow(caches, id, prefix, job.chunk)?;
+        } else {
+            let domains = caches.domains(compression, prefix).expect("the policy leaves something");
+            let mut target = caches.admit_target(compression, prefix, tail)?;
+            let mut kept = vec![None; target.shape().num_lists() as usize];
+            for domain in domains.iter().filter(|domain| domain.total > 0) {
+                let of_list = domain.total / count(domain.lists.len());
+                domain.lists.iter().for_each(|list| kept[*list as usize] = Some((0..of_list).collect()));
+            }
+            target.keep(&mut caches.pool, kept, prefix)?;
+            caches.tables.insert(id, target);
+        }
+        grow(caches, id, tail, 1)
+    }
+
+    /// Caches over exactly the bytes that a job reckons with.
+    fn caches(job: &Job, model: &ModelGeometry) -> Caches {
+        let (page, window) = (job.page, Window::new(job.page, 3, job.chunk, true));
+        let open = HiddenCodec::F16.page_bytes(page);
+        let smallest = job.codecs.iter().map(|codec| codec.page_bytes(page)).fold(open, Bytes::min);
+        let layout = PoolLayout {
+            // Tables come out of it here, which in the engine count among the fixed bytes.
+            budget: job.bytes_of_pages(model),
+            staging: Bytes::ZERO,
+            scratch: Bytes::ZERO,
+            max_binding: Bytes::mib(128),
+            slab: job.slab(),
+            smallest_page: smallest,
+            fixed_entries: window.entries(),
+        };
+        let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec: HiddenCodec::F16 };
+        let scores: Vec<String> = (0..30).map(|layer| format!("0.{layer:02}\t0.5\t0.9\n")).collect();
+        let scores = HeadScores::parse(&scores.concat()).expect("30 layers of three heads");
+        let abilities = Abilities { codecs: job.codecs.clone(), slots: Some(8), head_scores: Some(Arc::new(scores)) };
+        Caches::new(PagePool::new(&layout).expect("a pool"), full, window, abilities)
     }
 
     #[test]
@@ -270,54 +329,63 @@ mod tests {
         for (page_size, prefix_tokens, tail_tokens) in
             [(16, 1024, 256), (32, 96, 8), (64, 1024, 256), (64, 8000, 100), (128, 1024, 256), (128, 100, 30)]
         {
-            for (sealing, name) in
-                [(Sealing::OnRequest, PrefixSealing::AfterPrefix), (Sealing::WhenFull, PrefixSealing::WhenFull)]
-            {
+            for sealing in [PrefixSealing::AfterPrefix, PrefixSealing::WhenFull] {
                 let page = PageGeometry { page_size, head_dim: 64 };
-                let compressions = every_example(page);
-                let codecs: Vec<_> = compressions.iter().map(|c| c.hidden).collect();
-                let settings = KlSettings { prefix_tokens, tail_tokens, sealing: name };
-                let job = Job { settings, compressions, codecs, context: 8192, page, chunk: DEFAULT_CHUNK };
-                let window = Window::new(page, 3, job.chunk, true);
-                let smallest = job.codecs.iter().map(|codec| codec.page_bytes(page)).min().expect("codecs");
-                let layout = PoolLayout {
-                    // Tables come out of it here, which in the engine count among the fixed bytes.
-                    budget: job.bytes_of_pages(&model),
-                    staging: Bytes::ZERO,
-                    scratch: Bytes::ZERO,
-                    max_binding: Bytes::mib(128),
-                    slab: job.slab(),
-                    smallest_page: smallest,
-                    fixed_entries: window.entries(),
-                };
-                let codec = HiddenCodec::F16;
-                let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec, sealing: Sealing::WhenFull };
-                let pool = PagePool::new(&layout).expect("a pool");
-                let mut caches = Caches::new(pool, full, window, job.codecs.clone());
-                for compression in std::iter::once(&Compression::default()).chain(&job.compressions) {
-                    let filled = fill(&mut caches, &job, compression, sealing);
-                    assert!(
-                        filled.is_ok(),
-                        "{name:?}, pages of {page_size}, {prefix_tokens} tokens, {compression}: {filled:?}"
-                    );
+                let settings = KlSettings { prefix_tokens, tail_tokens, sealing };
+                let prefix = u32::try_from(prefix_tokens).expect("few tokens");
+                // All together; and alone, where nothing makes up for one that was reckoned too small.
+                let all = everything(page, prefix);
+                let alone = all.iter().map(|compression| vec![compression.clone()]);
+                for compressions in std::iter::once(all.clone()).chain(alone) {
+                    let job = job(settings, page, compressions);
+                    let mut caches = caches(&job, &model);
+                    let full = Compression::default();
+                    for (id, compression) in (0..).zip(std::iter::once(&full).chain(&job.compressions)) {
+                        let filled = fill(&mut caches, &job, compression, SessionId(id));
+                        assert!(
+                            filled.is_ok(),
+                            "{sealing:?}, pages of {page_size}, {prefix_tokens} tokens, {compression}: {filled:?}"
+                        );
+                    }
                 }
             }
         }
     }
 
     #[test]
-    fn progress_counts_the_rows_of_a_tail_step_for_every_cache() {
-        let settings = KlSettings { prefix_tokens: 100, tail_tokens: 10, sealing: PrefixSealing::AfterPrefix };
+    fn a_budget_for_fewer_caches_does_not_hold_them() {
         let page = PageGeometry { page_size: 64, head_dim: 64 };
-        let compressions = every_example(page)[..3].to_vec();
-        let job = Job { settings, compressions, codecs: Vec::new(), context: 8192, page, chunk: 128 };
-        // Four caches: 400 steps of prefixes and 10 of a tail, in two windows.
+        let settings = KlSettings { prefix_tokens: 8000, tail_tokens: 100, sealing: PrefixSealing::AfterPrefix };
+        let job = job(settings, page, everything(page, 8000));
+        let few = Job { codecs: job.codecs.clone(), ..self::job(settings, page, Vec::new()) };
+        let mut caches = caches(&few, &smollm2());
+        let all = (0..).zip(&job.compressions);
+        let filled: Result<(), PoolError> = all.into_iter().try_for_each(|(id, compression)| {
+            assert_ne!(*compression, Compression::default(), "the full cache is measured anyway");
+            fill(&mut caches, &job, compression, SessionId(id))
+        });
+        assert!(matches!(filled, Err(PoolError::DoesNotFit { .. })), "bytes for two full caches: {filled:?}");
+    }
+
+    #[test]
+    fn progress_counts_the_rows_of_a_tail_step_for_every_cache() {
+        let settings = KlSettings { prefix_tokens: 100, tail_tokens: 10, sealing: PrefixSealing::WhenFull };
+        let page = PageGeometry { page_size: 64, head_dim: 64 };
+        let job = job(settings, page, every_example(page)[..3].to_vec());
+        // Four caches, each with its own prefix: 400 rows of prefixes and 10 steps of a tail, in two windows.
         let rows = |done| job.rows(Progress { done, total: 820 });
         assert_eq!(rows(0), (0, 880), "nothing done");
         assert_eq!(rows(400), (400, 880), "all prefixes of a window");
         assert_eq!(rows(402), (408, 880), "two steps of the tail");
         assert_eq!(rows(410 + 100), (440 + 100, 880), "a prefix of the second window");
         assert_eq!(rows(820), (880, 880), "everything");
+        let settings = KlSettings { sealing: PrefixSealing::AfterPrefix, ..settings };
+        let job = self::job(settings, page, every_example(page)[..3].to_vec());
+        // All caches are made of one prefix.
+        let rows = |done| job.rows(Progress { done, total: 220 });
+        assert_eq!(rows(100), (100, 280), "the prefix of a window");
+        assert_eq!(rows(102), (108, 280), "two steps of the tail");
+        assert_eq!(rows(110 + 50), (140 + 50, 280), "half of the second window's prefix");
     }
 
     #[test]

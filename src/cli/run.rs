@@ -12,7 +12,7 @@ use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, Meter, Program, RunReport, RunSettings, SessionReport};
 use concertina::schedule::{Request, Scheduler, SessionId};
 
-use super::args::{self, CacheArgs, CalibrateArg, Global, ModelArg, SamplingArgs};
+use super::args::{self, CacheArgs, CalibrateArg, Global, ModelArg, SamplingArgs, chooses};
 use super::documents::{self, Inquiry, Prompt};
 use super::failure::{INTERRUPTED, usage};
 use super::interrupt;
@@ -176,6 +176,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         context_length: load::context_for(context_length, args.calibration.calibrate.as_deref(), longest),
         page_size: args.cache.page_size,
         codecs: args.cache.codecs(&compressions, model.geometry())?,
+        chooses: chooses(&compressions),
         evictions: args.cache.evictions(&compressions, &model, max_sessions.min(args.observed))?,
         max_arena: None,
     };

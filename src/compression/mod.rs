@@ -186,7 +186,8 @@ impl Compression {
             }
             if merged {
                 return Err(format!(
-                    "token={token} bounds scores by the keys of a page, which layer={layer} stores as directions that                      two layers have in common; use one"
+                    "token={token} bounds scores by the keys of a page, which layer={layer} stores as directions that \
+                     two layers have in common; use one"
                 ));
             }
         }
@@ -198,12 +199,14 @@ impl Compression {
         if token.eviction().is_some_and(|eviction| eviction.rerotate) {
             if layer.share != Sharing::None {
                 return Err(format!(
-                    "token={token} turns each layer's keys to new positions, while by layer={layer} layers have keys in                      common; leave rerotate out"
+                    "token={token} turns each layer's keys to new positions, while by layer={layer} layers have keys in \
+                     common; leave rerotate out"
                 ));
             }
             if let Transform::LowRank { .. } = hidden.k.transform {
                 return Err(format!(
-                    "token={token} turns keys to new positions, while hidden={hidden} stores them before positions are                      applied and reads positions off the page; leave rerotate out"
+                    "token={token} turns keys to new positions, while hidden={hidden} stores them before positions are \
+                     applied and reads positions off the page; leave rerotate out"
                 ));
             }
         }
@@ -278,6 +281,7 @@ mod tests {
         ] {
             let refused = text.parse::<Compression>().expect_err(text);
             assert!(matches!(&refused, ParseCompressionError::Together(why) if why.contains(reason)), "{refused}");
+            assert!(!refused.to_string().contains("  "), "a sentence, not a column: {refused}");
         }
         for text in [
             "token=quest:512,layer=share:2",

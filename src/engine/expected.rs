@@ -49,9 +49,9 @@ fn rotated(sums: &[f32], head_dim: usize, n: f64, rotation: &[(f64, f64)]) -> Ve
     covariance.iter_mut().for_each(|row| turn(row, rotation));
     let mut column = vec![0.0; head_dim];
     for j in 0..head_dim {
-        (0..head_dim).for_each(|i| column[i] = covariance[i][j]);
+        column.iter_mut().zip(&covariance).for_each(|(x, row)| *x = row[j]);
         turn(&mut column, rotation);
-        (0..head_dim).for_each(|i| covariance[i][j] = column[i]);
+        column.iter().zip(&mut covariance).for_each(|(x, row)| row[j] = *x);
     }
     let mut mean = mean;
     turn(&mut mean, rotation);

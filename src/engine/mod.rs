@@ -9,6 +9,8 @@
 mod eviction;
 mod expected;
 mod layers;
+mod merged;
+mod moves;
 pub mod paged_attention;
 mod parameters;
 mod scores;
@@ -78,6 +80,8 @@ pub struct EngineConfig {
     pub page_size: u32,
     /// Codecs besides f16 that sessions may have; each costs its kernels, compiled at the start.
     pub codecs: Vec<HiddenCodec>,
+    /// Whether decode rows of sessions may choose the pages that they read (`quest`).
+    pub chooses: bool,
     /// What sessions may do besides; `None` where nothing is evicted.
     pub evictions: Option<EvictionConfig>,
     /// Largest arena; the adapter's binding limit where `None`.
@@ -132,6 +136,7 @@ impl EngineConfig {
             codecs: &self.codecs,
             num_lists: geometry.num_lists(),
             context_length: self.context_length,
+            choosing: if self.chooses { self.max_sessions } else { 0 },
         }
     }
 }
@@ -225,6 +230,7 @@ impl<'d> Engine<'d> {
             num_kv_heads: heads.num_kv_heads,
             page: shape.page(),
             codec: HiddenCodec::F16,
+            quest: None,
         };
         let mut uploader = Uploader::new(device, "step staging", upload)?;
         buffers.write_window(device, &mut uploader, &window)?;
@@ -253,6 +259,7 @@ impl<'d> Engine<'d> {
             codecs: config.codecs.clone(),
             slots: config.evictions.as_ref().map(|evictions| evictions.slots),
             head_scores: config.evictions.as_ref().and_then(|evictions| evictions.head_scores.clone()),
+            chooses: config.chooses,
         };
         Ok((engine, Caches::new(pool, full, window, abilities)))
     }
@@ -333,8 +340,7 @@ impl<'d> Engine<'d> {
     /// Bytes of every buffer on the device but the weights: what the pool's report calls allocated.
     pub fn held_bytes(&self) -> Bytes {
         let staging = self.uploader.total() + self.back.capacity() + self.timer.bytes();
-        let evictions =
-            self.evictions.as_ref().map_or(Bytes::ZERO, |e| e.kernels.held_bytes() + e.back.capacity());
+        let evictions = self.evictions.as_ref().map_or(Bytes::ZERO, |e| e.kernels.held_bytes() + e.back.capacity());
         self.buffers.bytes() + self.scratch.bytes() + self.attention.held_bytes() + staging + evictions
     }
 

@@ -7,7 +7,7 @@ use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::decode::DecodeSpec;
 use crate::kernels::prefill::PrefillSpec;
-use crate::kernels::score;
+use crate::kernels::{key_scores, score};
 
 /// Changes of arena along one list that scratch is made for. Layers keep to one arena while it has room, so a list changes
 /// where an arena filled up; one that is more scattered fails its step with the numbers.
@@ -97,14 +97,20 @@ fn step_bytes(
     let ragged = arenas > 1 || config.evictions.is_some();
     let plans = if ragged { u64::from(geometry.num_layers) } else { 1 };
     let observed = config.evictions.as_ref().map_or(0, |evictions| u64::from(evictions.slots));
-    let scores = observed * (u64::from(config.context_length.div_ceil(score::TOKENS)) + changes + 2) * 12;
+    let scores = observed
+        * (u64::from(config.context_length.div_ceil(score::TOKENS)) + changes + 2)
+        * 12
+        * u64::from(config.max_rows.div_ceil(score::rows_max(shape)));
     let lists = lists + scores;
     // An eviction has the buffer to itself: a few items for each list and run, and the angles of a page.
+    let chosen = if config.chooses { (pages + sessions * (runs + changes)) * 20 } else { 0 };
+    let lists = lists + chosen;
     let page_angles = u64::from(shape.page_size) * u64::from(heads.head_dim + 1);
     let eviction = if observed == 0 && config.evictions.is_none() {
         0
     } else {
-        u64::from(geometry.num_lists()) * (32 + 8 * (changes + 4)) + page_angles + 1024
+        let key_items = u64::from(config.context_length.div_ceil(key_scores::TOKENS)) + changes + 4;
+        u64::from(geometry.num_lists()) * (32 + 8 * key_items) + page_angles + 1024
     };
     let per_row = 1 + u64::from(heads.head_dim);
     let turned = config.codecs.iter().any(|c| matches!(c.k.transform, Transform::LowRank { .. }));

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::prompt::{Driver, Probe};
 use crate::compression::Compression;
-use crate::compression::token::Score;
+use crate::compression::token::{Score, TokenPolicy};
 use crate::engine::{Engine, EngineError};
 use crate::geometry::Bytes;
 use crate::reference::compare::{agree_top1, kl_divergence, log_sum_exp, widen};
@@ -214,10 +214,15 @@ const fn needs_slot(score: &Score) -> bool {
     matches!(score, Score::Attention { .. } | Score::Expected { .. } | Score::Reconstruction)
 }
 
+/// Whether a cache reads its prefix itself, since the full cache has not what it needs of it.
+pub(super) const fn reads_itself(compression: &Compression) -> bool {
+    compression.layer.skip_prefill.is_some() || matches!(compression.token, TokenPolicy::Quest { .. })
+}
+
 /// Whether a cache can be made of the full one's prefix.
 fn forks(compression: &Compression, settings: &KlSettings) -> bool {
-    let own = compression.layer.skip_prefill.is_some()
-        || (settings.sealing == PrefixSealing::WhenFull && !Caches::evicts(compression));
+    let own =
+        reads_itself(compression) || (settings.sealing == PrefixSealing::WhenFull && !Caches::evicts(compression));
     !own
 }
 

@@ -171,6 +171,26 @@ immediates! {
         /// First word of the lengths in a merged page.
         lengths: u32,
     }
+    /// Immediate data of `page_bounds`.
+    struct PageBoundsParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layers after the one whose pages the items name.
+        layer: u32,
+    }
+    /// Immediate data of quest.
+    struct QuestParams {
+        /// First vec4 of the work list in `step`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// Layers after the one whose pages the items name.
+        layer: u32,
+        /// f32 values between query rows.
+        q_stride: u32,
+    }
     /// Immediate data of moments.
     struct MomentParams {
         /// First vec4 of the work list in `step`.
@@ -407,8 +427,10 @@ pub struct KeyScoreItem {
     pub begins: u32,
     /// Tokens before the run in its list.
     pub index: u32,
+    /// Slot of the first token in its page.
+    pub slot: u32,
     /// Unused.
-    pub pad: [u32; 2],
+    pub pad: u32,
 }
 
 /// Decide: a run of tokens of one list.
@@ -520,6 +542,52 @@ pub struct MergeLayersItem {
     pub n_tokens: u32,
     /// Unused.
     pub pad: [u32; 3],
+}
+
+/// Page bounds: one full page.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PageBoundsItem {
+    /// Table entry of the open page in the first layer of the work list.
+    pub page: u32,
+    /// Table entries between one layer's page and the next.
+    pub page_stride: u32,
+    /// Table entry of the page of bounds in that layer.
+    pub bounds: u32,
+    /// Table entries between one layer's and the next.
+    pub bounds_stride: u32,
+    /// The token that its bounds are.
+    pub slot: u32,
+    /// Unused.
+    pub pad: [u32; 3],
+}
+
+/// Quest: one (row, KV head) and a run of pages.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct QuestItem {
+    /// `row * num_kv_heads + kv_head`.
+    pub q_row: u32,
+    /// Table entry of the run's first page in the first layer of the work list.
+    pub pages: u32,
+    /// Table entries between one layer's list and the next.
+    pub layer_stride: u32,
+    /// Pages of the run.
+    pub n_pages: u32,
+    /// Table entry of the list's first page of bounds in that layer.
+    pub bounds: u32,
+    /// Table entries between one layer's and the next.
+    pub bounds_stride: u32,
+    /// Pages of the list before the run.
+    pub first_page: u32,
+    /// Pages to choose.
+    pub n_chosen: u32,
+    /// First table entry that is written.
+    pub out: u32,
+    /// First score that is written.
+    pub scores: u32,
+    /// Unused.
+    pub pad: [u32; 2],
 }
 
 /// Moments: the queries of some rows.

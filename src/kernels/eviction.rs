@@ -8,7 +8,9 @@
 
 use std::sync::Arc;
 
-use super::abi::{CarryParams, DecideParams, GatherParams, KeyScoreParams, MergeLayersParams, MomentParams, ScoreParams, SelectParams};
+use super::abi::{
+    CarryParams, DecideParams, GatherParams, KeyScoreParams, MergeLayersParams, MomentParams, ScoreParams, SelectParams,
+};
 use super::attention::CacheShape;
 use super::executor::{AttentionKernels, ListOffsets, RowBuffers};
 use super::key_scores::{KeyScoreMode, moment_values, summary_values};
@@ -278,7 +280,12 @@ impl EvictionKernels {
     /// Records the moments of scored rows of one layer, before rotary positions. `items` is the first vec4 of the list.
     pub fn record_moments(&self, recorder: &mut Recorder<'_>, items: u32, n_items: u32, layer: u32) {
         let params = MomentParams { items, n_items, layer, q_stride: self.stride };
-        recorder.dispatch(&self.moments.0, &self.moments.1, &params, flat_grid(n_items * self.shape.heads.num_qo_heads));
+        recorder.dispatch(
+            &self.moments.0,
+            &self.moments.1,
+            &params,
+            flat_grid(n_items * self.shape.heads.num_qo_heads),
+        );
     }
 
     /// Records scores from keys: `n_items` items from vec4 `items` on, all in one place.

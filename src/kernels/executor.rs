@@ -5,14 +5,16 @@
 
 use std::sync::Arc;
 
-use super::abi::{AppendParams, AttentionParams, MergeParams, SealItem, SealParams, VEC4_WORDS};
+use super::abi::{
+    AppendParams, AttentionParams, MergeParams, PageBoundsParams, QuestParams, SealItem, SealParams, VEC4_WORDS,
+};
 use super::attention::{CacheShape, Format};
 use super::decode::DecodeSpec;
 use super::parameters::{self, ParameterSource};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 use super::plan::{AttentionPlan, Dispatch, Place};
 use super::prefill::PrefillSpec;
-use super::{Recorder, append, flat_grid, merge_states, seal};
+use super::{Recorder, append, flat_grid, merge_states, quest, seal};
 use crate::compression::hidden::{HiddenCodec, Side, lowrank};
 use crate::device::staging::Uploader;
 use crate::device::{Device, DeviceError};
@@ -52,6 +54,10 @@ pub struct ListOffsets {
     pub score: u32,
     /// Moment items.
     pub moments: u32,
+    /// Page bounds items.
+    pub bounds: u32,
+    /// Quest items.
+    pub quest: u32,
 }
 
 impl ListOffsets {
@@ -86,6 +92,8 @@ impl ListOffsets {
             merge: put(&plan.merge, step),
             score: put(&plan.score, step),
             moments: put(&plan.moments, step),
+            bounds: put(&plan.bounds, step),
+            quest: put(&plan.quest, step),
         }
     }
 }
@@ -107,6 +115,17 @@ struct FormatKernels {
     angles: u32,
 }
 
+/// The kernels of decode rows that choose pages.
+#[derive(Debug)]
+struct QuestKernels {
+    bounds: Arc<Pipeline>,
+    /// `[open arena, the window last][arena of the bounds]`.
+    bounds_groups: Vec<Vec<wgpu::BindGroup>>,
+    choose: Arc<Pipeline>,
+    /// One bind group per arena of bounds.
+    choose_groups: Vec<wgpu::BindGroup>,
+}
+
 /// Compiled attention kernels, bound to a pool and to the rows of a step.
 #[derive(Debug)]
 pub struct AttentionKernels {
@@ -114,6 +133,7 @@ pub struct AttentionKernels {
     append: Arc<Pipeline>,
     merge: Arc<Pipeline>,
     formats: Vec<FormatKernels>,
+    quest: Option<QuestKernels>,
     append_groups: Vec<wgpu::BindGroup>,
     merge_group: wgpu::BindGroup,
     stride: u32,
@@ -139,6 +159,8 @@ pub struct AttentionSizes<'a> {
     pub num_lists: u32,
     /// Longest context, in tokens.
     pub context_length: u32,
+    /// Sessions whose decode rows may choose pages; none where no policy does.
+    pub choosing: u32,
 }
 
 impl AttentionSizes<'_> {
@@ -157,7 +179,14 @@ impl AttentionSizes<'_> {
     pub fn scratch_bytes(&self, shape: &CacheShape) -> Bytes {
         let formats = self.formats(shape);
         let parameters = formats.iter().map(|f| parameters::bytes(f, self.num_lists, self.context_length)).sum();
-        self.parts(shape).into_iter().sum::<Bytes>() + parameters
+        self.parts(shape).into_iter().sum::<Bytes>() + parameters + self.page_scores(shape)
+    }
+
+    /// Scores of the pages that a layer chooses among.
+    fn page_scores(&self, shape: &CacheShape) -> Bytes {
+        let pages = u64::from(self.context_length.div_ceil(shape.page_size));
+        let scores = u64::from(self.choosing) * u64::from(shape.heads.num_kv_heads) * pages;
+        if self.choosing == 0 { Bytes::ZERO } else { Bytes(scores * WORD_BYTES).align_up(16) }
     }
 
     fn parts(&self, shape: &CacheShape) -> [Bytes; 3] {
@@ -192,6 +221,28 @@ impl AttentionKernels {
         let state_ml = device.storage("attention state maxima", ml)?;
         let lse = device.storage("log-sum-exp", lse)?;
         let mut held = Bytes(state_o.size() + state_ml.size() + lse.size());
+        let quest = if sizes.choosing > 0 {
+            let scores = device.storage("page scores", sizes.page_scores(&shape))?;
+            held += Bytes(scores.size());
+            let bounds = cache.get(device, &quest::page_bounds(&shape))?;
+            let choose = cache.get(device, &quest::quest(&shape))?;
+            let whole = Slot::Whole;
+            let bounds_groups = pool
+                .with_window()
+                .map(|source| {
+                    let bind = |target| bounds.bind(device, &[step, &pool.tables, source, target].map(whole));
+                    pool.arenas.iter().map(bind).collect()
+                })
+                .collect();
+            let choose_groups = pool
+                .arenas
+                .iter()
+                .map(|arena| choose.bind(device, &[step, &pool.tables, arena, rows.qkv, &scores].map(whole)))
+                .collect();
+            Some(QuestKernels { bounds, bounds_groups, choose, choose_groups })
+        } else {
+            None
+        };
         let (step, tables) = (Slot::Whole(step), Slot::Whole(&pool.tables));
         let (qkv, o, ml) = (Slot::Whole(rows.qkv), Slot::Whole(&state_o), Slot::Whole(&state_ml));
         let mut formats = Vec::new();
@@ -241,6 +292,7 @@ impl AttentionKernels {
             append,
             merge,
             formats,
+            quest,
             stride: rows.stride,
             k_offset: rows.k_offset,
             v_offset: rows.v_offset,
@@ -329,6 +381,20 @@ impl AttentionKernels {
         }
         for (at, range) in &layer_plan.seal {
             self.record_seal(recorder, *at, place(lists.seal, 2, range), layer);
+        }
+        if let Some(quest) = &self.quest {
+            for (at, range) in &layer_plan.bounds {
+                let (items, n_items) = place(lists.bounds, 2, range);
+                let group = &quest.bounds_groups[self.arena(at.arena)][self.arena(at.sealed_arena)];
+                let params = PageBoundsParams { items, n_items, layer };
+                recorder.dispatch(&quest.bounds, group, &params, flat_grid(n_items));
+            }
+            for (arena, range) in &layer_plan.quest {
+                let (items, n_items) = place(lists.quest, 3, range);
+                let params = QuestParams { items, n_items, layer, q_stride: self.stride };
+                let group = &quest.choose_groups[self.arena(*arena)];
+                recorder.dispatch(&quest.choose, group, &params, flat_grid(n_items));
+            }
         }
         let attend = |recorder: &mut Recorder<'_>, list, vec4s, (at, range): &Dispatch, prefill: bool| {
             let format = self.format(at.codec);

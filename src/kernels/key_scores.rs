@@ -9,15 +9,20 @@
 //! k, v [tokens][head_dim]      moments [query head][head_dim + head_dim^2]: mu, Sigma      score [list][capacity] f32
 //! ```
 //!
-//! `anchor` and the sums of `expected` are summaries: a list's runs add to one in order, one dispatch after another.
+//! `anchor` and the sums of `expected` are summaries: a list's items add to one in order, one dispatch after another.
 //!
-//! **Work.** One workgroup of 64 lanes per [`KeyScoreItem`](super::abi::KeyScoreItem), a run of one list; lane = token.
+//! **Work.** One workgroup of 64 lanes per [`KeyScoreItem`](super::abi::KeyScoreItem), at most [`TOKENS`] tokens of one list; lane =
+//! token.
 //! **Bytes.** Keys once per mode, values once for `expected`. **FLOPs.** `2 * head_dim` per token; for `expected`
 //! `4 * group_size * head_dim^2`.
 
 use super::abi::{Immediates as _, KeyScoreParams};
 use super::attention::{CacheShape, Format};
 use super::{Access, Binding, KernelSpec, Part, modules};
+
+/// Tokens of an item at most: one for each lane, because software Vulkan stops a lane's loops after 65,535 rounds in all, of
+/// which a token takes up to half.
+pub const TOKENS: u32 = 64;
 
 /// What is computed; a shader reads it as a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -30,6 +30,7 @@ pub mod parameters;
 pub mod pipeline;
 pub mod plan;
 pub mod prefill;
+pub mod quest;
 pub mod recording;
 pub mod registry;
 pub mod run_once;
@@ -120,6 +121,10 @@ pub mod modules {
         APPEND = "cache/append.wgsl";
         /// Full pages into codes.
         SEAL = "cache/seal.wgsl";
+        /// Smallest and largest keys of full pages.
+        PAGE_BOUNDS = "attention/page_bounds.wgsl";
+        /// Pages that a decode row reads.
+        QUEST = "attention/quest.wgsl";
         /// One token's key or value as plain channels.
         EVICT_ROWS = "evict/rows.wgsl";
         /// Attention that tokens receive.

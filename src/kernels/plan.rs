@@ -13,7 +13,9 @@
 
 use std::ops::Range;
 
-use super::abi::{AppendItem, DecodeItem, MergeItem, MomentItem, PrefillItem, ScoreItem, SealItem};
+use super::abi::{
+    AppendItem, DecodeItem, MergeItem, MomentItem, PageBoundsItem, PrefillItem, QuestItem, ScoreItem, SealItem,
+};
 use super::attention::CacheShape;
 use super::decode::DecodeSpec;
 use super::prefill::PrefillSpec;
@@ -38,6 +40,14 @@ pub struct Segment<'t> {
     pub attend_below: u32,
     /// Which of the rows are scored.
     pub scores: Vec<ScoredRows>,
+}
+
+impl Segment<'_> {
+    /// Whether the rows do in a layer what they did in the one before.
+    fn may_share(&self, layer: u32) -> bool {
+        let quest = self.table.shape().quest.is_some_and(|quest| quest.dense_layers == layer);
+        self.attend_below != layer && !quest
+    }
 }
 
 /// Rows whose attention is summed up per token, from one of a segment on.
@@ -81,8 +91,8 @@ pub type Dispatch = (Place, Range<u32>);
 /// What score items of one dispatch have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ScorePlace {
-    /// Segments of one session add to the same scores, one after another.
-    pub pass: usize,
+    /// Segments of one session, and pieces of a segment, add to the same scores, one after another.
+    pub pass: (usize, u32),
     /// See [`ScoredRows`].
     pub largest: bool,
     /// Where the pages lie.
@@ -104,6 +114,10 @@ pub struct LayerPlan {
     pub prefill: Vec<Dispatch>,
     /// Range of [`AttentionPlan::merge`].
     pub merge: Range<u32>,
+    /// Ranges of [`AttentionPlan::bounds`].
+    pub bounds: Vec<Dispatch>,
+    /// Ranges of [`AttentionPlan::quest`], by the arena of the bounds.
+    pub quest: Vec<(u16, Range<u32>)>,
     /// Ranges of [`AttentionPlan::score`].
     pub score: Vec<(ScorePlace, Range<u32>)>,
 }
@@ -125,6 +139,12 @@ pub struct AttentionPlan {
     pub prefill: Vec<PrefillItem>,
     /// Merge items.
     pub merge: Vec<MergeItem>,
+    /// Page bounds items.
+    pub bounds: Vec<PageBoundsItem>,
+    /// Quest items.
+    pub quest: Vec<QuestItem>,
+    /// Page scores that one layer writes.
+    pub n_page_scores: u32,
     /// Score items.
     pub score: Vec<ScoreItem>,
     /// Moment items.
@@ -185,13 +205,14 @@ impl AttentionPlan {
                 let first = len_u32(&plan.turned_pages);
                 let shape = segment.table.shape();
                 if matches!(shape.codec.k.transform, Transform::LowRank { .. }) {
-                    plan.turned_pages.extend(segment.table.sealing_pages().map(|page| segment.table.page_position(page)));
+                    plan.turned_pages
+                        .extend(segment.table.sealing_pages().map(|page| segment.table.page_position(page)));
                 }
                 first
             })
             .collect();
         for layer in 0..num_layers {
-            let alike = layer > 0 && segments.iter().all(|s| s.attend_below != layer && s.table.alike(layer - 1, layer));
+            let alike = layer > 0 && segments.iter().all(|s| s.may_share(layer) && s.table.alike(layer - 1, layer));
             if !alike {
                 plan.add_layer(shape, layer, segments, &turned);
             }
@@ -224,6 +245,7 @@ impl AttentionPlan {
                     // Pages belong to the session, not to one of its segments.
                     if pass == 0 {
                         list.seal(*turned, &mut parts);
+                        list.bounds(&mut parts);
                     }
                 }
                 if layer >= segment.attend_below {
@@ -235,10 +257,11 @@ impl AttentionPlan {
                 } else {
                     list.prefill(PrefillSpec::tile_positions(shape), &mut parts, &mut self.merge);
                 }
-                list.score(pass, &mut parts);
+                list.score(pass, score::rows_max(shape), &mut parts);
             }
         }
         self.n_states = self.n_states.max(parts.n_states);
+        self.n_page_scores = self.n_page_scores.max(parts.n_page_scores);
         self.plans.push(LayerPlan {
             first_layer: layer,
             append: parts.append.lay_out(&mut self.append),
@@ -246,6 +269,8 @@ impl AttentionPlan {
             decode: parts.decode.lay_out(&mut self.decode),
             prefill: parts.prefill.lay_out(&mut self.prefill),
             merge: merge_start..len_u32(&self.merge),
+            bounds: parts.bounds.lay_out(&mut self.bounds),
+            quest: parts.quest.lay_out(&mut self.quest),
             score: parts.score.lay_out(&mut self.score),
         });
     }
@@ -258,6 +283,9 @@ struct LayerParts {
     decode: ByPlace<DecodeItem>,
     prefill: ByPlace<PrefillItem>,
     score: ByPlace<ScoreItem, ScorePlace>,
+    bounds: ByPlace<PageBoundsItem>,
+    quest: ByPlace<QuestItem, u16>,
+    n_page_scores: u32,
     n_states: u32,
 }
 
@@ -341,12 +369,86 @@ impl List<'_, '_> {
         }
     }
 
+    /// Bounds of the pages that this step fills.
+    fn bounds(&self, parts: &mut LayerParts) {
+        let (table, layer, head) = (self.table(), self.layer, self.kv_head);
+        if table.shape().quest.is_none() {
+            return;
+        }
+        for page in table.filled_pages() {
+            let open = table.open_runs(layer, head, page..page + 1).next();
+            let open = open.expect("a page that this step fills should be open");
+            let (arena, entry, stride, slot) = table.bounds_of(layer, head, page);
+            let item = PageBoundsItem {
+                page: open.entry,
+                page_stride: open.layer_stride,
+                bounds: entry,
+                bounds_stride: stride,
+                slot,
+                pad: [0; 3],
+            };
+            parts.bounds.push(Place { codec: HiddenCodec::F16, arena: open.arena, sealed_arena: arena }, item);
+        }
+    }
+
+    /// What a decode row reads: everything, or the pages that it chooses, and its own.
+    fn read_by_decode(&self, parts: &mut LayerParts) -> Vec<Run> {
+        let (table, layer, head) = (self.table(), self.layer, self.kv_head);
+        let place = self.place(self.segment.first_index);
+        let size = self.page_size();
+        let n_full = place / size;
+        let quest = table.shape().quest.filter(|quest| layer >= quest.dense_layers && n_full > quest.pages);
+        let Some(quest) = quest else { return self.runs(self.segment.first_index).collect() };
+        let (mut out, n_entries) = table.chosen(head);
+        let until = out + n_entries;
+        let mut runs = Vec::new();
+        // Runs of pages in one arena, cut where their bounds change pages of another.
+        for run in table.full_runs(layer, head, place) {
+            let mut first = run.offset / size;
+            let end = first + run.n_tokens / size;
+            while first < end {
+                let (arena, _, stride, slot) = table.bounds_of(layer, head, first);
+                let mut next = first + 1;
+                while next < end && table.bounds_of(layer, head, next).0 == arena {
+                    next += 1;
+                }
+                let n_pages = next - first;
+                // In proportion, rounded up.
+                let share = (u64::from(quest.pages) * u64::from(n_pages)).div_ceil(u64::from(n_full));
+                let n_chosen =
+                    u32::try_from(share).expect("a part is no larger than its whole").min(n_pages).min(until - out);
+                let (_, bounds, ..) = table.bounds_of(layer, head, first - slot);
+                let item = QuestItem {
+                    q_row: self.segment.row_lo * self.num_kv_heads + head,
+                    pages: run.entry + first - run.offset / size,
+                    layer_stride: run.layer_stride,
+                    n_pages,
+                    bounds: bounds - (first - slot) / size,
+                    bounds_stride: stride,
+                    first_page: first,
+                    n_chosen,
+                    out,
+                    scores: parts.n_page_scores,
+                    pad: [0; 2],
+                };
+                parts.quest.push(arena, item);
+                parts.n_page_scores += n_pages;
+                let chosen = Run { entry: out, layer_stride: 0, offset: 0, n_tokens: n_chosen * size, ..run };
+                runs.push(chosen);
+                out += n_chosen;
+                first = next;
+            }
+        }
+        runs.extend(table.own_run(layer, head, place));
+        runs
+    }
+
     fn decode(&self, parts: &mut LayerParts, merge: &mut Vec<MergeItem>) {
         let (size, chunk) = (self.page_size(), DecodeSpec::KV_CHUNK);
         let q_row = self.segment.row_lo * self.num_kv_heads + self.kv_head;
         let state_lo = parts.n_states;
         let mut n_states = 0;
-        for run in self.runs(self.segment.first_index) {
+        for run in self.read_by_decode(parts) {
             let (mut start, end) = (run.offset, run.offset + run.n_tokens);
             while start < end {
                 let until = ((start / chunk + 1) * chunk).min(end);
@@ -412,30 +514,31 @@ impl List<'_, '_> {
     }
 
     /// What the scored rows give each token that they see.
-    fn score(&self, pass: usize, parts: &mut LayerParts) {
+    fn score(&self, pass: usize, rows_max: u32, parts: &mut LayerParts) {
         let s = self.segment;
         let list = self.table().layers().list(self.layer) * self.num_kv_heads + self.kv_head;
         for scored in s.scores.iter().filter(|scored| scored.first < s.n_rows) {
-            for run in self.runs(s.first_index + s.n_rows - 1) {
-                let place = ScorePlace { pass, largest: scored.largest, place: reading(&run) };
-                let mut start = 0;
-                while start < run.n_tokens {
-                    let n_tokens = score::TOKENS.min(run.n_tokens - start);
-                    let item = ScoreItem {
-                        row_lo: s.row_lo + scored.first,
-                        n_rows: s.n_rows - scored.first,
-                        kv_head: self.kv_head,
-                        page_lo: run.entry + start / self.page_size(),
-                        n_tokens,
-                        first_token: run.position + start,
-                        first_index: s.first_index + scored.first,
-                        out: scored.at + list * scored.capacity + run.index + start,
-                        layer_stride: run.layer_stride,
-                        list: self.owner(),
-                        pad: [0; 2],
-                    };
-                    parts.score.push(place, item);
-                    start += n_tokens;
+            let rows = scored.first..s.n_rows;
+            for (piece, first) in (0..).zip(rows.clone().step_by(rows_max as usize)) {
+                let n_rows = rows_max.min(rows.end - first);
+                for run in self.runs(s.first_index + s.n_rows - 1) {
+                    let place = ScorePlace { pass: (pass, piece), largest: scored.largest, place: reading(&run) };
+                    for start in (0..run.n_tokens).step_by(score::TOKENS as usize) {
+                        let item = ScoreItem {
+                            row_lo: s.row_lo + first,
+                            n_rows,
+                            kv_head: self.kv_head,
+                            page_lo: run.entry + start / self.page_size(),
+                            n_tokens: score::TOKENS.min(run.n_tokens - start),
+                            first_token: run.position + start,
+                            first_index: s.first_index + first,
+                            out: scored.at + list * scored.capacity + run.index + start,
+                            layer_stride: run.layer_stride,
+                            list: self.owner(),
+                            pad: [0; 2],
+                        };
+                        parts.score.push(place, item);
+                    }
                 }
             }
         }

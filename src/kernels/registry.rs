@@ -5,7 +5,10 @@ use super::decode::DecodeSpec;
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::{self, Output};
 use super::prefill::PrefillSpec;
-use super::{KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, sample, score, seal, select};
+use super::{
+    KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, quest, sample, score,
+    seal, select,
+};
 use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;
 use crate::geometry::{HeadGeometry, PageGeometry};
@@ -40,7 +43,14 @@ pub fn codecs(page: PageGeometry) -> Vec<HiddenCodec> {
 
 /// Every spec of every kernel, over both tiers.
 pub fn all_specs() -> Vec<KernelSpec> {
-    let mut specs = vec![select::decide(), select::select(), select::carry(), elementwise::embed(), elementwise::rope(), elementwise::gated_activation()];
+    let mut specs = vec![
+        select::decide(),
+        select::select(),
+        select::carry(),
+        elementwise::embed(),
+        elementwise::rope(),
+        elementwise::gated_activation(),
+    ];
     for tier in [Tier::Portable, Tier::Subgroup] {
         specs.push(elementwise::rms_norm(tier));
         specs.push(sample::kernel(tier));
@@ -56,7 +66,7 @@ pub fn all_specs() -> Vec<KernelSpec> {
     }
     for shape in cache_shapes(&PAGE_SIZES) {
         specs.extend([merge_states::kernel(&shape), append::kernel(&shape), moments::kernel(&shape)]);
-        specs.push(merge_layers::kernel(&shape));
+        specs.extend([merge_layers::kernel(&shape), quest::page_bounds(&shape), quest::quest(&shape)]);
         for codec in codecs(shape.page()) {
             specs.extend(format_specs(&shape.format(codec)));
         }

@@ -11,18 +11,25 @@
 //! Probabilities can not be summed by attention itself, because a row's log-sum-exp is known only after its last token;
 //! storing all scores of a prompt instead would take `rows * num_qo_heads * tokens` numbers.
 //!
-//! **Work.** One workgroup of 64 lanes per [`ScoreItem`](super::abi::ScoreItem): at most [`TOKENS`] tokens of one list. A
+//! **Work.** One workgroup of 64 lanes per [`ScoreItem`](super::abi::ScoreItem): at most [`TOKENS`] tokens of one list, and
+//! [`rows_max`] rows; more rows add to the same scores in later dispatches. A
 //! lane decodes its token's key into registers once; queries pass through workgroup memory, 16 (row, head) pairs at a time. A
 //! score belongs to one lane, so no atomics, and its sum is in the order of rows.
 //!
 //! **Bytes.** The keys of a page once per item. **FLOPs.** `2 * head_dim` per (row, query head, token).
 
 use super::abi::{Immediates as _, ScoreParams};
-use super::attention::Format;
+use super::attention::{CacheShape, Format};
 use super::{Access, Binding, KernelSpec, Part, modules};
 
 /// Tokens of an item at most: a multiple of every page size.
 pub const TOKENS: u32 = 256;
+
+/// Rows of an item at most. Software Vulkan stops a lane's loops after 65,535 rounds in all.
+pub fn rows_max(shape: &CacheShape) -> u32 {
+    let rounds = shape.heads.group_size() * (shape.heads.head_dim / 8 + 2) * (TOKENS / 64);
+    (60_000 / rounds).max(1)
+}
 
 const BINDINGS: &[Binding] = &[
     ("step", Access::Read),

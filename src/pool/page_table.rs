@@ -6,6 +6,7 @@
 //! merged = what two layers have in common, held by the lower one's list and read by both
 //! kept   = in the session's codec; its last page may be partly used                   [layer][KV head] of parts
 //! sealed = full pages of the tail, in the session's codec
+//! bounds = smallest and largest keys of full pages, where decode rows choose what they read
 //! open   = f16 pages of the tail; the last one still fills
 //! ```
 //!
@@ -22,64 +23,24 @@
 //! in one step is open only while its layer computes. Rows that leave the open page end on a page's edge
 //! ([`PageTable::cut`]), so that nothing stays in the window.
 //!
-//! Layers may share lists: [`Layers`] names the list of every layer of the model.
+//! Layers may share lists: [`Layers`] names the list of every layer of the model. Where one reads a list after a third layer's
+//! rows have passed through the window, no rows of that session pass through it.
 //!
 //! In CSR terms the table buffer is `indices`, a list's first entry its `indptr`, and the last page's fill its
 //! `last_page_len`. Each part of a list has room for all pages that the session can need, so lists never move; a region is
 //! uploaded whole when it changed, which for a session in decode is once per `page_size` tokens.
 
 use std::ops::Range;
-use std::sync::Arc;
 
+pub use super::table_layers::Layers;
 pub use super::table_ranges::TableRanges;
-pub use super::table_shape::{Capacity, TableShape, Window};
+pub use super::table_shape::{Capacity, Quest, TableShape, Window};
 use super::{PageId, PagePool, PoolError};
 use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
 
-/// Which layer's lists each layer of a model reads.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Layers(Option<Arc<[u32]>>);
-
-impl Layers {
-    /// Every layer its own.
-    pub const OWN: Self = Self(None);
-
-    /// From the owner of each layer's cache; an owner owns its own.
-    pub fn new(owners: &[u32]) -> Self {
-        if owners.iter().zip(0..).all(|(owner, layer)| *owner == layer) {
-            return Self::OWN;
-        }
-        let mut own = 0;
-        let mut lists: Vec<u32> = Vec::with_capacity(owners.len());
-        for (owner, layer) in owners.iter().zip(0..) {
-            if *owner == layer {
-                lists.push(own);
-                own += 1;
-            } else {
-                lists.push(lists[*owner as usize]);
-            }
-        }
-        Self(Some(lists.into()))
-    }
-
-    /// The layer of lists that a layer reads.
-    pub fn list(&self, layer: u32) -> u32 {
-        self.0.as_ref().map_or(layer, |lists| lists[layer as usize])
-    }
-
-    /// Whether a layer's own keys and values are kept.
-    pub fn owns(&self, layer: u32) -> bool {
-        self.owner(layer) == layer
-    }
-
-    /// The layer whose keys and values a layer reads.
-    pub fn owner(&self, layer: u32) -> u32 {
-        let Some(lists) = &self.0 else { return layer };
-        let first = lists.iter().position(|list| *list == lists[layer as usize]);
-        u32::try_from(first.expect("a layer is among its lists")).expect("layers are few")
-    }
-}
+/// Pages that a choice may be larger by, because each run of pages chooses in proportion.
+const CHOSEN_SPARE: u32 = 16;
 
 /// Consecutive pages of a part that lie in one arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,9 +89,10 @@ enum Part {
     Kept,
     Sealed,
     Open,
+    Bounds,
 }
 
-const PARTS: [Part; 4] = [Part::Merged, Part::Kept, Part::Sealed, Part::Open];
+const PARTS: [Part; 5] = [Part::Merged, Part::Kept, Part::Sealed, Part::Open, Part::Bounds];
 
 /// What an eviction leaves of a list.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -205,6 +167,8 @@ pub struct PageTable {
     sealed: u32,
     /// Pages of each list's tail whose open form is gone.
     retired: u32,
+    /// Pages of each list's tail that this step fills.
+    filled: Range<u32>,
     /// First slot of the window in this step, and the window's slots per KV head.
     window: (u32, u32),
     /// Of each layer of lists, the lower layer that it has tokens in common with.
@@ -228,10 +192,12 @@ impl PageTable {
     ) -> Result<Self, PoolError> {
         let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
         let admitted = capacity;
-        let capacity = [capacity.merged_pages_of_list, capacity.kept_pages_of_list, sealed, open];
+        let bounds = shape.bounds_of_list(capacity.tail_tokens);
+        let capacity = [capacity.merged_pages_of_list, capacity.kept_pages_of_list, sealed, open, bounds];
         // Saturating: no pool has so many pages, so the commitment is refused.
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
-        let committed = [pages(open), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
+        let committed =
+            [pages(open + bounds), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
         let sizes = Self::page_sizes(&shape);
         let undo = |pool: &mut PagePool, done: usize| {
             sizes.iter().zip(committed).take(done).try_for_each(|(page, n)| pool.uncommit(*page, n))
@@ -243,6 +209,7 @@ impl PageTable {
             }
         }
         let entries = pages(capacity.iter().fold(0, |sum: u32, part| sum.saturating_add(*part)));
+        let entries = entries.saturating_add(Self::chosen_entries(&shape));
         let Some(region) = ranges.reserve(entries) else {
             undo(pool, sizes.len())?;
             return Err(PoolError::TablesFull { wanted: entries, total: ranges.total() });
@@ -258,11 +225,18 @@ impl PageTable {
             tail: 0,
             sealed: 0,
             retired: 0,
+            filled: 0..0,
             window: (0, 0),
             merged_with: vec![None; shape.num_layers as usize],
             committed,
             dirty: false,
         })
+    }
+
+    /// Entries behind the lists for what decode rows choose: of each KV head the pages, and one more for every arena that they
+    /// may lie in.
+    fn chosen_entries(shape: &TableShape) -> u32 {
+        shape.quest.map_or(0, |quest| shape.num_kv_heads * (quest.pages + CHOSEN_SPARE))
     }
 
     /// Bytes of an open page, of one in the codec, and of a merged one.
@@ -320,9 +294,12 @@ impl PageTable {
         self.admitted
     }
 
-    /// How many of `n` rows its next step may hold.
+    /// How many of `n` rows its next step may hold: where a layer reads another's cache after a third has filled the window,
+    /// no more than the open page takes.
     pub fn cut(&self, n: u32) -> u32 {
-        self.shape.cut(self.tail, n)
+        let size = self.shape.page.page_size;
+        let n = self.shape.cut(self.tail, n);
+        if self.shape.codec.seals() && !self.layers.follow() { n.min(size - self.tail % size) } else { n }
     }
 
     /// Pages of each list's tail that this step seals.
@@ -341,7 +318,8 @@ impl PageTable {
         let list = |l: &PageList| {
             let in_codec = l.part(Part::Kept).len() + l.part(Part::Sealed).len();
             let of_merged = u64::from(l.part(Part::Merged).len()) * merged.0;
-            of_merged + u64::from(l.part(Part::Open).len()) * open.0 + u64::from(in_codec) * sealed.0
+            let in_f16 = l.part(Part::Open).len() + l.part(Part::Bounds).len();
+            of_merged + u64::from(in_f16) * open.0 + u64::from(in_codec) * sealed.0
         };
         Bytes(self.lists.iter().map(list).sum())
     }
@@ -361,6 +339,7 @@ impl PageTable {
         assert_eq!(self.cut(n), n, "rows that leave a page should end on an edge");
         let passing = shape.window_pages(self.tail, n);
         let slot = window.take(passing).expect("the window should hold the pages of a step");
+        self.filled = self.tail / shape.page.page_size..tail / shape.page.page_size;
         self.window = (slot, window.slots());
         self.tail = tail;
         let open = tail.div_ceil(shape.page.page_size) - self.retired - passing;
@@ -372,6 +351,8 @@ impl PageTable {
             if !self.lists[index].closed {
                 self.fill(pool, index, Part::Open, open, arenas)?;
                 self.fill(pool, index, Part::Sealed, self.sealed, arenas)?;
+                let bounds = shape.bounds_of_list(tail);
+                self.fill(pool, index, Part::Bounds, bounds, arenas)?;
             }
         }
         Ok(())
@@ -389,7 +370,7 @@ impl PageTable {
         let layer = index / self.shape.num_kv_heads as usize;
         let preferred = layer * arenas / self.shape.num_layers as usize;
         let class = match part {
-            Part::Open => 0,
+            Part::Open | Part::Bounds => 0,
             Part::Kept | Part::Sealed => 1,
             Part::Merged => 2,
         };
@@ -411,7 +392,7 @@ impl PageTable {
     /// [`PoolError::NotCommitted`] beyond what was admitted.
     ///
     /// # Panics
-    /// When the table holds tokens, or the lists are not as many.
+    /// When the table holds tokens or pages, or the lists are not as many.
     pub fn keep(
         &mut self,
         pool: &mut PagePool,
@@ -419,7 +400,7 @@ impl PageTable {
         pairs: &[(u32, u32)],
         n_tokens: u32,
     ) -> Result<(), PoolError> {
-        assert_eq!(self.n_tokens(), 0, "kept tokens come first");
+        assert!(self.n_tokens() == 0 && self.held_bytes() == Bytes::ZERO, "kept tokens come first");
         assert_eq!(kept.len(), self.lists.len(), "every list keeps something or nothing");
         let size = self.shape.page.page_size;
         let own = |tokens: &KeptTokens| tokens.own.as_ref().map_or(0, |t| to_u32(t.len())).div_ceil(size);
@@ -451,17 +432,27 @@ impl PageTable {
             self.merged_with[lower as usize] = Some(lower);
             self.merged_with[upper as usize] = Some(lower);
         }
-        let [_, _, sealed, open] = self.capacity;
-        let unused = [
-            closed * open,
-            closed * sealed + admitted.kept_pages - all,
-            admitted.merged_pages - all_merged,
-        ];
+        let [_, _, sealed, open, bounds] = self.capacity;
+        let unused =
+            [closed * (open + bounds), closed * sealed + admitted.kept_pages - all, admitted.merged_pages - all_merged];
         for ((page, n), committed) in Self::page_sizes(&self.shape).iter().zip(unused).zip(&mut self.committed) {
             pool.uncommit(*page, n)?;
             *committed -= n;
         }
         self.tail_start = n_tokens;
+        Ok(())
+    }
+
+    /// Commits once more the pages for kept tokens that [`Self::keep`] gave back, for a table that is to stand ready in place of
+    /// this one.
+    ///
+    /// # Errors
+    /// [`PoolError::DoesNotFit`] when others have them by now.
+    pub fn commit_rest(&mut self, pool: &mut PagePool) -> Result<(), PoolError> {
+        let kept: u32 = self.lists.iter().map(|list| list.part(Part::Kept).len()).sum();
+        let rest = self.admitted.kept_pages - kept;
+        pool.commit(self.shape.sealed_page(), rest)?;
+        self.committed[1] += rest;
         Ok(())
     }
 
@@ -475,7 +466,8 @@ impl PageTable {
     }
 
     /// Ends a step: pages that it sealed are read in their codec from now on.
-    pub const fn retire(&mut self) {
+    pub fn retire(&mut self) {
+        self.filled = 0..0;
         self.retired = self.sealed;
         self.window = (0, 0);
     }
@@ -491,7 +483,7 @@ impl PageTable {
         for (page, n) in Self::page_sizes(&self.shape).iter().zip(self.committed) {
             pool.uncommit(*page, n)?;
         }
-        let entries = self.shape.num_lists() * self.list_capacity();
+        let entries = self.shape.num_lists() * self.list_capacity() + Self::chosen_entries(&self.shape);
         if entries > 0 {
             ranges.release(self.region, entries);
         }
@@ -601,9 +593,9 @@ impl PageTable {
         let entry = self.entry(layer, kv_head, Part::Sealed);
         let list = self.list_at(layer, kv_head);
         let (codec, kept) = (self.shape.codec, list.kept);
-        list.part(Part::Sealed).clipped(pages).map(move |run| {
-            self.tail_run(codec, run.arena, entry + run.first, run.first..run.first + run.pages, kept)
-        })
+        list.part(Part::Sealed)
+            .clipped(pages)
+            .map(move |run| self.tail_run(codec, run.arena, entry + run.first, run.first..run.first + run.pages, kept))
     }
 
     /// Open pages of the tail: a list's own, then those in the window.
@@ -652,6 +644,39 @@ impl PageTable {
         };
         let tail = self.sealed_runs(layer, kv_head, sealed).chain(self.open_runs(layer, kv_head, open));
         self.kept_runs(layer, kv_head).chain(tail)
+    }
+
+    /// Pages of each list's tail that this step fills.
+    pub fn filled_pages(&self) -> Range<u32> {
+        self.filled.clone()
+    }
+
+    /// Where the bounds of a full page lie: arena, table entry, entries between layers, and which token they are.
+    pub fn bounds_of(&self, layer: u32, kv_head: u32, page: u32) -> (u16, u32, u32, u32) {
+        let size = self.shape.page.page_size;
+        let pages = self.list_at(layer, kv_head).part(Part::Bounds);
+        let entry = self.entry(layer, kv_head, Part::Bounds) + page / size;
+        (pages.pages[(page / size) as usize].arena, entry, self.layer_stride(), page % size)
+    }
+
+    /// First table entry of what a decode row chooses of a KV head, and how many there are.
+    pub fn chosen(&self, kv_head: u32) -> (u32, u32) {
+        let of_head = self.shape.quest.map_or(0, |quest| quest.pages + CHOSEN_SPARE);
+        (self.region + self.shape.num_lists() * self.list_capacity() + kv_head * of_head, of_head)
+    }
+
+    /// Full pages that a row reads before its own, by its place in the tail, where it may choose among them.
+    pub fn full_runs(&self, layer: u32, kv_head: u32, place: u32) -> Vec<Run> {
+        let page = place / self.shape.page.page_size;
+        let sealed = self.sealed.min(page);
+        self.sealed_runs(layer, kv_head, 0..sealed).chain(self.open_runs(layer, kv_head, sealed..page)).collect()
+    }
+
+    /// The page of a row, up to itself.
+    pub fn own_run(&self, layer: u32, kv_head: u32, place: u32) -> impl Iterator<Item = Run> + '_ {
+        let page = place / self.shape.page.page_size;
+        let runs = self.open_runs(layer, kv_head, page..page + 1);
+        runs.map(move |run| Run { n_tokens: run.n_tokens.min(place + 1 - run.offset), ..run })
     }
 
     /// Whether two layers that follow each other can share work lists: their pages lie in the same arenas, and their lists

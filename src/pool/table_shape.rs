@@ -15,6 +15,17 @@ pub struct TableShape {
     pub page: PageGeometry,
     /// How full pages become bytes.
     pub codec: HiddenCodec,
+    /// What a decode row reads of a list, where it does not read all.
+    pub quest: Option<Quest>,
+}
+
+/// Decode rows read a few pages of each list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quest {
+    /// Full pages read of a list, besides the one that is open.
+    pub pages: u32,
+    /// First layers that read everything.
+    pub dense_layers: u32,
 }
 
 impl TableShape {
@@ -44,9 +55,16 @@ impl TableShape {
         if self.codec.seals() { (all.min(1), full) } else { (all, 0) }
     }
 
+    /// Pages of bounds that one list of `n_tokens` tokens needs: each holds those of `page_size` pages.
+    pub fn bounds_of_list(&self, n_tokens: u32) -> u32 {
+        let size = self.page.page_size;
+        if self.quest.is_some() { (n_tokens / size).div_ceil(size) } else { 0 }
+    }
+
     /// Bytes that a session of `n_tokens` tokens needs over all lists at most.
     pub fn bytes_for(&self, n_tokens: u32) -> Bytes {
         let (open, sealed) = self.pages_of_list(n_tokens);
+        let open = open + self.bounds_of_list(n_tokens);
         let list = u64::from(open) * self.open_page().0 + u64::from(sealed) * self.sealed_page().0;
         Bytes(u64::from(self.num_lists()) * list)
     }

@@ -89,10 +89,7 @@ impl KlReport {
             x_title: "bytes of cache per token of the prefix (log scale)".to_owned(),
             y_title: "mean KL from the full cache, nats (log scale)".to_owned(),
             y_scale: Scale::Log,
-            guide: self
-                .results
-                .first()
-                .map(|full| Guide { x: full.per_token_bytes, label: "full".to_owned() }),
+            guide: self.results.first().map(|full| Guide { x: full.per_token_bytes, label: "full".to_owned() }),
             points: self.results.iter().skip(1).map(point).collect(),
         }
     }

@@ -181,10 +181,10 @@ mod tests {
     use crate::compression::hidden::HiddenCodec;
     use crate::geometry::PageGeometry;
     use crate::kernels::sample::Sampling;
-    use crate::pool::page_table::{Sealing, TableShape, Window};
+    use crate::pool::page_table::{TableShape, Window};
     use crate::pool::{PagePool, PoolLayout};
     use crate::schedule::simulation::Simulation;
-    use crate::schedule::{Caches, ScheduleConfig};
+    use crate::schedule::{Abilities, Caches, ScheduleConfig};
 
     /// A pool of two pages and one list per session, so that two sessions of one page fit.
     fn scheduler() -> Scheduler {
@@ -200,11 +200,10 @@ mod tests {
             fixed_entries: 0,
         };
         let pool = PagePool::new(&layout).expect("room for two slabs");
-        let shape =
-            TableShape { num_layers: 1, num_kv_heads: 1, page, codec: HiddenCodec::F16, sealing: Sealing::WhenFull };
+        let shape = TableShape { num_layers: 1, num_kv_heads: 1, page, codec: HiddenCodec::F16 };
         let window = Window::new(page, 1, 8, false);
         let config = ScheduleConfig { max_rows: 8, max_sessions: 4, context_length: 100 };
-        Scheduler::new(config, Caches::new(pool, shape, window, Vec::new()))
+        Scheduler::new(config, Caches::new(pool, shape, window, Abilities::default()))
     }
 
     #[test]
@@ -213,7 +212,7 @@ mod tests {
         let mut meter = Meter::default();
         for _ in 0..3 {
             let (prompt, sampling, compression) = (vec![1; 8], Sampling::GREEDY, Compression::default());
-            let request = Request { prompt, max_new: 3, sampling, stop: Vec::new(), compression };
+            let request = Request { prompt, max_new: 3, sampling, stop: Vec::new(), compression, document: None };
             meter.session(&scheduler, &request);
             scheduler.submit(request).expect("a session of one page");
         }

@@ -17,11 +17,11 @@ use super::{Request, SessionId, StepPlan};
 use crate::compression::Compression;
 use crate::compression::head::{HeadPattern, HeadScores, ListPattern};
 use crate::compression::hidden::HiddenCodec;
-use crate::compression::layer::Sharing;
 use crate::compression::keep::{Domain, KeepShape, domains};
-use crate::compression::token::{Reduce, Rows, Rule, Score, TokenPolicy};
+use crate::compression::layer::Sharing;
+use crate::compression::token::{Allocation, Reduce, Rows, Rule, Score, TokenPolicy};
 use crate::geometry::Bytes;
-use crate::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
+use crate::pool::page_table::{Capacity, Layers, PageTable, Quest, TableRanges, TableShape, Window};
 use crate::pool::{PagePool, PoolError};
 
 /// Tokens that a repetition adds to a document at once: a prompt, and a chunk.
@@ -34,6 +34,8 @@ pub struct Abilities {
     pub codecs: Vec<HiddenCodec>,
     /// Sessions that it scores at once; `None` where it can not evict.
     pub slots: Option<u32>,
+    /// Whether decode rows can choose the pages that they read.
+    pub chooses: bool,
     /// Which heads keep everything, for head patterns.
     pub head_scores: Option<Arc<HeadScores>>,
 }
@@ -163,6 +165,18 @@ impl Caches {
         Self { pool, ranges, window, full, abilities, tables, plans, slots, fresh: Vec::new(), evicted_tokens: 0 }
     }
 
+    /// Shape of a session's table in its codec, where decode rows may choose pages of `n_tokens` tokens.
+    fn shape_of(&self, compression: &Compression, n_tokens: u32) -> Result<TableShape, String> {
+        let quest = match compression.token {
+            TokenPolicy::Quest { budget, dense_layers } => {
+                let pages = budget.tokens(n_tokens).div_ceil(self.full.page.page_size);
+                Some(Quest { pages, dense_layers })
+            }
+            _ => None,
+        };
+        Ok(TableShape { quest, ..self.shape(compression)? })
+    }
+
     /// Shape of a session's table in its codec.
     ///
     /// # Errors
@@ -212,11 +226,21 @@ impl Caches {
     pub fn serves(&self, compression: &Compression) -> Result<(), String> {
         let missing = |codec: &HiddenCodec| !self.abilities.codecs.contains(codec);
         if let Some(codec) = Self::codecs_of(compression).into_iter().find(missing) {
-            let served: Vec<_> = [HiddenCodec::F16].iter().chain(&self.abilities.codecs).map(ToString::to_string).collect();
+            let served: Vec<_> =
+                [HiddenCodec::F16].iter().chain(&self.abilities.codecs).map(ToString::to_string).collect();
             return Err(format!("no kernels were made for hidden={codec}; this run serves {}", served.join(", ")));
         }
         if Self::evicts(compression) && self.abilities.slots.is_none() {
             return Err(format!("{} evicts, and this engine was made without evictions", compression.short()));
+        }
+        if matches!(compression.token, TokenPolicy::Quest { .. }) && !self.abilities.chooses {
+            return Err(format!("{} chooses pages, and this engine was made without that", compression.short()));
+        }
+        if Self::observes(compression) && self.abilities.slots == Some(0) {
+            return Err(format!(
+                "{} scores tokens, and this engine was made without slots for that",
+                compression.short()
+            ));
         }
         self.layers(compression)?;
         self.merging(compression)?;
@@ -231,7 +255,9 @@ impl Caches {
         let all = compression.head.lists(self.abilities.head_scores.as_deref(), layers, heads)?;
         let owners = compression.layer.owners(layers)?;
         let own = (0..layers).filter(|layer| owners[*layer as usize] == *layer);
-        Ok(own.flat_map(|layer| all[(layer * heads) as usize..((layer + 1) * heads) as usize].iter().copied()).collect())
+        Ok(own
+            .flat_map(|layer| all[(layer * heads) as usize..((layer + 1) * heads) as usize].iter().copied())
+            .collect())
     }
 
     /// What an eviction of lists of up to `n_tokens` tokens keeps.
@@ -253,7 +279,8 @@ impl Caches {
         let mut capacity = Capacity::tokens(tail_tokens);
         let domains = self.domains(compression, n_tokens)?;
         if let Some(Merging { pairs, .. }) = self.merging(compression)? {
-            let most = |list: u32| domains.iter().find(|d| d.lists.contains(&list)).map_or(0, |d| d.total.min(n_tokens));
+            let most =
+                |list: u32| domains.iter().find(|d| d.lists.contains(&list)).map_or(0, |d| d.total.min(n_tokens));
             for (lower, upper) in pairs {
                 for head in 0..self.full.num_kv_heads {
                     let tokens = [lower, upper].map(|layer| most(layer * self.full.num_kv_heads + head));
@@ -274,23 +301,33 @@ impl Caches {
         Ok(capacity)
     }
 
+    /// The same for evictions that follow each other, of lists of any lengths: those that compete may have become as long as
+    /// all of them together.
+    fn capacity_of_turns(&self, compression: &Compression, every: u32) -> Result<Capacity, String> {
+        let mut capacity = self.capacity(compression, u32::MAX, every)?;
+        let allocation = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).allocation);
+        if matches!(allocation, Some(Allocation::Pyramid { .. })) {
+            // Over short lists it is flatter, and then other layers leave pages partly used.
+            let domains = self.domains(compression, u32::MAX)?;
+            let pages = |domain: &Domain| domain.total / self.full.page.page_size + 1;
+            capacity.kept_pages = domains.iter().map(pages).sum();
+        }
+        Ok(capacity)
+    }
+
     fn needs(&self, compression: &Compression, document: u32, max_tokens: u32) -> Result<Needs, String> {
-        let (shape, layers) = (self.shape(compression)?, self.layers(compression)?);
+        let (shape, layers) = (self.shape_of(compression, max_tokens)?, self.layers(compression)?);
         if !Self::evicts(compression) {
             let first = (shape, Capacity::tokens(max_tokens));
             return Ok(Needs { first, targets: Vec::new(), source_layers: layers.clone(), layers });
         }
         let source = TableShape { codec: HiddenCodec::F16, ..shape };
         let every = compression.token.eviction().and_then(|eviction| eviction.every);
-        let rest = max_tokens - document;
+        let rest = max_tokens.saturating_sub(document);
         let targets = match every {
             // Both of the tables that take turns hold what stays of a document, and of what stayed and N more.
-            Some(every) => {
-                let kept = compression.token.eviction().map_or(0, |eviction| eviction.kept(document));
-                let capacity = self.capacity(compression, document.max(kept + every), every)?;
-                vec![(shape, capacity); 1 + usize::from(rest > every)]
-            }
-            None => vec![(shape, self.capacity(compression, document, rest)?)],
+            Some(every) if rest > every => vec![(shape, self.capacity_of_turns(compression, every)?); 2],
+            _ => vec![(shape, self.capacity(compression, document, rest)?)],
         };
         // A repetition stands behind the document for a while.
         let repeats = compression.token.eviction().is_some_and(|e| e.rule(u32::MAX).score == Score::Reconstruction);
@@ -309,7 +346,7 @@ impl Caches {
             let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
             // Saturating: no pool has so many pages.
             let all = |per_list: u32| shape.num_lists().saturating_mul(per_list);
-            pages.push((shape.open_page(), all(open)));
+            pages.push((shape.open_page(), all(open + shape.bounds_of_list(capacity.tail_tokens))));
             pages.push((shape.sealed_page(), all(sealed).saturating_add(capacity.kept_pages)));
             pages.push((shape.merged_page(), capacity.merged_pages));
         }
@@ -344,6 +381,8 @@ impl Caches {
         document: u32,
         max_tokens: u32,
     ) -> Result<(), PoolError> {
+        // A list of no tokens would keep nothing, for good.
+        let document = document.clamp(1, max_tokens.max(1));
         let needs = self.needs(compression, document, max_tokens);
         let Needs { first, targets, layers, source_layers } = needs.expect("a session that is served has its tables");
         let slot = if Self::observes(compression) {
@@ -459,7 +498,8 @@ impl Caches {
         let selection = self.selection_of(&plan.compression, n_tokens, plan.slot.unwrap_or(0));
         let selection = selection.expect("what was admitted has its domains");
         let sums = matches!(selection.rule, Some(Rule { score: Score::Attention { rows: Rows::All, .. }, .. }));
-        Selection { carries: sums && plan.targets.len() > 1, ..selection }
+        let again = plan.compression.token.eviction().is_some_and(|eviction| eviction.every.is_some());
+        Selection { carries: sums && again, ..selection }
     }
 
     /// Takes the table that the eviction fills.
@@ -491,6 +531,9 @@ impl Caches {
         match plan.compression.token.eviction().and_then(|eviction| eviction.every) {
             Some(every) if !plan.targets.is_empty() => {
                 plan.due = every;
+                // A later eviction may keep more than this one did: its table is made of what this table returns.
+                let filled = self.tables.get_mut(&id).expect("it was swapped in");
+                filled.commit_rest(&mut self.pool)?;
                 let sums = plan.compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).score);
                 // Sums over all rows go on; those of a few rows begin anew.
                 if matches!(sums, Some(Score::Attention { rows: Rows::Last(_), .. })) {
@@ -549,10 +592,5 @@ impl Caches {
         for rows in &plan.segments {
             self.tables.get_mut(&rows.session).expect("an admitted session has a table").retire();
         }
-    }
-
-    /// Whether the policy reads pages that it chooses row by row.
-    pub const fn is_quest(compression: &Compression) -> bool {
-        matches!(compression.token, TokenPolicy::Quest { .. })
     }
 }

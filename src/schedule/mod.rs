@@ -54,8 +54,8 @@ pub trait Backend {
     /// Whatever the backend runs into; the scheduler's state is unchanged except for the grown page tables.
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, Self::Error>;
 
-    /// Evicts from the cache of a session that is due, whose tokens so far are `tokens`, and swaps its table; how long that
-    /// took.
+    /// Evicts from the cache of a session that is due, which has seen `tokens` and nothing after them, and swaps its table; how
+    /// long that took.
     ///
     /// # Errors
     /// Whatever the backend runs into.
@@ -191,8 +191,7 @@ impl Scheduler {
         let mut report = StepReport { admitted: self.admit()?, ..StepReport::default() };
         let due: Vec<_> = self.admitted.iter().copied().filter(|id| self.caches.is_due(*id)).collect();
         for id in due {
-            let session = &self.sessions[&id];
-            let tokens = [&session.request.prompt[..], &session.produced].concat();
+            let tokens = self.sessions[&id].cached();
             report.elapsed += backend.evict(id, &tokens, &mut self.caches)?;
             report.evicted.push(id);
         }

@@ -23,15 +23,15 @@ pub struct Request {
     /// What is done to its cache.
     pub compression: Compression,
     /// Tokens of the prompt that are compressed before the rest of it is read: a document, without the question about it.
-    /// The whole prompt where `None`.
+    /// The whole prompt where `None`; the first token is always one of them.
     pub document: Option<u32>,
 }
 
 impl Request {
-    /// Tokens of the prompt that are compressed before the rest is read.
+    /// Tokens of the prompt that are compressed before the rest is read; the first always.
     pub fn document_tokens(&self) -> u32 {
         let prompt = u32::try_from(self.prompt.len()).expect("prompts are counted in 32 bits");
-        self.document.unwrap_or(prompt).min(prompt)
+        self.document.unwrap_or(prompt).min(prompt).max(1)
     }
 
     /// Tokens that the cache must be able to hold. The last token produced is never fed back.
@@ -92,6 +92,17 @@ pub struct Session {
 }
 
 impl Session {
+    /// Tokens that its cache has seen: of the prompt those that are computed, without a question that is still to come; of
+    /// those produced all but the last, which is fed back in the next step.
+    pub fn cached(&self) -> Vec<u32> {
+        let mut tokens = self.request.prompt.clone();
+        match self.phase {
+            Phase::Prefill(done) => tokens.truncate(done as usize),
+            _ => tokens.extend(self.produced.split_last().map_or(&[][..], |(_, before)| before)),
+        }
+        tokens
+    }
+
     /// Whether pages are held for it.
     pub const fn is_admitted(&self) -> bool {
         matches!(self.phase, Phase::Prefill(_) | Phase::Decode)

@@ -80,8 +80,7 @@ impl Backend for Simulation {
         let mut target = caches.take_target(session);
         let table = &caches.tables[&session];
         let (n_tokens, kv_heads) = (table.n_tokens(), table.shape().num_kv_heads);
-        let owners: Vec<u32> =
-            (0..caches.full.num_layers).filter(|layer| target.layers().owns(*layer)).collect();
+        let owners: Vec<u32> = (0..caches.full.num_layers).filter(|layer| target.layers().owns(*layer)).collect();
         let mut kept = vec![KeptTokens::default(); target.shape().num_lists() as usize];
         for domain in selection.domains.iter().filter(|domain| domain.total > 0) {
             let lists = u32::try_from(domain.lists.len()).expect("lists are counted in 32 bits");

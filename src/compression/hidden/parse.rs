@@ -327,7 +327,8 @@ mod tests {
             ("rot2", 64, 64, 2.25),
             ("k:kivi2,v:rot4", 64, 64, (3.0 + 4.25) / 2.0),
             ("mean+rot4", 64, 64, 4.25 + 0.125),
-            ("lowrank:32", 64, 64, 8.0),
+            // Half of the channels, and a position per token.
+            ("lowrank:32", 64, 64, 8.0 + 32.0 / 128.0),
             // 40 of 64 channels of 8 bits, a scale and minimum per token, 48 bytes of mask; 64 channels of values.
             ("think:0.6+int8", 64, 64, (40.0 * 8.0 + 32.0 + 6.0 + 64.0 * 8.0 + 32.0) / 128.0),
         ] {

@@ -221,8 +221,7 @@ impl<'d> Setup<'d> {
                         let tokens = all[start..start + page_values].chunks_exact(kv_width);
                         tokens.flat_map(|row| row[head * width..(head + 1) * width].to_vec()).collect()
                     };
-                    let context =
-                        PageContext::at(&self.parameters[head], number * page.page_size);
+                    let context = PageContext::at(&self.parameters[head], number * page.page_size);
                     let words = sequence.codec.encode(page, context, &rows(&sequence.k), &rows(&sequence.v));
                     let (k, v) = sequence.codec.decode(page, context, &words);
                     (words, k, v)

@@ -94,7 +94,7 @@ pub(super) fn count(extent: Extent) -> usize {
 pub(super) fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(Check)) -> Result<(), EngineError> {
     let mut cache = PipelineCache::default();
     for compression in cases(extent) {
-        check(device, &mut cache, &[compression])?.into_iter().for_each(&mut *each);
+        check(device, &mut cache, &[compression], None)?.into_iter().for_each(&mut *each);
     }
     Ok(())
 }
@@ -131,7 +131,7 @@ fn random(rng: &mut ChaCha8Rng, n: usize) -> Vec<f32> {
 }
 
 /// Evicts from sequences with these compressions, then decodes and prefills all of them in common steps; five checks of
-/// each.
+/// each. Small arenas scatter pages.
 ///
 /// # Errors
 /// [`EngineError`] when the device refuses.
@@ -139,6 +139,7 @@ pub fn check(
     device: &Device,
     cache: &mut PipelineCache,
     compressions: &[Compression],
+    max_arena: Option<Bytes>,
 ) -> Result<Vec<Check>, EngineError> {
     let mut rng = ChaCha8Rng::seed_from_u64(77);
     let heads = SHAPE.heads;
@@ -153,14 +154,17 @@ pub fn check(
     evictions.head_scores = Some(Arc::new(head_scores()));
     let rows = 64.max(AFTER[1] * slots);
     let n_tokens = DOCUMENT + AFTER.iter().sum::<u32>();
-    let page = codecs.iter().map(|c| c.page_bytes(SHAPE.page()).0).fold(HiddenCodec::F16.page_bytes(SHAPE.page()).0, u64::max);
-    let pages = u64::from(slots) * u64::from(NUM_LAYERS * heads.num_kv_heads) * 3 * u64::from(n_tokens.div_ceil(PAGE_SIZE) + 2);
+    let page =
+        codecs.iter().map(|c| c.page_bytes(SHAPE.page()).0).fold(HiddenCodec::F16.page_bytes(SHAPE.page()).0, u64::max);
+    let pages =
+        u64::from(slots) * u64::from(NUM_LAYERS * heads.num_kv_heads) * 3 * u64::from(n_tokens.div_ceil(PAGE_SIZE) + 2);
     let config = PagedAttentionConfig {
         num_layers: NUM_LAYERS,
         codecs: codecs.clone(),
         evictions: Some(evictions),
         parameters: of_lists.to_vec(),
         context_length: n_tokens,
+        max_arena,
         ..PagedAttentionConfig::new(
             SHAPE,
             Bytes(pages * page + (codecs.len() as u64 + 2) * 64 * page) + Bytes::mib(24),
@@ -322,11 +326,14 @@ fn evict(attention: &mut PagedAttention<'_>, sequence: &mut Sequence) -> Result<
     let n_lists = kept.len();
     let table = attention.table(sequence.id)?;
     let owners: Vec<u32> = (0..NUM_LAYERS).filter(|layer| table.layers().owns(*layer)).collect();
-    let of_list = |list: usize| (owners[list / heads.num_kv_heads as usize], u32::try_from(list).expect("few lists") % heads.num_kv_heads);
+    let of_list = |list: usize| {
+        (owners[list / heads.num_kv_heads as usize], u32::try_from(list).expect("few lists") % heads.num_kv_heads)
+    };
     let drops = selection.domains.iter().any(|d| u64::from(d.total) < d.lists.len() as u64 * u64::from(DOCUMENT));
     let mut outcome = std::mem::take(&mut sequence.outcome);
     // Merging ranks by distances in the same place.
-    let scored = selection.rule.filter(|rule| drops && selection.merge.is_none() && rule.score != Score::Reconstruction);
+    let scored =
+        selection.rule.filter(|rule| drops && selection.merge.is_none() && rule.score != Score::Reconstruction);
     let decided = match scored {
         Some(rule) => {
             let decided = attention.decided_scores(&vec![DOCUMENT as usize; n_lists])?;
@@ -388,7 +395,8 @@ fn evict(attention: &mut PagedAttention<'_>, sequence: &mut Sequence) -> Result<
                     let near = |a: f64, b: f64, by: f64| (a - b).abs() <= by;
                     let same = codec != HiddenCodec::F16
                         || got.iter().zip(&direction).all(|(a, b)| near(f64::from(*a), *b, 1.0 / 512.0));
-                    let lengths_same = near(f64::from(length(side)), exact[member as usize], exact[member as usize] / 1000.0);
+                    let lengths_same =
+                        near(f64::from(length(side)), exact[member as usize], exact[member as usize] / 1000.0);
                     outcome.pages.compare(&[u32::from(same), u32::from(lengths_same)], &[1, 1]);
                     let out = if side == 0 { &mut k } else { &mut v };
                     out.extend(got.iter().map(|x| x * length(side)));
@@ -413,7 +421,9 @@ fn evict(attention: &mut PagedAttention<'_>, sequence: &mut Sequence) -> Result<
                     (length(a) - length(b)).abs() > 0.01 * length(b).max(0.1)
                 });
                 let wrong = u32::try_from(same.count()).expect("a page is small");
-                outcome.pages.compare(&[wrong, u32::from(b == side(&sequence.v))], &[0, u32::from(codec == HiddenCodec::F16)]);
+                outcome
+                    .pages
+                    .compare(&[wrong, u32::from(b == side(&sequence.v))], &[0, u32::from(codec == HiddenCodec::F16)]);
             } else {
                 outcome.pages.compare(words, &codec.encode(page, context, &side(&sequence.k), &side(&sequence.v)));
             }
@@ -455,8 +465,7 @@ fn oracle(sequence: &Sequence, table: &PageTable, rule: &Rule) -> (Vec<Vec<f64>>
             Score::KeyNorm => scoring::key_norm(&held),
             Score::KeyDifference => scoring::key_difference(&held),
             Score::Random { seed } => {
-                let scores: Vec<f64> =
-                    (0..DOCUMENT).map(|t| f64::from(token::random::score(seed, list, t))).collect();
+                let scores: Vec<f64> = (0..DOCUMENT).map(|t| f64::from(token::random::score(seed, list, t))).collect();
                 Scores { absolute: vec![0.0; scores.len()], scores }
             }
             Score::Expected { future, n_skip } => {
@@ -490,7 +499,9 @@ fn oracle(sequence: &Sequence, table: &PageTable, rule: &Rule) -> (Vec<Vec<f64>>
                 }
                 sum.expect("a list has a reader")
             }
-            Score::None | Score::Reconstruction => Scores { scores: vec![0.0; DOCUMENT as usize], absolute: vec![0.0; DOCUMENT as usize] },
+            Score::None | Score::Reconstruction => {
+                Scores { scores: vec![0.0; DOCUMENT as usize], absolute: vec![0.0; DOCUMENT as usize] }
+            }
         }
     };
     let mut all: Vec<Scores> = (0..n_lists).into_par_iter().map(of_list).collect();

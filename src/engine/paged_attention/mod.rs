@@ -1,12 +1,14 @@
 //! Attention over a paged cache, without a model: append keys and values, decode, prefill and evict.
 
+mod inspect;
+
 use super::eviction::{self, Evictor};
 use super::{EngineError, EvictionConfig};
 use crate::compression::Compression;
 use crate::compression::hidden::{HeadParameters, HiddenCodec};
 use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::{Device, DeviceError};
-use crate::geometry::{Bytes, CELL_BYTES, WORD_BYTES};
+use crate::geometry::{Bytes, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
 use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers};
@@ -15,7 +17,7 @@ use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::{PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
-use crate::pool::{PageId, PagePool, PoolLayout, PoolReport};
+use crate::pool::{PagePool, PoolLayout, PoolReport};
 use crate::schedule::{Abilities, Caches, Observed, Selection, SessionId};
 
 /// How large a [`PagedAttention`] is.
@@ -27,6 +29,8 @@ pub struct PagedAttentionConfig {
     pub num_layers: u32,
     /// Codecs besides f16 that sequences may have; each costs its kernels.
     pub codecs: Vec<HiddenCodec>,
+    /// Sequences whose decode rows may choose the pages that they read (`quest`).
+    pub choosing: u32,
     /// What evictions need; `None` where nothing is evicted.
     pub evictions: Option<EvictionConfig>,
     /// What codecs take from a model, per layer and KV head; none where no codec needs it.
@@ -52,6 +56,7 @@ impl PagedAttentionConfig {
             shape,
             num_layers,
             codecs,
+            choosing: 0,
             evictions,
             parameters,
             context_length,
@@ -73,6 +78,7 @@ impl PagedAttentionConfig {
 }
 
 pub use super::eviction::Kept;
+pub use inspect::DevicePages;
 
 /// A sequence in the cache.
 pub type SequenceId = SessionId;
@@ -152,13 +158,17 @@ impl<'d> PagedAttention<'d> {
             codecs: &config.codecs,
             num_lists: config.num_layers * heads.num_kv_heads,
             context_length: config.context_length,
+            choosing: config.choosing,
         };
         let pages = page_sizes(&config.shape, &config.codecs);
         let seals = config.codecs.iter().any(HiddenCodec::seals);
         let window = Window::new(config.shape.page(), heads.num_kv_heads, config.max_rows, seals);
         let max_binding = device.max_binding();
         let eviction_sizes = config.eviction_sizes();
-        let scratch = qkv_bytes + output_bytes + sizes.scratch_bytes(&config.shape) + Self::STEP
+        let scratch = qkv_bytes
+            + output_bytes
+            + sizes.scratch_bytes(&config.shape)
+            + Self::STEP
             + eviction_sizes.map_or(Bytes::ZERO, |sizes| sizes.scratch_bytes(&config.shape));
         let eviction_back = eviction_sizes.map_or(Bytes::ZERO, |sizes| eviction::back_bytes(&sizes, &config.shape));
         let layout = PoolLayout {
@@ -198,11 +208,13 @@ impl<'d> PagedAttention<'d> {
             num_kv_heads: heads.num_kv_heads,
             page: config.shape.page(),
             codec: HiddenCodec::F16,
+            quest: None,
         };
         let abilities = Abilities {
             codecs: config.codecs.clone(),
             slots: config.evictions.as_ref().map(|evictions| evictions.slots),
             head_scores: config.evictions.as_ref().and_then(|evictions| evictions.head_scores.clone()),
+            chooses: config.choosing > 0,
         };
         buffers.write_window(device, &mut uploader, &window)?;
         let caches = Caches::new(pool, full, window, abilities);
@@ -300,19 +312,6 @@ impl<'d> PagedAttention<'d> {
         self.caches.tables.insert(sequence, source);
         self.caches.swap(sequence, target)?;
         Ok(Some(kept?))
-    }
-
-    /// Scores that the last eviction ranked by, `[list][tokens]`, for so many tokens of each list; for tests.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    pub fn decided_scores(&self, tokens: &[usize]) -> Result<Vec<Vec<f32>>, EngineError> {
-        let Some((kernels, _)) = &self.evictions else { return Ok(Vec::new()) };
-        let of_list = |(list, n): (u64, &usize)| {
-            let at = list * u64::from(kernels.sizes().capacity) * WORD_BYTES;
-            Ok(bytemuck::pod_collect_to_vec(&download(self.device, &kernels.buffers().decided, at, n * 4)?))
-        };
-        (0..).zip(tokens).map(of_list).collect()
     }
 
     /// What the pool holds.
@@ -495,7 +494,8 @@ impl<'d> PagedAttention<'d> {
         let first = layer as usize * n_rows;
         for p in placed {
             let copy = |from: &[f32], to: &mut [f32], width: usize| {
-                let (at, lo, n) = ((first + p.to as usize) * width, p.row_lo as usize * width, p.n_rows as usize * width);
+                let (at, lo, n) =
+                    ((first + p.to as usize) * width, p.row_lo as usize * width, p.n_rows as usize * width);
                 to[at..at + n].copy_from_slice(&from[lo..lo + n]);
             };
             copy(&o, &mut out.o, q_width);
@@ -503,69 +503,6 @@ impl<'d> PagedAttention<'d> {
         }
         Ok(())
     }
-
-    /// The pages of one KV head of a sequence's first layer as the device holds them, in order: those in its codec, then open
-    /// ones; for tests.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    pub fn pages(&self, sequence: SequenceId, kv_head: u32) -> Result<DevicePages, EngineError> {
-        self.pages_of_layer(sequence, 0, kv_head)
-    }
-
-    /// The same of any layer.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    pub fn pages_of_layer(
-        &self,
-        sequence: SequenceId,
-        layer: u32,
-        kv_head: u32,
-    ) -> Result<DevicePages, EngineError> {
-        let table = self.table(sequence)?;
-        let read = |pages: &[PageId], page: Bytes| -> Result<Vec<Vec<u32>>, DeviceError> {
-            let bytes = usize::try_from(page.0).expect("a page fits in the address space");
-            let one = |id: &PageId| {
-                let arena = &self.buffers.arenas[usize::from(id.arena)];
-                download(self.device, arena, u64::from(id.cell) * CELL_BYTES, bytes)
-            };
-            pages.iter().map(|id| Ok(bytemuck::pod_collect_to_vec(&one(id)?))).collect()
-        };
-        let (sealed, open) = table.list(layer, kv_head);
-        let (sealed_page, open_page) = (table.shape().sealed_page(), table.shape().open_page());
-        let merged = read(table.merged_pages(layer, kv_head), table.shape().merged_page())?;
-        Ok(DevicePages { merged, sealed: read(&sealed, sealed_page)?, open: read(open, open_page)? })
-    }
-}
-
-impl PagedAttention<'_> {
-    /// Turns over one bit of a sealed page of a sequence's first KV head, for tests of what finds it.
-    ///
-    /// # Errors
-    /// [`EngineError`].
-    ///
-    /// # Panics
-    /// When there is no such page or word.
-    pub fn flip(&mut self, sequence: SequenceId, page: usize, word: u32, bit: u32) -> Result<(), EngineError> {
-        let sealed = self.pages(sequence, 0)?.sealed;
-        let turned = sealed[page][word as usize] ^ (1 << bit);
-        let id = self.table(sequence)?.list(0, 0).0[page];
-        let arena = &self.buffers.arenas[usize::from(id.arena)];
-        let at = u64::from(id.cell) * CELL_BYTES + u64::from(word) * WORD_BYTES;
-        Ok(self.uploader.upload(self.device, &turned.to_le_bytes(), arena, at)?)
-    }
-}
-
-/// Words of a list's pages as the device holds them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DevicePages {
-    /// Pages of what the list has in common with another layer's.
-    pub merged: Vec<Vec<u32>>,
-    /// Pages in the codec: kept ones, then sealed ones.
-    pub sealed: Vec<Vec<u32>>,
-    /// Open pages, in order.
-    pub open: Vec<Vec<u32>>,
 }
 
 /// Rows of a call that are still to be computed.
