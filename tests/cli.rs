@@ -8,6 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use concertina::compression::head::HeadScores;
 use concertina::model::reference_model_path;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -147,9 +148,9 @@ fn wrong_usage_is_refused_with_exit_code_2() {
 
 #[test]
 fn help_explains_every_command() {
-    for command in
-        ["", "devices", "run", "generate", "tokenize", "codecs", "policies", "eval perplexity", "eval kl", "verify"]
-    {
+    let evals = ["eval perplexity", "eval kl", "eval needle", "calibrate heads"];
+    let others = ["", "devices", "run", "generate", "tokenize", "codecs", "policies", "verify"];
+    for command in others.into_iter().chain(evals) {
         let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
         let output = concertina(&args);
         assert_eq!(output.status.code(), Some(0), "{command} --help");
@@ -348,6 +349,12 @@ fn comparisons_that_can_not_be_made_are_refused() {
     refused(&kl(&["--compress", "hidden=kivi5"]), 2, &["kivi5", "kivi4[:G]"]);
     refused(&kl(&["--compress", "kivi2:64", "--page-size", "32"]), 2, &["kivi2:64", "32 tokens", "--page-size 64"]);
     refused(&kl(&["--svg", &files.path("no/such/plot.svg")]), 1, &["can not write the plot", "No such file"]);
+    let needle = |more: &[&str]| join(&["eval", "needle", "--model", &model, "--compress", "tova:0.5"], more);
+    refused(&needle(&["--lengths", "20"]), 2, &["--lengths 20", "no room for prose"]);
+    refused(&needle(&["--lengths", "512,9000"]), 2, &["--lengths 9000", "context of 8192"]);
+    refused(&needle(&["--depths", "0.5,1.5"]), 2, &["1.5", "from 0 to 1"]);
+    refused(&needle(&["--lengths", "128", "--compress", "snapkv:0.1"]), 2, &["--lengths 128", "always stay"]);
+    refused(&join(&["calibrate", "heads", "--model", &model], &["--prose", "8000"]), 2, &["context of 8192"]);
     assert_eq!(files.names(), ["t.txt"], "nothing was written");
 }
 
@@ -464,6 +471,50 @@ fn compressions_are_compared_with_the_full_cache_gpu() {
     let message = refused(&within("1MiB"), 1, &["1.00 MiB is too small", "2 caches", "without --kv-budget"]);
     // What the pool advises is room for a slab; the caches need more.
     refused(&within(&advised(&message)), 1, &["do not fit", "2 caches", "without --kv-budget"]);
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn needles_are_found_and_what_is_finished_is_not_asked_again_gpu() {
+    let files = Files::new();
+    let (model, svg, kept) = (model(), files.path("needle.svg"), files.path("kept.jsonl"));
+    let needle = ["eval", "needle", "--model", &model, "--lengths", "192", "--depths", "0.3", "--page-size", "32"];
+    let needle = [&needle[..], &["--compress", "kivi4", "streaming:32", "--resume", &kept]].concat();
+    let found = report(&[&needle[..], &["--svg", &svg]].concat());
+    let [full, kivi4, window] = [0, 1, 2].map(|i| &found["results"][i]);
+    assert_eq!((&full["right"], &kivi4["right"], &window["right"]), (&1.into(), &1.into(), &0.into()), "{found}");
+    assert!(kivi4["times_smaller"].as_f64().is_some_and(|times| times > 2.0), "kivi4 is small: {kivi4}");
+    assert!(found["cases"][0]["prompt_tokens"].as_u64().is_some_and(|n| (185..=192).contains(&n)), "{found}");
+    assert!(fs::read_to_string(&svg).expect("a plot").contains("full: 1 of 1 right"), "a picture");
+    // The last line is torn: its question is asked again, and the file is as it was.
+    let whole = fs::read(&kept).expect("a file");
+    assert_eq!(whole.iter().filter(|byte| **byte == b'\n').count(), 2, "settings and a question");
+    fs::write(&kept, &whole[..whole.len() - 9]).expect("torn");
+    assert_eq!(report(&needle)["cases"], found["cases"], "asked again");
+    assert_eq!(fs::read(&kept).expect("a file"), whole, "kept again");
+    let claims = String::from_utf8(whole).expect("UTF-8").replace("\"right\":true", "\"right\":false");
+    fs::write(&kept, claims).expect("changed");
+    assert_eq!(report(&needle)["results"][0]["right"], 0, "what the file says is not asked again");
+    refused(&[&needle[..], &["--seed", "1"]].concat(), 2, &["kept.jsonl", "its seed is 0", "this command 1"]);
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn heads_that_look_back_are_found_gpu() {
+    let files = Files::new();
+    let (model, out) = (model(), files.path("heads.tsv"));
+    let args = ["calibrate", "heads", "--model", &model, "--prose", "128", "--random", "24", "--by", "retrieval"];
+    let found = report(&[&args[..], &["--out", &out]].concat());
+    let scores = HeadScores::parse(&fs::read_to_string(&out).expect("a file")).expect("head scores");
+    assert_eq!((scores.num_layers, scores.num_kv_heads), (30, 3), "a line per layer, a number per KV head");
+    let mut best: Vec<usize> = (0..90).collect();
+    best.sort_by(|a, b| scores.scores[*b].total_cmp(&scores.scores[*a]));
+    // Two heads of this model copy far more than any other: layer 18, KV head 2, and layer 17, KV head 1.
+    assert!(best[..2].contains(&56) && best[..2].contains(&52), "{best:?}");
+    for name in ["induction", "echo", "copy", "reach"] {
+        let all = found["measured"][name].as_array().expect("a list");
+        assert!(all.len() == 90 && all.iter().all(|p| p.as_f64().is_some_and(|p| (0.0..1.001).contains(&p))), "{name}");
+    }
 }
 
 #[test]

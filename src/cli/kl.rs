@@ -101,6 +101,12 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
     let model = Model::open(&args.model.model)?;
     let job = Job::new(args, &model)?;
     let tokens = model.tokenizer.encode(&text, false)?;
+    let windows =
+        job.settings.windows(&tokens, args.windows as usize).map_err(|sentence| anyhow!("'{path}': {sentence}"))?;
+    if windows.len() < args.windows as usize {
+        let (n, all) = (windows.len(), args.windows);
+        eprintln!("'{path}' has {n} of the {all} windows");
+    }
     let settings = serde_json::json!({
         "measure": "eval kl",
         "model": model.identity()?,
@@ -113,12 +119,6 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
         "calibrate": args.calibration.fingerprint()?,
     });
     let mut resumed = Resumed::open(&args.resume, &settings)?;
-    let windows =
-        job.settings.windows(&tokens, args.windows as usize).map_err(|sentence| anyhow!("'{path}': {sentence}"))?;
-    if windows.len() < args.windows as usize {
-        let (n, all) = (windows.len(), args.windows);
-        eprintln!("'{path}' has {n} of the {all} windows");
-    }
     let device = Device::open(&request)?;
     let weights = model.weights()?;
     let config = job.engine_config(&device, &weights, args.kv_budget)?;

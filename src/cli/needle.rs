@@ -223,7 +223,7 @@ fn settings(args: &NeedleArgs, asked: &[Asked], model: &Model, job: &Job) -> Res
         "style": NeedleStyle::from(args.style),
         "query_aware": args.query_aware,
         "seed": args.seed,
-        "prompts": fingerprint(&tokens.collect::<Vec<u8>>()),
+        "text": fingerprint(&tokens.collect::<Vec<u8>>()),
         "page_tokens": job.page.page_size,
         "chunk_tokens": job.chunk,
         "head_scores": args.cache.head_scores_fingerprint()?,

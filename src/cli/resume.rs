@@ -20,6 +20,9 @@ use serde_json::{Map, Value, json};
 
 use super::failure::usage;
 
+/// How a file begins.
+const FIRST: &str = "{\"settings\":";
+
 /// Where finished units are kept.
 #[derive(Args, Clone, Debug)]
 pub(super) struct ResumeArg {
@@ -84,7 +87,7 @@ impl Resumed {
                 true
             }
             // A text without a line is what an interrupt leaves of the first line, or another file.
-            None if text.is_empty() || text.starts_with("{\"settings\":") => false,
+            None if text.starts_with(FIRST) || FIRST.starts_with(&text) => false,
             None => return Err(broken(0)),
         };
         for (number, line) in lines {

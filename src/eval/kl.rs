@@ -218,11 +218,15 @@ const fn needs_slot(score: &Score) -> bool {
     matches!(score, Score::Attention { .. } | Score::Expected { .. } | Score::Reconstruction)
 }
 
+/// Whether a cache reads its prefix itself, since the full cache has not what it needs of it.
+pub(super) const fn reads_itself(compression: &Compression) -> bool {
+    compression.layer.skip_prefill.is_some() || matches!(compression.token, TokenPolicy::Quest { .. })
+}
+
 /// Whether a cache can be made of the full one's prefix.
 fn forks(compression: &Compression, settings: &KlSettings) -> bool {
-    let own = compression.layer.skip_prefill.is_some()
-        || matches!(compression.token, TokenPolicy::Quest { .. })
-        || (settings.sealing == PrefixSealing::WhenFull && !Caches::evicts(compression));
+    let own =
+        reads_itself(compression) || (settings.sealing == PrefixSealing::WhenFull && !Caches::evicts(compression));
     !own
 }
 

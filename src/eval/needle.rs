@@ -14,7 +14,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use super::kl::slots;
+use super::kl::{reads_itself, slots};
 use super::prompt::{Driver, Probe};
 use crate::compression::Compression;
 use crate::compression::token::Score;
@@ -156,15 +156,10 @@ impl NeedleTask {
 
     /// Rows that are computed for it.
     pub fn rows(&self, compressions: &[Compression], query_aware: bool) -> usize {
-        let prefixes = 1 + compressions.iter().filter(|compression| !forks(compression)).count();
+        let prefixes = 1 + compressions.iter().filter(|compression| reads_itself(compression)).count();
         let rest = self.tokens.len() - self.prefix(query_aware) + self.answer.len() - 1;
         prefixes * self.prefix(query_aware) + (1 + compressions.len()) * rest
     }
-}
-
-/// Whether a cache can be made of the full one.
-const fn forks(compression: &Compression) -> bool {
-    compression.layer.skip_prefill.is_none()
 }
 
 /// Asks over the full cache and over each compressed one; the first outcome is the full one's. `each` hears of rows that are
@@ -208,7 +203,7 @@ fn ask(
     }
     let mut probes = vec![full];
     for (compression, slot) in compressions.iter().zip(slots) {
-        if forks(compression) {
+        if !reads_itself(compression) {
             probes.push(driver.fork(full, compression, slot, tail)?);
             continue;
         }
