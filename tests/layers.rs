@@ -76,10 +76,8 @@ fn rows_that_skip_layers_have_no_logits_gpu() {
     let weights = four_layers();
     let tokens = common::tokens(8, PROMPT, weights.geometry.vocab_size);
     let compression: Compression = "layer=skip-prefill:2..".parse().expect("a compression");
-    let config = EngineConfig {
-        evictions: EvictionConfig::of(std::slice::from_ref(&compression), 0),
-        ..common::config(16)
-    };
+    let config =
+        EngineConfig { evictions: EvictionConfig::of(std::slice::from_ref(&compression), 0), ..common::config(16) };
     let (mut engine, mut caches) = Engine::new(common::device(), &weights, &config).expect("enough");
     let mut driver = Driver::new(&mut engine, &mut caches);
     let probe = driver.admit(&compression, PROMPT, PROMPT).expect("fits");

@@ -111,9 +111,8 @@ impl EvictionConfig {
             let score = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).score);
             matches!(score, Some(Score::Expected { .. }))
         };
-        let ragged = |compression: &Compression| {
-            Caches::evicts(compression) || compression.layer != LayerPolicy::default()
-        };
+        let ragged =
+            |compression: &Compression| Caches::evicts(compression) || compression.layer != LayerPolicy::default();
         let slots = if compressions.iter().any(Caches::observes) { slots } else { 0 };
         let any = compressions.iter().any(ragged);
         any.then(|| Self { slots, moments: compressions.iter().any(moments), ..Self::default() })

@@ -238,7 +238,10 @@ impl Caches {
         }
         if compression.layer != LayerPolicy::default() && self.abilities.slots.is_none() {
             // Their layers are planned one by one, as those of ragged lists are, and take as many work items.
-            return Err(format!("{} plans layer by layer, and this engine was made without evictions", compression.short()));
+            return Err(format!(
+                "{} plans layer by layer, and this engine was made without evictions",
+                compression.short()
+            ));
         }
         if Self::observes(compression) && self.abilities.slots == Some(0) {
             return Err(format!(
