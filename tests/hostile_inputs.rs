@@ -173,7 +173,7 @@ fn poison_that_an_eviction_ranks_stays_in_its_sequence_gpu() {
             outputs.0.extend(bits(own));
             outputs.1.extend(bits(other));
         }
-        [a, b].map(|sequence| attention.release(sequence).expect("it exists"));
+        [a, b].into_iter().for_each(|sequence| attention.release(sequence).expect("it exists"));
         assert_eq!(attention.report().committed_bytes, Bytes::ZERO, "nothing is promised any more");
         let [of_a, of_b] = kept;
         ((of_a, outputs.0), (of_b, outputs.1))
