@@ -4,10 +4,10 @@ mod common;
 
 use std::collections::BTreeMap;
 
+use concertina::compression::Compression;
 use concertina::compression::hidden::HiddenCodec;
-use concertina::engine::{Engine, EngineConfig};
-use concertina::pool::page_table::{Capacity, Layers, PageTable, TableShape};
-use concertina::schedule::{Caches, PlannedRows, SessionId, StepPlan};
+use concertina::engine::{Engine, EngineConfig, EvictionConfig};
+use concertina::schedule::{Backend as _, Caches, PlannedRows, SessionId, StepPlan};
 
 /// Tokens of each session: a prompt, then what is fed in decode, the same whatever the logits say.
 struct Script {
@@ -27,21 +27,32 @@ fn script(session: u32, vocab: u32) -> Script {
 /// Logits of each session, step by step.
 type Logits = BTreeMap<u32, Vec<Vec<f32>>>;
 
-/// Runs the sessions together, prompts in chunks of at most `chunk` rows. Codecs go round the sessions.
-fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], sessions: &[u32], chunk: usize) -> Logits {
+/// Runs the sessions together, prompts in chunks of at most `chunk` rows. Compressions go round the sessions; what evicts does
+/// so behind all but the last ten tokens of the prompt.
+fn run(
+    engine: &mut Engine<'_>,
+    caches: &mut Caches,
+    compressions: &[Compression],
+    sessions: &[u32],
+    chunk: usize,
+) -> Logits {
     let vocab = engine.geometry().vocab_size;
     let scripts: BTreeMap<u32, Script> = sessions.iter().map(|s| (*s, script(*s, vocab))).collect();
     let mut out = Logits::new();
     for (id, script) in &scripts {
         let n = u32::try_from(script.prompt.len() + script.decode.len()).expect("short");
-        let codec = codecs[*id as usize % codecs.len()];
-        let shape = TableShape { codec, ..caches.full };
-        let Caches { pool, ranges, .. } = &mut *caches;
-        let table = PageTable::admit(pool, ranges, shape, &Layers::OWN, Capacity::tokens(n)).expect("all fit");
-        caches.tables.insert(SessionId(*id), table);
+        let document = u32::try_from(script.prompt.len() - 10).expect("short");
+        let compression = &compressions[*id as usize % compressions.len()];
+        caches.serves(compression).unwrap_or_else(|e| panic!("{compression}: {e}"));
+        caches.admit(SessionId(*id), compression, document, n).expect("all fit");
     }
     let mut at: BTreeMap<u32, usize> = sessions.iter().map(|s| (*s, 0)).collect();
     loop {
+        for id in scripts.keys().map(|id| SessionId(*id)).filter(|id| at[&id.0] < fed(&scripts[&id.0])) {
+            if caches.is_due(id) {
+                engine.evict(id, &[], caches).expect("what is due can be evicted from");
+            }
+        }
         let mut plan = StepPlan::default();
         let mut left = 64;
         for decode in [true, false] {
@@ -52,7 +63,7 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
                     script.decode.get(done - n_prompt).copied().into_iter().collect()
                 } else {
                     let n = u32::try_from(chunk.min(left).min(n_prompt - done)).expect("short");
-                    let n = caches.tables[&SessionId(*id)].cut(n) as usize;
+                    let n = caches.cut(SessionId(*id), n) as usize;
                     script.prompt[done..done + n].to_vec()
                 };
                 if (done >= n_prompt) != decode || tokens.is_empty() {
@@ -60,7 +71,7 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
                 }
                 left -= tokens.len();
                 let last = done + tokens.len() >= n_prompt;
-                let first_index = u32::try_from(done).expect("short");
+                let first_index = caches.tables[&SessionId(*id)].n_tokens();
                 let sample = last.then_some(concertina::kernels::sample::Sampling::GREEDY);
                 let (session, observed) = (SessionId(*id), Vec::new());
                 plan.segments.push(PlannedRows { session, first_index, tokens, decode, depth: None, observed, sample });
@@ -79,13 +90,20 @@ fn run(engine: &mut Engine<'_>, caches: &mut Caches, codecs: &[HiddenCodec], ses
             out.entry(rows.session.0).or_default().push(logits.next().expect("a row of logits"));
         }
     }
-    for (_, table) in std::mem::take(&mut caches.tables) {
-        table.release(&mut caches.pool, &mut caches.ranges).expect("the pool agrees");
+    for id in scripts.keys() {
+        caches.release(SessionId(*id)).expect("the pool agrees");
     }
     out
 }
 
-const FULL: [HiddenCodec; 1] = [HiddenCodec::F16];
+/// Tokens that a session is fed in all.
+const fn fed(script: &Script) -> usize {
+    script.prompt.len() + script.decode.len()
+}
+
+fn full() -> Vec<Compression> {
+    vec![Compression::default()]
+}
 
 fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
     rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
@@ -96,10 +114,10 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
 fn a_session_alone_and_in_a_batch_of_8_gives_the_same_bits_gpu() {
     let weights = common::tiny_model(11);
     let (mut engine, mut caches) = Engine::new(common::device(), &weights, &common::config(64)).expect("64 MiB");
-    let together = run(&mut engine, &mut caches, &FULL, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    let together = run(&mut engine, &mut caches, &full(), &[0, 1, 2, 3, 4, 5, 6, 7], 64);
     for session in 0..8 {
         for chunk in [64, 7] {
-            let alone = run(&mut engine, &mut caches, &FULL, &[session], chunk);
+            let alone = run(&mut engine, &mut caches, &full(), &[session], chunk);
             let n = script(session, weights.geometry.vocab_size).decode.len() + 1;
             assert_eq!(alone[&session].len(), n, "a token after the prompt and after each decode row");
             assert!(
@@ -117,9 +135,9 @@ fn a_session_alone_and_in_a_batch_of_8_gives_the_same_bits_gpu() {
 fn compressed_sessions_alone_and_among_other_codecs_give_the_same_bits_gpu() {
     let weights = common::tiny_model(11);
     // Session 3, which decode splits, and sessions 0 and 6 are kivi2.
-    let codecs: Vec<HiddenCodec> =
+    let codecs: Vec<Compression> =
         ["kivi2", "k:int8,v:rot3", "f16"].map(|codec| codec.parse().expect("a codec")).into();
-    let sealing = codecs.iter().copied().filter(HiddenCodec::seals).collect();
+    let sealing = codecs.iter().map(|c| c.hidden).filter(HiddenCodec::seals).collect();
     let config = EngineConfig { codecs: sealing, page_size: 32, ..common::config(64) };
     let (mut engine, mut caches) = Engine::new(common::device(), &weights, &config).expect("64 MiB");
     let together = run(&mut engine, &mut caches, &codecs, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
@@ -136,12 +154,43 @@ fn compressed_sessions_alone_and_among_other_codecs_give_the_same_bits_gpu() {
             );
         }
     }
-    let full = run(&mut engine, &mut caches, &FULL, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    let full = run(&mut engine, &mut caches, &full(), &[0, 1, 2, 3, 4, 5, 6, 7], 64);
     for session in 0..8 {
         // Every session fills a page, session 0 while it decodes.
-        let sealed = codecs[session as usize % codecs.len()].seals();
+        let sealed = codecs[session as usize % codecs.len()].hidden.seals();
         let same = bits(&full[&session]) == bits(&together[&session]);
         assert_eq!(same, !sealed, "session {session}: codes should show in its logits, and only codes");
+    }
+}
+
+/// What ranks by keys, or by places alone, keeps the same tokens whatever the chunks and whoever is near; and what is kept
+/// is read the same.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn sessions_that_are_evicted_from_alone_and_in_company_give_the_same_bits_gpu() {
+    let weights = common::tiny_model(11);
+    let asked = ["token=streaming:32:every16,hidden=kivi2", "token=keydiff:0.5,hidden=rot3", "token=knorm:0.5", "f16"];
+    let asked: Vec<Compression> = asked.map(|text| text.parse().expect("a compression")).into();
+    let codecs = asked.iter().map(|c| c.hidden).filter(HiddenCodec::seals).collect();
+    let evictions = EvictionConfig::of(&asked, 8);
+    let config = EngineConfig { codecs, evictions, page_size: 32, ..common::config(96) };
+    let (mut engine, mut caches) = Engine::new(common::device(), &weights, &config).expect("96 MiB");
+    let together = run(&mut engine, &mut caches, &asked, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    for session in 0..8 {
+        for chunk in [7, 64] {
+            let alone = run(&mut engine, &mut caches, &asked, &[session], chunk);
+            assert!(
+                bits(&alone[&session]) == bits(&together[&session]),
+                "session {session} ({}) alone, in chunks of {chunk}, differs from the batch",
+                asked[session as usize % asked.len()]
+            );
+        }
+    }
+    let kept = run(&mut engine, &mut caches, &full(), &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    for session in 0..8 {
+        let evicted = asked[session as usize % asked.len()] != Compression::default();
+        let same = bits(&kept[&session]) == bits(&together[&session]);
+        assert_eq!(same, !evicted, "session {session}: what left should show in its logits, and only that");
     }
 }
 
@@ -152,7 +201,7 @@ fn the_reference_model_is_batch_invariant_too_gpu() {
     let mut config = common::config(128);
     config.page_size = 64;
     let (mut engine, mut caches) = Engine::new(common::device(), &model.weights, &config).expect("128 MiB suffice");
-    let together = run(&mut engine, &mut caches, &FULL, &[0, 1, 2, 3, 4, 5, 6, 7], 64);
-    let alone = run(&mut engine, &mut caches, &FULL, &[5], 64);
+    let together = run(&mut engine, &mut caches, &full(), &[0, 1, 2, 3, 4, 5, 6, 7], 64);
+    let alone = run(&mut engine, &mut caches, &full(), &[5], 64);
     assert!(bits(&alone[&5]) == bits(&together[&5]), "session 5 alone differs from the batch");
 }

@@ -2,7 +2,9 @@
 
 mod common;
 
+use concertina::compression::Compression;
 use concertina::compression::hidden::{self, HeadParameters, HiddenCodec};
+use concertina::engine::EvictionConfig;
 use concertina::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
 use concertina::geometry::{Bytes, HeadGeometry};
 use concertina::kernels::PipelineCache;
@@ -128,6 +130,79 @@ fn poison_in_a_page_that_is_sealed_stays_in_its_sequence_gpu() {
     }
 }
 
+/// Evictions rank what they are given: scores that are no numbers decide in their own sequence alone.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn poison_that_an_eviction_ranks_stays_in_its_sequence_gpu() {
+    let heads = HeadGeometry { num_qo_heads: 6, num_kv_heads: 2, head_dim: 64 };
+    let shape = CacheShape { heads, page_size: 16 };
+    let config = PagedAttentionConfig {
+        codecs: vec!["rot3".parse().expect("a codec")],
+        evictions: Some(EvictionConfig { slots: 2, moments: true, ..EvictionConfig::default() }),
+        context_length: 128,
+        ..PagedAttentionConfig::new(shape, Bytes::mib(16), 128, 4096)
+    };
+    let mut cache = PipelineCache::default();
+    let mut attention = PagedAttention::new(common::device(), &mut cache, config).expect("a small cache fits");
+    let clean: Vec<f32> = (0..60 * 384).map(|i| ((i * 37) % 101) as f32 * 0.02 - 1.0).collect();
+    let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    let (q_width, kv_width) = (384, 128);
+    // What each of two sequences keeps, and its outputs in the steps after that; the first may be poisoned.
+    let mut run = |compression: &Compression, poison: Option<f32>| {
+        attention.poison().expect("the device should be writable");
+        let mut admit = || attention.admit_compressed(compression, 50, 96).expect("fits");
+        let (a, b) = (admit(), admit());
+        let (k, q) = (clean[..50 * kv_width].to_vec(), clean[..50 * q_width].to_vec());
+        let (mut dirty_k, mut dirty_q) = (k.clone(), q.clone());
+        if let Some(value) = poison {
+            // A key in the middle, in both heads, and a query that ranks.
+            (dirty_k[20 * kv_width + 5], dirty_k[20 * kv_width + 69]) = (value, value);
+            dirty_q[49 * q_width + 7] = value;
+        }
+        let rows = |sequence, q, k| NewRows { sequence, q, k, v: k, decode: false };
+        attention.step(&[rows(a, &dirty_q, &dirty_k), rows(b, &q, &k)]).expect("the prompts should run");
+        let kept = [a, b].map(|sequence| attention.evict(sequence).expect("it should run").expect("it is due"));
+        let mut outputs = (Vec::new(), Vec::new());
+        for token in 0..40 {
+            let next = |sequence| {
+                let (q, k) = (&clean[token * q_width..][..q_width], &clean[token * kv_width..][..kv_width]);
+                NewRows { sequence, q, k, v: k, decode: true }
+            };
+            let out = attention.step(&[next(a), next(b)]).expect("the decode rows should run");
+            let (own, other) = out.o.split_at(q_width);
+            outputs.0.extend(bits(own));
+            outputs.1.extend(bits(other));
+        }
+        [a, b].into_iter().for_each(|sequence| attention.release(sequence).expect("it exists"));
+        assert_eq!(attention.report().committed_bytes, Bytes::ZERO, "nothing is promised any more");
+        let [of_a, of_b] = kept;
+        ((of_a, outputs.0), (of_b, outputs.1))
+    };
+    let mut changed = 0;
+    for policy in [
+        "token=snapkv:0.5:window4:kernel3",
+        "token=h2o:48:every16,hidden=rot3",
+        "token=adakv:0.5:snapkv:window4,hidden=rot3",
+        "token=expected:0.5",
+        "token=keydiff:0.5",
+        "token=knorm:0.5",
+    ] {
+        let compression = policy.parse().unwrap_or_else(|e| panic!("{policy}: {e}"));
+        let (own, expected) = run(&compression, None);
+        assert!(own == expected, "{policy}: the same rows give the same");
+        assert!(expected.0.iter().all(|kept| !kept.is_empty() && kept.len() < 50), "{policy}: some tokens leave");
+        assert!(expected.1.iter().all(|x| f32::from_bits(*x).is_finite()), "{policy}: clean inputs give numbers");
+        for value in POISON {
+            let (dirty, neighbour) = run(&compression, Some(value));
+            assert!(neighbour == expected, "{policy}: {value} reached the other sequence");
+            changed += u32::from(dirty != own);
+        }
+    }
+    // A poisoned key may leave, and those that stay may be those that would have stayed.
+    println!("{changed} of 36 poisoned sequences said something else");
+    assert!(changed >= 12, "what is poisoned should mostly change its own sequence, not only {changed} of 36 times");
+}
+
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn misuse_is_an_error_with_the_numbers_gpu() {
@@ -147,8 +222,29 @@ fn misuse_is_an_error_with_the_numbers_gpu() {
     assert!(message(attention.step(&[rows(128, 128)])).contains("does not exist"), "released");
     assert!(attention.admit(HiddenCodec::F16, 1 << 20).is_err(), "more than the budget");
     let refused = attention.admit("rot4".parse().expect("a codec"), 16).expect_err("no kernels").to_string();
-    assert!(refused.contains("f16") && refused.contains("not for rot4"), "{refused}");
+    assert!(refused.contains("serves f16") && refused.contains("hidden=rot4"), "{refused}");
+    let half: Compression = "streaming:0.5".parse().expect("a policy");
+    let refused = attention.admit_compressed(&half, 8, 16).expect_err("not made for it").to_string();
+    assert!(refused.contains("without evictions"), "{refused}");
     assert_eq!(attention.report().pages_in_use_bytes, Bytes::ZERO, "nothing is held");
+    let evictions = Some(EvictionConfig { slots: 1, ..EvictionConfig::default() });
+    let evicting = PagedAttentionConfig { evictions, context_length: 64, ..config.clone() };
+    let mut attention = PagedAttention::new(common::device(), &mut cache, evicting).expect("a small cache fits");
+    let ranked: Compression = "snapkv:0.5:window4".parse().expect("a policy");
+    let refused = attention.admit_compressed(&ranked, 4, 16).expect_err("no room for the window").to_string();
+    assert!(refused.contains("leaves 2 tokens") && refused.contains("last 4"), "{refused}");
+    // A document that is said to be longer than the sequence, or to have no tokens, is no error.
+    let first = attention.admit_compressed(&ranked, 40, 16).expect("16 tokens fit");
+    let refused = attention.admit_compressed(&ranked, 8, 16).expect_err("one slot").to_string();
+    assert!(refused.contains("all 1 slots"), "{refused}");
+    assert_eq!(attention.evict(first).expect("nothing to do"), None, "nothing is due yet");
+    attention.release(first).expect("it exists");
+    let empty = attention.admit_compressed(&half, 0, 16).expect("fits");
+    let row = NewRows { sequence: empty, q: &x[..128], k: &x[..128], v: &x[..128], decode: false };
+    let outputs = [0, 1].map(|_| attention.step(&[row]).expect("a row"));
+    assert!(outputs.iter().all(|out| out.o.iter().all(|x| (x - 0.5).abs() < 1e-3)), "both tokens are read");
+    attention.release(empty).expect("it exists");
+    assert_eq!(attention.report().committed_bytes, Bytes::ZERO, "nothing is promised");
     let codecs = vec!["kivi4".parse().expect("a codec")];
     let groups = PagedAttentionConfig { codecs, ..config.clone() };
     let refused = PagedAttention::new(common::device(), &mut cache, groups).expect_err("groups of 32").to_string();

@@ -324,10 +324,11 @@ impl Caches {
         let mut capacity = self.capacity(compression, u32::MAX, every)?;
         let allocation = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).allocation);
         if matches!(allocation, Some(Allocation::Pyramid { .. })) {
-            // Over short lists it is flatter, and then other layers leave pages partly used.
+            // Over short lists it is flatter, and then others leave a page partly used.
             let domains = self.domains(compression, u32::MAX)?;
-            let pages = |domain: &Domain| domain.total / self.full.page.page_size + 1;
-            capacity.kept_pages = domains.iter().map(pages).sum();
+            let tokens: u64 = domains.iter().map(|domain| u64::from(domain.total)).sum();
+            let pages = tokens / u64::from(self.full.page.page_size) + domains.len() as u64;
+            capacity.kept_pages = u32::try_from(pages).unwrap_or(u32::MAX);
         }
         Ok(capacity)
     }

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use backend::Watched;
 use concertina::compression::Compression;
+use concertina::compression::keep::Domain;
 use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
 use concertina::pool::page_table::TableShape;
@@ -331,5 +332,37 @@ fn a_session_whose_budget_is_in_tokens_stays_flat_for_20000_tokens() {
         let report = s.report();
         let rest = (report.pages_in_use_bytes, report.committed_bytes, report.slack_bytes);
         assert_eq!(rest, (Bytes::ZERO, Bytes::ZERO, Bytes::ZERO), "{policy}: all bytes are back");
+    }
+}
+
+/// Evictions that follow each other meet lists of any lengths, and their tables are promised before.
+#[test]
+fn tables_that_take_turns_hold_what_stays_of_lists_of_any_length() {
+    for (size, policy) in [
+        (16, "pyramidkv:80:window8:every16"),
+        (16, "pyramidkv:129:window16:kernel1:beta10:every16"),
+        (32, "pyramidkv:200:window16:every32"),
+        (16, "adakv:64:h2o:every16"),
+        (16, "snapkv:90:window8:every16"),
+    ] {
+        let shape = full(6, 3, size);
+        let caches = caches(shape, abilities(&shape, &[], 1), 64, 200, 200);
+        let compression = compressed(&format!("token={policy}"));
+        let turns = Request { compression: compression.clone(), ..request(20, 200) };
+        let pages = caches.pages_needed(&turns).expect("it is served");
+        let (_, promised) = pages.last().copied().expect("three tables");
+        assert_eq!(pages.len(), 6, "{policy}: open pages and those in the codec, of three tables");
+        for n in 1..1500 {
+            let domains = caches.domains(&compression, n).expect("there is room for what always stays");
+            // As unequally as lists that compete can be.
+            let of_domain = |domain: &Domain| {
+                let lists = u32::try_from(domain.lists.len()).expect("few lists");
+                let certain = domain.floor.max(domain.sink + domain.recent).min(n);
+                let one = domain.total.saturating_sub(certain * (lists - 1)).min(n);
+                one.div_ceil(size) + certain.div_ceil(size) * (lists - 1)
+            };
+            let needed: u32 = domains.iter().map(of_domain).sum();
+            assert!(needed <= promised, "{policy}: lists of {n} tokens leave {needed} pages, {promised} are promised");
+        }
     }
 }

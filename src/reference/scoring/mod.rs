@@ -6,7 +6,7 @@
 //! | `Attention` | [`attention`] |
 //! | `Reconstruction` | [`reconstruction`] |
 //! | `KeyDifference`, `KeyNorm` | [`key_difference`], [`key_norm`] |
-//! | `Expected` | [`expected`], over [`QueryStatistics`] |
+//! | `Expected` | [`expected()`], over [`QueryStatistics`] |
 //! | `Random` | exact: [`random::score`](crate::compression::token::random::score) |
 //!
 //! [`Scores::pooled`] and [`Scores::mean`] are the rest of a rule; what stays of the scores is
