@@ -114,18 +114,26 @@ fn ragged_plan(c: &mut Criterion) {
     let mut ranges = TableRanges::new(u32::try_from(pool.tables().0 / 4).expect("32 bits"));
     let lists = SHAPE.num_lists();
     let kept = |list: u32| Some((0..2_000 + 13 * list).collect());
-    let capacity = Capacity { tail_tokens: 256, kept_pages: 90 * lists, kept_pages_of_list: 90 };
+    let capacity = Capacity { tail_tokens: 256, kept_pages: 90 * lists, kept_pages_of_list: 90, ..Capacity::default() };
     let mut tables = Vec::new();
     for _ in 0..16 {
         let table = PageTable::admit(&mut pool, &mut ranges, SHAPE, &Layers::OWN, capacity);
         let mut table = table.expect("16 sessions of a quarter of 16K tokens fit");
-        table.keep(&mut pool, (0..lists).map(kept).collect(), 16_000).expect("committed");
+        table.keep(&mut pool, (0..lists).map(kept).map(Into::into).collect(), &[], 16_000).expect("committed");
         table.grow(&mut pool, &mut window(0), 1).expect("committed");
         tables.push(table);
     }
     let segment = |(row_lo, table)| {
         let (n_rows, first_index, decode, attend) = (1, 16_000, true, true);
-        Segment { table, row_lo, n_rows, first_index, decode, attend, scores: Vec::new() }
+        Segment {
+            table,
+            row_lo,
+            n_rows,
+            first_index,
+            decode,
+            attend_below: if attend { u32::MAX } else { 0 },
+            scores: Vec::new(),
+        }
     };
     let segments: Vec<_> = (0..).zip(&tables).map(segment).collect();
     c.bench_function("plan: decode of 16 ragged sessions x 2K to 5K of 16K tokens, 32 layers, one arena", |b| {
@@ -141,7 +149,8 @@ fn schedule(c: &mut Criterion) {
                 let config = ScheduleConfig { max_rows: 256, max_sessions: 16, context_length: 8192 };
                 let window = window(config.max_rows);
                 let pool = pool(8, Bytes(2 << 30), &window);
-                let abilities = Abilities { codecs: vec![kivi4().hidden], slots: Some(0), head_scores: None };
+                let abilities =
+                    Abilities { codecs: vec![kivi4().hidden], slots: Some(0), head_scores: None, chooses: false };
                 let mut s = Scheduler::new(config, Caches::new(pool, SHAPE, window, abilities));
                 for i in 0..32 {
                     let (prompt, stop) = (vec![1; 500 + 40 * i], Vec::new());
