@@ -275,6 +275,10 @@ impl PagePool {
     /// # Errors
     /// [`PoolError::DoesNotFit`] with the numbers; nothing changes then.
     pub fn commit(&mut self, page: Bytes, pages: u32) -> Result<(), PoolError> {
+        // Sizes that nobody wants need not fit a slab.
+        if pages == 0 {
+            return Ok(());
+        }
         let at = self.class(page);
         let available = self.available(at);
         if pages > available {
@@ -294,7 +298,7 @@ impl PagePool {
     /// time.
     pub fn slabs_for(&self, pages: &[(Bytes, u32)]) -> Bytes {
         let mut sizes: Vec<(Bytes, u64)> = Vec::new();
-        for (page, n) in pages {
+        for (page, n) in pages.iter().filter(|(_, n)| *n > 0) {
             match sizes.iter_mut().find(|(size, _)| size == page) {
                 Some((_, all)) => *all += u64::from(*n),
                 None => sizes.push((*page, u64::from(*n))),
@@ -309,6 +313,9 @@ impl PagePool {
     /// # Errors
     /// [`PoolError::NotCommitted`] when there are not so many.
     pub fn uncommit(&mut self, page: Bytes, pages: u32) -> Result<(), PoolError> {
+        if pages == 0 {
+            return Ok(());
+        }
         let at = self.class(page);
         let left = self.classes[at].committed.checked_sub(pages).ok_or(PoolError::NotCommitted(page))?;
         self.classes[at].committed = left;
