@@ -108,13 +108,13 @@ fn an_admission_that_fails_leaves_everything_as_it_was() {
     let (mut pool, _) = roomy();
     let mut few = TableRanges::new(20);
     pool.commit(SHAPE.open_page(), 0).expect("no pages always fit");
-    let before = (format!("{pool:?}"), format!("{few:?}"));
+    let before = (pool.report(), format!("{few:?}"));
     let error = admit(&mut pool, &mut few, SHAPE, 16 * 4).expect_err("24 entries of 20");
     assert_eq!(error, PoolError::TablesFull { wanted: 24, total: 20 }, "the refusal should carry the numbers");
-    assert_eq!((format!("{pool:?}"), format!("{few:?}")), before, "too few table entries");
+    assert_eq!((pool.report(), format!("{few:?}")), before, "too few table entries");
     let error = admit(&mut pool, &mut few, SHAPE, 16 * 5_000).expect_err("58 MiB of 5");
     assert!(matches!(error, PoolError::DoesNotFit { pages: 30_000, .. }), "{error}");
-    assert_eq!((format!("{pool:?}"), format!("{few:?}")), before, "too few pages");
+    assert_eq!((pool.report(), format!("{few:?}")), before, "too few pages");
     let table = admit(&mut pool, &mut few, SHAPE, 16 * 3).expect("18 entries of 20");
     assert_ne!(format!("{few:?}"), before.1, "an admission that succeeds shows in this comparison");
     table.release(&mut pool, &mut few).expect("the pool should agree");
@@ -126,10 +126,10 @@ fn growth_beyond_the_admission_is_refused_and_takes_nothing_from_others() {
     let mut small = admit(&mut pool, &mut ranges, SHAPE, 16).expect("the pool is roomy");
     let mut other = admit(&mut pool, &mut ranges, SHAPE, 160).expect("the pool is roomy");
     small.grow(&mut pool, &mut no_window(), 16).expect("growth within the admission");
-    let before = format!("{pool:?}");
+    let before = pool.report();
     let error = small.grow(&mut pool, &mut no_window(), 1).expect_err("a second page per list was never admitted");
     assert_eq!(error, PoolError::NotCommitted(SHAPE.open_page()), "the refusal should name the page size");
-    assert_eq!(format!("{pool:?}"), before, "another session's commitments should be untouched");
+    assert_eq!(pool.report(), before, "another session's commitments should be untouched");
     other.grow(&mut pool, &mut no_window(), 160).expect("what was admitted can be taken");
 }
 
@@ -140,13 +140,13 @@ fn an_admission_whose_sealed_pages_do_not_fit_leaves_everything_as_it_was() {
     for page in [shape.open_page(), shape.sealed_page()] {
         pool.commit(page, 0).expect("no pages always fit");
     }
-    let before = (format!("{pool:?}"), format!("{ranges:?}"));
+    let before = (pool.report(), format!("{ranges:?}"));
     let error = admit(&mut pool, &mut ranges, shape, 16 * 1_000).expect_err("24 MiB of 5");
     assert!(
         matches!(error, PoolError::DoesNotFit { pages: 6_000, page, .. } if page == shape.sealed_page()),
         "{error}"
     );
-    assert_eq!((format!("{pool:?}"), format!("{ranges:?}")), before, "the open pages are not committed either");
+    assert_eq!((pool.report(), format!("{ranges:?}")), before, "the open pages are not committed either");
 }
 
 #[test]
@@ -297,7 +297,7 @@ impl SessionWalk {
         let n = usize::try_from(of_list * lists).expect("few entries");
         let mut places = 0..=self.entries.len().saturating_sub(n);
         let place = places.find(|start| self.entries.get(*start..start + n).is_some_and(|e| e.iter().all(|t| !t)));
-        let before = (format!("{:?}", self.pool), format!("{:?}", self.ranges));
+        let before = (self.pool.report(), format!("{:?}", self.ranges));
         let result = PageTable::admit(&mut self.pool, &mut self.ranges, shape, &Layers::OWN, capacity);
         match (result, expected, place) {
             (Ok(table), Ok(()), Some(start)) => {
@@ -326,7 +326,7 @@ impl SessionWalk {
             (Err(PoolError::TablesFull { .. }), Ok(()), None) => self.seen.tables_full += 1,
             (result, expected, place) => panic!("{shape:?}: {result:?}; the model expects {expected:?} at {place:?}"),
         }
-        assert_eq!((format!("{:?}", self.pool), format!("{:?}", self.ranges)), before, "a refusal changes nothing");
+        assert_eq!((self.pool.report(), format!("{:?}", self.ranges)), before, "a refusal changes nothing");
     }
 
     fn pick(&mut self) -> Option<usize> {
@@ -393,13 +393,13 @@ impl SessionWalk {
         if self.rng.random_bool(0.2) {
             let beyond = kept_pages_of_list * size + 1;
             kept[0] = Some((0..beyond).collect());
-            let before = format!("{:?}", self.pool);
+            let before = self.pool.report();
             let error = s
                 .table
                 .keep(&mut self.pool, kept.into_iter().map(Into::into).collect(), &[], beyond)
                 .expect_err("beyond the admission");
             assert_eq!(error, PoolError::NotCommitted(s.shape.sealed_page()), "the page size");
-            assert_eq!(format!("{:?}", self.pool), before, "a refusal changes nothing");
+            assert_eq!(self.pool.report(), before, "a refusal changes nothing");
             self.seen.refused_eviction += 1;
             return;
         }

@@ -12,6 +12,7 @@
 //! arrays) and loop bounds that depend on `head_dim` and `group_size` must be constant expressions.
 
 pub mod abi;
+mod abi_evictions;
 pub mod append;
 pub mod attention;
 pub mod decode;

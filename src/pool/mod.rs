@@ -26,6 +26,7 @@ pub mod device;
 pub mod page_table;
 pub mod table_layers;
 pub mod table_ranges;
+pub mod table_runs;
 pub mod table_shape;
 
 use serde::Serialize;

@@ -30,6 +30,7 @@
 pub mod admission;
 pub mod batch;
 pub mod caches;
+pub mod selection;
 pub mod session;
 pub mod simulation;
 
@@ -39,7 +40,8 @@ use std::time::Duration;
 use crate::pool::{PoolError, PoolReport};
 pub use admission::SubmitError;
 pub use batch::{PlannedRows, StepPlan};
-pub use caches::{Abilities, Caches, Merging, Observation, Observed, REPEAT_ROOM, Selection};
+pub use caches::{Caches, REPEAT_ROOM};
+pub use selection::{Abilities, Merging, Observation, Observed, Selection};
 pub use session::{Finish, Phase, Request, Session, SessionId, SessionTimes};
 
 /// What executes a plan: the engine on a device, or a simulation.
