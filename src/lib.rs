@@ -12,7 +12,7 @@
 //! ```
 //! use concertina::compression::Compression;
 //! use concertina::geometry::{Bytes, HeadGeometry, ModelGeometry, PageGeometry};
-//! use concertina::pool::page_table::{Sealing, TableShape};
+//! use concertina::pool::page_table::TableShape;
 //! use concertina::theory::predict::kv_bytes;
 //!
 //! // What does a context cost? SmolLM2-135M keeps 22.5 KiB per token.
@@ -30,7 +30,7 @@
 //! // In pages of 64 tokens per (layer, KV head), 1000 tokens round up to 16 pages in each of 90 lists.
 //! let page = PageGeometry { page_size: 64, head_dim: 64 };
 //! let codec = Compression::default().hidden;
-//! let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec, sealing: Sealing::WhenFull };
+//! let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec };
 //! assert_eq!(full.bytes_for(1000), Bytes(90 * 16 * (16 << 10)));
 //! // With 4 bits and their scales, 15 sealed pages of 5 KiB and one that is still open.
 //! let kivi4 = TableShape { codec: "kivi4".parse().unwrap(), ..full };
