@@ -593,25 +593,3 @@ fn budgets_that_messages_advise_suffice_and_who_does_not_fit_waits_gpu() {
     assert_eq!((&pool["pages_in_use_bytes"], &pool["committed_bytes"]), (&0.into(), &0.into()), "all bytes are back");
     assert_eq!(files.names(), ["a.txt", "b.txt", "report.json"], "one report");
 }
-
-#[test]
-#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
-#[cfg(unix)]
-fn an_interrupt_prints_what_there_is_gpu() {
-    use std::io::Read as _;
-    let model = model();
-    let args = ["generate", "--model", &model, "--prompt", "Count to a thousand.", "--max-new", "2000"];
-    let mut command = program();
-    command.args(args).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().expect("the program should start");
-    let mut stdout = child.stdout.take().expect("a pipe");
-    let mut first = [0];
-    stdout.read_exact(&mut first).expect("it should say something");
-    let id = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &id]).status().expect("kill should start").success(), "sent");
-    let mut rest = String::new();
-    stdout.read_to_string(&mut rest).expect("UTF-8");
-    let output = child.wait_with_output().expect("it ends");
-    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
-    assert!(rest.ends_with('\n') && stderr(&output).contains("cancelled"), "{rest}: {}", stderr(&output));
-}

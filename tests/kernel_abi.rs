@@ -13,8 +13,9 @@ use concertina::geometry::HeadGeometry;
 use concertina::kernels::abi::{
     AppendItem, AppendParams, AttentionParams, CarryItem, CarryParams, DecideItem, DecideParams, DecodeItem,
     EmbedParams, GatedActivationParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams,
-    MatmulParams, MergeItem, MergeParams, MomentItem, MomentParams, PrefillItem, RmsNormParams, RopeParams, SampleItem,
-    SampleParams, ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams, VEC4_WORDS,
+    MatmulParams, MergeItem, MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, PageBoundsItem,
+    PageBoundsParams, PrefillItem, QuestItem, QuestParams, RmsNormParams, RopeParams, SampleItem, SampleParams,
+    ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams, VEC4_WORDS,
 };
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::registry::{all_specs, codecs, format_specs};
@@ -47,6 +48,9 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<MatmulParams>(),
         host::<MergeParams>(),
         host::<MomentParams>(),
+        host::<MergeLayersParams>(),
+        host::<PageBoundsParams>(),
+        host::<QuestParams>(),
         host::<RmsNormParams>(),
         host::<RopeParams>(),
         host::<SampleParams>(),
@@ -136,6 +140,9 @@ fn work_items_are_whole_rows_of_the_step_buffer() {
         ("CarryItem", size_of::<CarryItem>(), 16),
         ("GatherItem", size_of::<GatherItem>(), 48),
         ("MomentItem", size_of::<MomentItem>(), 16),
+        ("MergeLayersItem", size_of::<MergeLayersItem>(), 32),
+        ("PageBoundsItem", size_of::<PageBoundsItem>(), 32),
+        ("QuestItem", size_of::<QuestItem>(), 48),
         ("SampleItem", size_of::<SampleItem>(), 32),
     ] {
         assert_eq!(found, expected, "bytes of {name}");
@@ -172,6 +179,9 @@ fn shaders_read_items_as_long_as_they_are_written() {
         ("key_scores.wgsl", size_of::<KeyScoreItem>()),
         ("merge_states.wgsl", size_of::<MergeItem>()),
         ("moments.wgsl", size_of::<MomentItem>()),
+        ("merge_layers.wgsl", size_of::<MergeLayersItem>()),
+        ("page_bounds.wgsl", size_of::<PageBoundsItem>()),
+        ("quest.wgsl", size_of::<QuestItem>()),
         ("prefill.wgsl", size_of::<PrefillItem>()),
         ("sample.wgsl", size_of::<SampleItem>()),
         ("score.wgsl", size_of::<ScoreItem>()),

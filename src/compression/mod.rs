@@ -40,7 +40,7 @@ use std::str::FromStr;
 use head::HeadPattern;
 use hidden::{HiddenCodec, Transform};
 use layer::{LayerPolicy, Sharing};
-use token::TokenPolicy;
+use token::{Score, TokenPolicy};
 
 /// What is done to a KV cache in each of the four dimensions.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -196,7 +196,15 @@ impl Compression {
                 "token={eviction} evicts again and again, while layer={layer} merges what two layers hold once; use one"
             ));
         }
-        if token.eviction().is_some_and(|eviction| eviction.rerotate) {
+        if let Some(eviction) = token.eviction().filter(|eviction| eviction.rerotate) {
+            // Keys are turned by one angle behind the sink, which is right where only the first and the last tokens stay.
+            if eviction.rule(u32::MAX).score != Score::None || *head != HeadPattern::Full {
+                return Err(format!(
+                    "{} leaves tokens of many distances to their places in the cache, and keys are turned by one; \
+                     leave rerotate out",
+                    self.short()
+                ));
+            }
             if layer.share != Sharing::None {
                 return Err(format!(
                     "token={token} turns each layer's keys to new positions, while by layer={layer} layers have keys in \

@@ -169,16 +169,6 @@ impl Caches {
                 compression.short()
             ));
         }
-        if let Some(eviction) = compression.token.eviction().filter(|eviction| eviction.rerotate) {
-            // Keys are turned by one angle behind the sink, which is right where only the first and the last tokens stay.
-            if eviction.rule(u32::MAX).score != Score::None || compression.head != HeadPattern::Full {
-                return Err(format!(
-                    "{} leaves tokens of many distances to their places in the cache, and keys are turned by one; \
-                     leave rerotate out",
-                    compression.short()
-                ));
-            }
-        }
         self.layers(compression)?;
         self.merging(compression)?;
         self.patterns(compression)?;
