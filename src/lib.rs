@@ -30,7 +30,7 @@
 //! // In pages of 64 tokens per (layer, KV head), 1000 tokens round up to 16 pages in each of 90 lists.
 //! let page = PageGeometry { page_size: 64, head_dim: 64 };
 //! let codec = Compression::default().hidden;
-//! let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec };
+//! let full = TableShape { num_layers: 30, num_kv_heads: 3, page, codec, quest: None };
 //! assert_eq!(full.bytes_for(1000), Bytes(90 * 16 * (16 << 10)));
 //! // With 4 bits and their scales, 15 sealed pages of 5 KiB and one that is still open.
 //! let kivi4 = TableShape { codec: "kivi4".parse().unwrap(), ..full };
