@@ -254,6 +254,7 @@ fn texts_too_short_to_evaluate_are_refused() {
     refused(&eval(&[]), 1, &["t.txt", "window of 256"]);
     refused(&eval(&["--window", "3"]), 2, &["3 tokens", "at least"]);
     refused(&eval(&["--window", "9000"]), 2, &["9000", "8192"]);
+    refused(&eval(&["--compress", "full", "skip-prefill:9.."]), 2, &["skip-prefill:9..", "eval kl"]);
 }
 
 #[test]

@@ -207,7 +207,7 @@ fn perplexity_agrees_with_pytorch_gpu() {
     let (mut engine, mut caches) =
         Engine::new(common::device(), &model.weights, &common::config(128)).expect("128 MiB suffice");
     let full = Compression::default();
-    let got = perplexity::on_engine(&mut engine, &mut caches, &full, &windows, 64, &mut |_, _| ());
+    let got = perplexity::on_engine(&mut engine, &mut caches, &full, &windows, 64);
     let got = got.expect("it should run");
     let want = golden["perplexity"].as_f64().expect("a number");
     println!("perplexity {:.4}, PyTorch {want:.4}", got.perplexity);

@@ -25,6 +25,7 @@ mod kl_job;
 mod load;
 mod needle;
 mod output;
+mod perplexity;
 mod policies;
 mod progress;
 mod resume;

@@ -5,7 +5,8 @@
 //! perplexity  = exp(mean over windows of nll)
 //! ```
 //!
-//! The first half of a window only gives context, so that every target has at least `window / 2` tokens before it.
+//! The first half of a window only gives context, so that every target has at least `window / 2` tokens before it; a
+//! compression that evicts does so behind that half.
 
 use serde::Serialize;
 
@@ -30,7 +31,8 @@ pub struct Perplexity {
 }
 
 impl Perplexity {
-    fn new(window: usize, window_nll: Vec<f64>) -> Self {
+    /// The result of the negative log-likelihoods of windows of so many tokens.
+    pub fn new(window: usize, window_nll: Vec<f64>) -> Self {
         let mean_nll = window_nll.iter().sum::<f64>() / window_nll.len() as f64;
         Self { window, window_nll, mean_nll, perplexity: mean_nll.exp() }
     }
@@ -60,7 +62,27 @@ fn nll(logits: &[f64], target: u32) -> f64 {
     log_sum_exp(logits) - logits[target as usize]
 }
 
-/// Perplexity through the engine; `each` hears of every window.
+/// Mean negative log-likelihood of a window through the engine, in nats. The first half is the document, behind which a
+/// compression evicts.
+///
+/// # Errors
+/// [`EngineError`].
+pub fn window_on_engine(
+    engine: &mut Engine<'_>,
+    caches: &mut Caches,
+    compression: &Compression,
+    window: &[u32],
+    chunk: usize,
+) -> Result<f64, EngineError> {
+    let wanted = predictors(window.len());
+    let n = wanted.len() as f64;
+    let mut sum = 0.0;
+    let mut add = |position: usize, row: Vec<f32>| sum += nll(&widen(&row), window[position + 1]);
+    prompt::logits(engine, caches, compression, window, wanted, chunk, &mut add)?;
+    Ok(sum / n)
+}
+
+/// Perplexity through the engine.
 ///
 /// # Errors
 /// [`EngineError`].
@@ -70,19 +92,9 @@ pub fn on_engine(
     compression: &Compression,
     windows: &[&[u32]],
     chunk: usize,
-    each: &mut dyn FnMut(usize, f64),
 ) -> Result<Perplexity, EngineError> {
-    let mut result = Vec::new();
-    for (index, tokens) in windows.iter().enumerate() {
-        let wanted = predictors(tokens.len());
-        let n = wanted.len() as f64;
-        let mut sum = 0.0;
-        let mut add = |position: usize, row: Vec<f32>| sum += nll(&widen(&row), tokens[position + 1]);
-        prompt::logits(engine, caches, compression, tokens, wanted, chunk, &mut add)?;
-        result.push(sum / n);
-        each(index, sum / n);
-    }
-    Ok(Perplexity::new(windows[0].len(), result))
+    let nll = windows.iter().map(|window| window_on_engine(engine, caches, compression, window, chunk));
+    Ok(Perplexity::new(windows[0].len(), nll.collect::<Result<_, _>>()?))
 }
 
 /// Perplexity through the CPU reference.

@@ -253,7 +253,8 @@ impl<'e, 'd> Driver<'e, 'd> {
 }
 
 /// Runs `tokens` from position 0 in chunks of at most `chunk` rows, as a session would, and hands the logits of every
-/// position in `wanted` to `each`, in order. All pages return afterwards.
+/// position in `wanted` to `each`, in order. What a compression evicts leaves behind the first of them. All pages return
+/// afterwards.
 ///
 /// # Errors
 /// [`EngineError`], among them a pool too small for the prompt.
@@ -267,7 +268,7 @@ pub fn logits(
     each: EachLogits<'_>,
 ) -> Result<(), EngineError> {
     let mut driver = Driver::new(engine, caches);
-    let probe = driver.admit(compression, tokens.len(), tokens.len())?;
+    let probe = driver.admit(compression, wanted.start + 1, tokens.len())?;
     let result = driver.prefill(probe, tokens, wanted, chunk, each);
     driver.end()?;
     result

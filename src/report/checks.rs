@@ -1,66 +1,12 @@
-//! The reports of `eval perplexity` and `verify`.
+//! The report of `verify`.
 
 use std::fmt;
 
 use serde::Serialize;
 
-use super::table::{Align, block, count, counted, table};
-use super::{DeviceReport, ModelReport, Program};
-use crate::eval::perplexity::Perplexity;
+use super::table::{Align, count, counted, table};
+use super::{DeviceReport, Program};
 use crate::eval::verify::Check;
-
-/// Perplexity of a text.
-#[derive(Clone, Debug, Serialize)]
-pub struct PerplexityReport {
-    /// The program.
-    pub program: Program,
-    /// The device.
-    pub device: DeviceReport,
-    /// The model.
-    pub model: ModelReport,
-    /// What was done to the cache, in the form that `--compress` reads.
-    pub compression: String,
-    /// Path of the text, as given.
-    pub text: String,
-    /// Tokens of the text.
-    pub text_tokens: usize,
-    /// On the device.
-    pub engine: Perplexity,
-    /// On the CPU in f64, where asked for.
-    pub reference: Option<Perplexity>,
-    /// `|engine - reference| / reference` of the two perplexities.
-    pub relative_difference: Option<f64>,
-    /// Time of the windows on the device, reading the logits back included.
-    pub elapsed_s: f64,
-}
-
-impl fmt::Display for PerplexityReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut columns = vec![("window", Align::Right), ("nll", Align::Right)];
-        if self.reference.is_some() {
-            columns.push(("reference", Align::Right));
-        }
-        let rows = self.engine.window_nll.iter().enumerate().map(|(i, nll)| {
-            let mut row = vec![i.to_string(), format!("{nll:.5}")];
-            row.extend(self.reference.as_ref().map(|r| format!("{:.5}", r.window_nll[i])));
-            row
-        });
-        writeln!(f, "{}", table(&columns, rows))?;
-        let windows = counted(self.engine.window_nll.len() as u64, "window");
-        let tokens = counted(self.text_tokens as u64, "token");
-        let mut lines = vec![
-            ("text", format!("{}: {tokens}, {windows} of {}", self.text, self.engine.window)),
-            ("mean nll", format!("{:.5} nats per token", self.engine.mean_nll)),
-            ("perplexity", format!("{:.4}", self.engine.perplexity)),
-        ];
-        if let (Some(reference), Some(difference)) = (&self.reference, self.relative_difference) {
-            let text = format!("{:.4} on the CPU, relative difference {difference:.1e}", reference.perplexity);
-            lines.push(("reference", text));
-        }
-        lines.push(("time", format!("{:.2} s", self.elapsed_s)));
-        f.write_str(&block("perplexity", &lines))
-    }
-}
 
 /// Kernels against their oracles.
 #[derive(Clone, Debug, Serialize)]
