@@ -15,7 +15,7 @@ use concertina::kernels::sample::Sampling;
 use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
 use concertina::pool::{PagePool, PoolLayout};
 use concertina::schedule::simulation::Simulation;
-use concertina::schedule::{Abilities, Caches, Request, ScheduleConfig, Scheduler};
+use concertina::schedule::{Abilities, Caches, HostConfig, Request, ScheduleConfig, Scheduler};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 /// A model of 32 layers with 8 KV heads of 128 channels, pages of 64 tokens.
@@ -146,16 +146,29 @@ fn schedule(c: &mut Criterion) {
     for (name, compression) in [("f16", Compression::default()), ("kivi4", kivi4()), ("streaming", streaming)] {
         c.bench_function(&format!("schedule: 32 {name} sessions to the end, simulated"), |b| {
             b.iter(|| {
-                let config = ScheduleConfig { max_rows: 256, max_sessions: 16, context_length: 8192 };
+                let config = ScheduleConfig {
+                    max_rows: 256,
+                    max_sessions: 16,
+                    context_length: 8192,
+                    host: HostConfig::default(),
+                };
                 let window = window(config.max_rows);
                 let pool = pool(8, Bytes(2 << 30), &window);
-                let abilities =
-                    Abilities { codecs: vec![kivi4().hidden], slots: Some(0), head_scores: None, chooses: false };
+                let abilities = Abilities { codecs: vec![kivi4().hidden], slots: Some(0), ..Abilities::default() };
                 let mut s = Scheduler::new(config, Caches::new(pool, SHAPE, window, abilities));
                 for i in 0..32 {
                     let (prompt, stop) = (vec![1; 500 + 40 * i], Vec::new());
                     let (sampling, compression) = (Sampling::GREEDY, compression.clone());
-                    let request = Request { prompt, max_new: 64, sampling, stop, compression, document: None };
+                    let request = Request {
+                        prompt,
+                        max_new: 64,
+                        sampling,
+                        stop,
+                        compression,
+                        document: None,
+                        rounds: Vec::new(),
+                        priority: 0,
+                    };
                     s.submit(request).expect("each fits alone");
                 }
                 let mut backend = Simulation::new(1, 1000);

@@ -14,15 +14,15 @@ use concertina::kernels::sample::Sampling;
 use concertina::pool::PoolError;
 use concertina::reference::compare::{kl_divergence, widen};
 use concertina::reference::transformer::ReferenceModel;
-use concertina::schedule::{Finish, Phase, Request, ScheduleConfig, Scheduler, SubmitError};
+use concertina::schedule::{Finish, HostConfig, Phase, Request, ScheduleConfig, Scheduler, SubmitError};
 
 fn request(seed: u64, n: usize, max_new: u32, sampling: Sampling) -> Request {
     let (prompt, stop, compression) = (common::tokens(seed, n, 200), Vec::new(), Compression::default());
-    Request { prompt, max_new, sampling, stop, compression, document: None }
+    Request { prompt, max_new, sampling, stop, compression, document: None, rounds: Vec::new(), priority: 0 }
 }
 
 fn schedule() -> ScheduleConfig {
-    ScheduleConfig { max_rows: 64, max_sessions: 8, context_length: 1024 }
+    ScheduleConfig { max_rows: 64, max_sessions: 8, context_length: 1024, host: HostConfig::default() }
 }
 
 #[test]

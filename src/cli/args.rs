@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
@@ -263,6 +264,13 @@ pub(super) fn budget(text: &str) -> Result<Bytes, String> {
         return Err(format!("a budget is at most {BUDGET_MAX}"));
     }
     Ok(bytes)
+}
+
+/// Reads a time in seconds: at most a year.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    const MAX: f64 = 366.0 * 86_400.0;
+    let seconds = text.parse().ok().filter(|s| (0.0..=MAX).contains(s));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| format!("expected seconds from 0 to {MAX}"))
 }
 
 /// Reads a number of tokens, rows or sessions: at least 1, and small enough for products of two to stay far from

@@ -159,6 +159,7 @@ fn run_heads(args: &HeadsArgs, global: &Global) -> Result<ExitCode> {
         codecs: Vec::new(),
         chooses: false,
         evictions: Some(EvictionConfig { slots: 1, ..EvictionConfig::default() }),
+        swap_chunk: Bytes::ZERO,
         max_arena: None,
     };
     let (mut engine, mut caches) = engine(&device, &weights, &config)?;

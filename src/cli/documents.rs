@@ -73,10 +73,25 @@ fn first_text(tokenizer: &Tokenizer, tokens: &[u32]) -> String {
     tokens.iter().map(|&id| stream.push(id)).collect()
 }
 
-/// Checks that prompt and answer fit in the context.
-pub(super) fn check_length(inquiry: &Inquiry, prompt: &Prompt, max_new: u32, context_length: u32) -> Result<()> {
-    let n = prompt.tokens.len() as u64;
-    let over = (n + u64::from(max_new)).saturating_sub(u64::from(context_length));
+/// What is asked after the first answer, with the tokens that follow it.
+pub(super) fn later(model: &Model, questions: &[String]) -> Result<Vec<(String, Vec<u32>)>> {
+    if let Some(at) = questions.iter().position(|question| question.trim().is_empty()) {
+        return Err(usage(format!("--then number {} of {} is empty", at + 1, questions.len())));
+    }
+    questions.iter().map(|question| Ok((question.clone(), model.next_turn(question)?))).collect()
+}
+
+/// Checks that prompts and answers fit in the context: `later` questions follow the first.
+pub(super) fn check_length(
+    inquiry: &Inquiry,
+    prompt: &Prompt,
+    later: &[(String, Vec<u32>)],
+    max_new: u32,
+    context_length: u32,
+) -> Result<()> {
+    let n = (prompt.tokens.len() + later.iter().map(|(_, tokens)| tokens.len()).sum::<usize>()) as u64;
+    let max_new = u64::from(max_new) * (1 + later.len() as u64);
+    let over = (n + max_new).saturating_sub(u64::from(context_length));
     if over == 0 {
         return Ok(());
     }

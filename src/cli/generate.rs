@@ -88,7 +88,16 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     let mut scheduler = Scheduler::new(load::schedule_config(&config), caches);
     let prompt_tokens = prompt.len();
     let stop = model.tokenizer.eos_ids().to_vec();
-    let request = Request { prompt, max_new: args.max_new, sampling, stop, compression, document: None };
+    let request = Request {
+        prompt,
+        max_new: args.max_new,
+        sampling,
+        stop,
+        compression,
+        document: None,
+        rounds: Vec::new(),
+        priority: 0,
+    };
     let mut meter = Meter::default();
     meter.session(&scheduler, &request);
     let id = scheduler.submit(request)?;
@@ -124,7 +133,7 @@ fn engine_config(args: &GenerateArgs, prompt: usize, model: &Model) -> Result<En
     let (prompt, max_new) = (prompt as u64, args.max_new);
     let context_length = u32::try_from(prompt + u64::from(max_new)).ok().filter(|n| *n <= longest);
     let Some(context_length) = context_length else {
-        return Err(SubmitError::TooLong { prompt, max_new, context_length: longest }.into());
+        return Err(SubmitError::TooLong { prompt, max_new: max_new.into(), context_length: longest }.into());
     };
     let context_length = load::context_for(context_length, args.calibration.calibrate.as_deref(), longest);
     if prompt == 0 {
@@ -140,6 +149,7 @@ fn engine_config(args: &GenerateArgs, prompt: usize, model: &Model) -> Result<En
         codecs: args.cache.codecs(compressions, model.geometry())?,
         chooses: chooses(compressions),
         evictions: args.cache.evictions(compressions, model, 1)?,
+        swap_chunk: Bytes::ZERO,
         max_arena: None,
     })
 }

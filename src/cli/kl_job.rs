@@ -111,6 +111,7 @@ impl Job {
             codecs: self.codecs.clone(),
             chooses: chooses(&self.compressions),
             evictions: Some(self.evictions.clone()),
+            swap_chunk: Bytes::ZERO,
             max_arena: None,
         };
         if budget.is_some() {
@@ -323,7 +324,7 @@ mod tests {
             codecs: job.codecs.clone(),
             slots: Some(8),
             head_scores: Some(Arc::new(scores)),
-            chooses: false,
+            ..Abilities::default()
         };
         Caches::new(PagePool::new(&layout).expect("a pool"), full, window, abilities)
     }

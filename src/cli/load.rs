@@ -9,7 +9,7 @@ use concertina::eval::calibration;
 use concertina::geometry::{Bytes, ModelGeometry};
 use concertina::model::{ChatTemplate, GgufFile, Message, ModelError, Role, Tokenizer, locate};
 use concertina::report::ModelReport;
-use concertina::schedule::{Caches, ScheduleConfig};
+use concertina::schedule::{Caches, HostConfig, ScheduleConfig};
 use concertina::weights::Weights;
 
 use super::failure::usage;
@@ -79,6 +79,15 @@ impl Model {
             }
             None => self.raw(&format!("{text}\n")),
         }
+    }
+
+    /// What follows an answer where `text` is asked next, through the chat template where there is one.
+    pub(super) fn next_turn(&self, text: &str) -> Result<Vec<u32>> {
+        let tokens = match &self.template {
+            Some(template) => template.next_turn_tokens(&self.tokenizer, text),
+            None => self.tokenizer.encode(&format!("\n{text}\n"), false),
+        };
+        tokens.map_err(|e| name_file(&self.path, e))
     }
 
     /// The text itself as a prompt, after the token that begins a sequence where the model expects one.
@@ -155,9 +164,9 @@ pub(super) fn calibrate(
 }
 
 /// The schedule that goes with an engine.
-pub(super) const fn schedule_config(config: &EngineConfig) -> ScheduleConfig {
+pub(super) fn schedule_config(config: &EngineConfig) -> ScheduleConfig {
     let &EngineConfig { max_rows, max_sessions, context_length, .. } = config;
-    ScheduleConfig { max_rows, max_sessions, context_length }
+    ScheduleConfig { max_rows, max_sessions, context_length, host: HostConfig::default() }
 }
 
 /// Uploads the weights and compiles the kernels, with a sign of life.

@@ -123,6 +123,7 @@ pub(super) fn run(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         codecs,
         chooses: chooses(&args.compress),
         evictions,
+        swap_chunk: Bytes::ZERO,
         max_arena: None,
     };
     let (mut engine, mut caches) = engine(&device, &weights, &config)?;

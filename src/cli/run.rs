@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
@@ -9,8 +10,8 @@ use concertina::compression::Compression;
 use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig};
 use concertina::geometry::Bytes;
-use concertina::report::{DeviceReport, Meter, Program, RunReport, RunSettings, SessionReport};
-use concertina::schedule::{Request, Scheduler, SessionId};
+use concertina::report::{DeviceReport, Meter, Program, RoundReport, RunReport, RunSettings, SessionReport};
+use concertina::schedule::{Answer, HostConfig, Request, Round, ScheduleConfig, Scheduler, SessionId};
 
 use super::args::{self, CacheArgs, CalibrateArg, Global, ModelArg, SamplingArgs, chooses};
 use super::documents::{self, Inquiry, Prompt};
@@ -22,10 +23,11 @@ use super::run_progress::SessionBars;
 
 /// Ask questions about many documents at once, within one byte budget
 ///
-/// Each document becomes a session: a prompt of the document and its question, and the model's answer. Sessions share
-/// the budget: one begins when the pool can promise all pages that its prompt and answer can need, and those that hold
-/// pages compute together, their prompts cut into chunks that fit beside the decode rows. The others wait in the order
-/// given. At the end every page is back; if not, the command fails.
+/// Each document becomes a session: a prompt of the document and its question, the model's answer, and so on for the questions
+/// of --then. Sessions share the budget: one begins when the pool can promise all pages that its prompts and answers can
+/// need, and those that hold pages compute together, their prompts cut into chunks that fit beside the decode rows. The
+/// others wait in the order given; one that has answered gives up its pages to them. At the end every page is back; if not,
+/// the command fails.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -34,6 +36,7 @@ Examples:
   concertina run --model owner/name --document *.txt --ask 'Summarise.' --document-tokens 1000 --kv-budget 64MiB
   concertina run --model model.gguf --document *.txt --ask 'Summarise.' --compress kivi4 --kv-budget 64MiB
   concertina run --model model.gguf --document a.txt b.txt --ask 'Why?' --compress full k:kivi2,v:rot4
+  concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' 'Why?' --host-budget 1GiB
   concertina run --model model.gguf --document a.txt --ask 'Why?' --json - | jq .metrics")]
 pub(super) struct RunArgs {
     #[command(flatten)]
@@ -47,6 +50,15 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "TEXT", num_args = 1.., required = true)]
     ask: Vec<String>,
 
+    /// What is asked of every document after its first answer, in order
+    #[arg(long, value_name = "TEXT", num_args = 1..)]
+    then: Vec<String>,
+
+    /// Time between an answer and the next question, on the clock of the schedule: where nobody else has anything to compute
+    /// it passes at once
+    #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = args::seconds)]
+    think: Duration,
+
     /// Use only so many of the first tokens of each document
     #[arg(long, value_name = "TOKENS", value_parser = args::token_count)]
     document_tokens: Option<u32>,
@@ -55,7 +67,12 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "SIZE", default_value = "48MiB", value_parser = args::budget)]
     kv_budget: Bytes,
 
-    /// Tokens to produce per session at most
+    /// Host memory for caches that do not fit: a session that thinks gives up its pages to one that waits, and gets them back for
+    /// its next question. Without it, its cache is dropped and computed again
+    #[arg(long, value_name = "SIZE", default_value = "0", value_parser = args::budget)]
+    host_budget: Bytes,
+
+    /// Tokens to produce per answer at most
     #[arg(long, value_name = "TOKENS", default_value = "64", value_parser = args::token_count)]
     max_new: u32,
 
@@ -63,7 +80,7 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "TOKENS", value_parser = args::token_count)]
     context: Option<u32>,
 
-    /// Sessions that may hold pages at once
+    /// Sessions that may compute at once
     #[arg(long, value_name = "N", default_value = "8", value_parser = args::small_count)]
     max_sessions: u32,
 
@@ -95,6 +112,9 @@ struct Job {
     compressions: Vec<Compression>,
     inquiries: Vec<Inquiry>,
     prompts: Vec<Prompt>,
+    /// Questions that follow the first, and their tokens.
+    later: Vec<(String, Vec<u32>)>,
+    think: Duration,
     settings: RunSettings,
     config: EngineConfig,
 }
@@ -113,7 +133,9 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
 
-    let mut scheduler = Scheduler::new(load::schedule_config(&job.config), caches);
+    let host = HostConfig { budget: job.settings.host_budget_bytes, ..HostConfig::default() };
+    let config = ScheduleConfig { host, ..load::schedule_config(&job.config) };
+    let mut scheduler = Scheduler::new(config, caches);
     let mut meter = Meter::default();
     let ids = submit(&job, &model, &mut scheduler, &mut meter)?;
     interrupt::install()?;
@@ -128,6 +150,7 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         settings: job.settings,
         metrics: meter.metrics(&scheduler),
         pool: scheduler.report(),
+        host_peak_bytes: scheduler.host_bytes().1,
         elapsed_s: scheduler.now().as_secs_f64(),
         interrupted,
     };
@@ -162,10 +185,11 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
     let context_length = args::context(args.context, model.geometry())?;
     let longest = model.geometry().context_length;
     let limit = args.document_tokens.map(|n| n as usize);
+    let later = documents::later(&model, &args.then)?;
     let mut prompts = Vec::with_capacity(inquiries.len());
     for inquiry in &inquiries {
         let prompt = documents::prompt(&model, inquiry, limit)?;
-        documents::check_length(inquiry, &prompt, args.max_new, context_length)?;
+        documents::check_length(inquiry, &prompt, &later, args.max_new, context_length)?;
         prompts.push(prompt);
     }
     let config = EngineConfig {
@@ -178,10 +202,13 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         codecs: args.cache.codecs(&compressions, model.geometry())?,
         chooses: chooses(&compressions),
         evictions: args.cache.evictions(&compressions, &model, max_sessions.min(args.observed))?,
+        swap_chunk: swap_chunk(args.host_budget, args.kv_budget),
         max_arena: None,
     };
     let settings = RunSettings {
         kv_budget_bytes: args.kv_budget,
+        host_budget_bytes: args.host_budget,
+        think_s: args.think.as_secs_f64(),
         max_new_tokens: args.max_new,
         context_tokens: context_length,
         document_tokens: limit,
@@ -190,7 +217,15 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         page_tokens: args.cache.page_size,
         sampling,
     };
-    Ok((Job { compressions, inquiries, prompts, settings, config }, model))
+    Ok((Job { compressions, inquiries, prompts, later, think: args.think, settings, config }, model))
+}
+
+/// What a step copies at most: five times as much is held for it, a tenth of the budget.
+fn swap_chunk(host_budget: Bytes, kv_budget: Bytes) -> Bytes {
+    if host_budget == Bytes::ZERO {
+        return Bytes::ZERO;
+    }
+    Bytes((kv_budget.0 / 50).clamp(64 << 10, 64 << 20)).align_up(16)
 }
 
 /// A compression per document: as many as there are documents, or one for all.
@@ -209,6 +244,8 @@ fn one_each(compressions: &[Compression], documents: usize) -> Result<Vec<Compre
 fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter) -> Result<Vec<SessionId>> {
     let mut ids = Vec::new();
     let all = job.inquiries.iter().zip(&job.prompts).zip(&job.compressions);
+    let round =
+        |tokens: &Vec<u32>| Round { tokens: tokens.clone(), max_new: job.settings.max_new_tokens, think: job.think };
     for ((inquiry, prompt), compression) in all {
         let request = Request {
             prompt: prompt.tokens.clone(),
@@ -217,6 +254,8 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
             stop: model.tokenizer.eos_ids().to_vec(),
             compression: compression.clone(),
             document: Some(prompt.compressed_tokens),
+            rounds: job.later.iter().map(|(_, tokens)| round(tokens)).collect(),
+            priority: 0,
         };
         meter.session(scheduler, &request);
         ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);
@@ -238,7 +277,8 @@ fn steps(
     while !scheduler.is_idle() && !interrupt::requested() {
         bars.update(scheduler);
         let step = scheduler.step(engine)?;
-        if step.prefill_rows + step.decode_rows == 0 {
+        let moved = step.out_bytes + step.in_bytes > Bytes::ZERO;
+        if step.prefill_rows + step.decode_rows == 0 && !moved && step.idle.is_zero() && step.asked.is_empty() {
             return Err(anyhow!("no session can take a step, though {} wait: a defect", scheduler.waiting().len()));
         }
         meter.step(scheduler, &step, engine.last_step().device);
@@ -265,12 +305,16 @@ fn session_reports(
     let all = ids.iter().zip(cached).zip(job.inquiries.iter().zip(&job.prompts));
     all.map(|((id, cached), (inquiry, prompt))| {
         let session = scheduler.session(*id).expect("a submitted session is known");
-        let (document, question) = (inquiry.document.clone(), inquiry.question.clone());
+        let questions = std::iter::once(&inquiry.question).chain(job.later.iter().map(|(question, _)| question));
+        let round = |(question, round): (&String, &Answer)| {
+            let answer = model.tokenizer.decode(&session.produced[round.produced.clone()]);
+            RoundReport::new(question.clone(), answer, round)
+        };
         SessionReport {
-            answer: model.tokenizer.decode(&session.produced),
+            rounds: questions.zip(&session.answers).map(round).collect(),
             document_tokens: prompt.document_tokens,
             used_tokens: prompt.used_tokens,
-            ..SessionReport::new(document, question, session, *cached)
+            ..SessionReport::new(inquiry.document.clone(), session, *cached)
         }
     })
     .collect()

@@ -2,7 +2,7 @@
 
 use concertina::geometry::Bytes;
 use concertina::report::finish_name;
-use concertina::schedule::{Phase, Scheduler, Session, SessionId};
+use concertina::schedule::{Phase, Place, Scheduler, Session, SessionId};
 use indicatif::{MultiProgress, ProgressBar};
 
 use super::progress::style;
@@ -70,13 +70,18 @@ impl SessionBars {
 
 /// Where the bar of a session stands, and its length.
 fn position(session: &Session) -> (u64, u64) {
-    let prompt = session.request.prompt.len() as u64;
+    let prompt = session.prompt_end as u64;
     match session.phase {
         Phase::Waiting => (0, prompt),
         Phase::Prefill(done) => (u64::from(done), prompt),
-        Phase::Decode => (session.produced.len() as u64, u64::from(session.request.max_new)),
-        Phase::Finished(_) => (1, 1),
+        Phase::Decode => (answered(session), u64::from(session.request.max_new_of(session.round()))),
+        Phase::Thinking(_) | Phase::Finished(_) => (1, 1),
     }
+}
+
+/// Tokens of the answer under way.
+fn answered(session: &Session) -> u64 {
+    session.answers.last().map_or(0, |answer| answer.produced.len() as u64)
 }
 
 /// One line about a session that has no pages yet.
@@ -91,10 +96,23 @@ fn waiting(needed: Bytes, free: Bytes, begins: bool) -> String {
 /// One line about a session that has, or had, pages.
 fn describe(session: &Session) -> String {
     let produced = session.produced.len();
+    let (round, rounds) = (session.round() + 1, 1 + session.request.rounds.len());
+    let of = if rounds > 1 { format!("question {round} of {rounds}: ") } else { String::new() };
+    let place = match session.place {
+        Place::Leaving(_) => ", leaves for the host",
+        Place::Host => ", in host memory",
+        Place::Coming(_) => ", comes back",
+        Place::Nowhere if !session.is_finished() => ", to be computed again",
+        Place::Nowhere | Place::Device => "",
+    };
     match session.phase {
         Phase::Waiting => String::new(),
-        Phase::Prefill(done) => format!("prefill {done} of {} tokens", session.request.prompt.len()),
-        Phase::Decode => format!("decode {produced} of at most {} tokens", session.request.max_new),
+        Phase::Prefill(done) => format!("{of}prefill {done} of {} tokens{place}", session.prompt_end),
+        Phase::Decode => {
+            let most = session.request.max_new_of(session.round());
+            format!("{of}decode {} of at most {most} tokens{place}", answered(session))
+        }
+        Phase::Thinking(_) => format!("{of}answered{place}"),
         Phase::Finished(_) => {
             let s = if produced == 1 { "" } else { "s" };
             format!("done: {produced} token{s}, ended by {}", finish_name(session.phase))

@@ -186,7 +186,20 @@ impl ReadBack {
     /// # Errors
     /// [`DeviceError::Lost`].
     pub fn read(&self, device: &Device, length: usize, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+        self.request();
+        self.finish(device, length, out)
+    }
+
+    /// After the submission: asks for the bytes, which [`Self::finish`] reads; other work can be submitted in between.
+    pub fn request(&self) {
         self.mapped.request(wgpu::MapMode::Read);
+    }
+
+    /// Waits for what [`Self::request`] asked for and appends the first `length` bytes to `out` in one copy.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`].
+    pub fn finish(&self, device: &Device, length: usize, out: &mut Vec<u8>) -> Result<(), DeviceError> {
         self.mapped.wait(device)?;
         {
             let view = self

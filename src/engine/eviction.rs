@@ -424,7 +424,7 @@ impl Engine<'_> {
                     observed: observed.clone(),
                     sample: None,
                 };
-                let plan = StepPlan { segments: vec![segment] };
+                let plan = StepPlan { segments: vec![segment], ..StepPlan::default() };
                 caches.grow(&plan)?;
                 self.logits_of_rows(&plan, caches, &[])?;
                 caches.retire(&plan);

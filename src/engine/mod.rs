@@ -16,6 +16,7 @@ mod parameters;
 mod scores;
 mod scratch;
 mod step;
+pub mod swap;
 mod tables;
 mod weights;
 
@@ -46,6 +47,7 @@ use layers::{Layers, RowCounts};
 use paged_attention::page_sizes;
 use scratch::{Scratch, ScratchSizes};
 use step::{StepOffsets, StepRows, inverse_frequencies};
+use swap::{Swap, SwapSizes};
 use tables::DirtyTables;
 use weights::DeviceWeights;
 
@@ -87,6 +89,9 @@ pub struct EngineConfig {
     pub chooses: bool,
     /// What sessions may do besides; `None` where nothing is evicted and no layers share or skip.
     pub evictions: Option<EvictionConfig>,
+    /// Bytes of a cache that a step copies to the host, and back, at most; none where caches never leave the device. Five times
+    /// as much is held for it.
+    pub swap_chunk: Bytes,
     /// Largest arena; the adapter's binding limit where `None`.
     pub max_arena: Option<Bytes>,
 }
@@ -128,6 +133,11 @@ impl EngineConfig {
             slots: evictions.slots,
             moments: evictions.moments,
         })
+    }
+
+    fn swap_sizes(&self, smallest_page: Bytes) -> Option<SwapSizes> {
+        (self.swap_chunk > Bytes::ZERO)
+            .then(|| SwapSizes { chunk: self.swap_chunk.align_up(CELL_BYTES), smallest_page })
     }
 
     /// Whether any page is ever sealed.
@@ -179,6 +189,7 @@ pub struct Engine<'d> {
     layers: Layers,
     attention: AttentionKernels,
     evictions: Option<Evictions>,
+    swap: Option<Swap>,
     uploader: Uploader,
     back: ReadBack,
     timer: StepTimer,
@@ -231,6 +242,15 @@ impl<'d> Engine<'d> {
             }),
             _ => None,
         };
+        let pages = page_sizes(&shape, &config.codecs);
+        let swap = match config.swap_sizes(pages.smallest) {
+            Some(_) if config.swap_chunk < pages.largest => {
+                let (chunk, page) = (config.swap_chunk, pages.largest);
+                return Err(EngineError::Input(format!("chunks of {chunk} hold no page of {page}")));
+            }
+            Some(sizes) => Some(Swap::new(device, &mut cache, &buffers, sizes)?),
+            None => None,
+        };
         let full = TableShape {
             num_layers: geometry.num_layers,
             num_kv_heads: heads.num_kv_heads,
@@ -253,6 +273,7 @@ impl<'d> Engine<'d> {
             layers,
             attention,
             evictions,
+            swap,
             uploader,
             back: ReadBack::new(device, "token read-back", Self::back_bytes(config, &sizes))?,
             timer,
@@ -261,7 +282,14 @@ impl<'d> Engine<'d> {
             words: Vec::new(),
             stats: StepStats::default(),
         };
+        let slot_bytes = |e: &Evictions| {
+            let (sizes, shape) = (e.kernels.sizes(), engine.attention.shape());
+            let moments = if sizes.moments { sizes.slot_moments(shape) } else { 0 };
+            Bytes((u64::from(sizes.slot_values()) + u64::from(moments)) * WORD_BYTES)
+        };
         let abilities = Abilities {
+            slot_bytes: engine.evictions.as_ref().map_or(Bytes::ZERO, slot_bytes),
+            swap_bytes: if engine.swap.is_some() { config.swap_chunk } else { Bytes::ZERO },
             codecs: config.codecs.clone(),
             slots: config.evictions.as_ref().map(|evictions| evictions.slots),
             head_scores: config.evictions.as_ref().and_then(|evictions| evictions.head_scores.clone()),
@@ -293,12 +321,15 @@ impl<'d> Engine<'d> {
         let upload = (sizes.step + tables).align_up(256);
         let evictions = config.eviction_sizes(geometry);
         let eviction_back = evictions.map_or(Bytes::ZERO, |sizes| eviction::back_bytes(&sizes, shape));
-        let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + timer + eviction_back;
+        let swap = config.swap_sizes(pages.smallest);
+        let swap_staging = swap.map_or(Bytes::ZERO, |swap| swap.staging());
+        let staging = Bytes(upload.0 * 2) + Self::back_bytes(config, &sizes) + timer + eviction_back + swap_staging;
         let layout = PoolLayout {
             budget: config.budget,
             staging,
             scratch: sizes.total()
                 + PoolBuffers::window_bytes(&window)
+                + swap.map_or(Bytes::ZERO, |swap| swap.scratch())
                 + evictions.map_or(Bytes::ZERO, |sizes| sizes.scratch_bytes(shape)),
             max_binding,
             slab: pages.slab,
@@ -347,7 +378,8 @@ impl<'d> Engine<'d> {
     pub fn held_bytes(&self) -> Bytes {
         let staging = self.uploader.total() + self.back.capacity() + self.timer.bytes();
         let evictions = self.evictions.as_ref().map_or(Bytes::ZERO, |e| e.kernels.held_bytes() + e.back.capacity());
-        self.buffers.bytes() + self.scratch.bytes() + self.attention.held_bytes() + staging + evictions
+        let swap = self.swap.as_ref().map_or(Bytes::ZERO, Swap::held_bytes);
+        self.buffers.bytes() + self.scratch.bytes() + self.attention.held_bytes() + staging + evictions + swap
     }
 
     /// The clock of [`StepStats::device`].
@@ -417,9 +449,11 @@ impl<'d> Engine<'d> {
         if read_bytes > 0 {
             encoder.copy_buffer_to_buffer(source, 0, self.back.target(), 0, read_bytes);
         }
+        let moves = self.record_moves(&mut encoder, plan, caches)?;
         let host = started.elapsed();
         self.device.queue.submit([encoder.finish()]);
         self.uploader.recycle();
+        self.moves_submitted(plan, caches, moves)?;
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
         let mut bytes = Vec::with_capacity(length);
         self.back.read(self.device, length, &mut bytes)?;
@@ -564,6 +598,13 @@ impl Backend for Engine<'_> {
 
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, EngineError> {
         let started = Instant::now();
+        if let Some(swap) = &mut self.swap {
+            swap.forget(&plan.forgotten);
+        }
+        if plan.segments.is_empty() {
+            self.move_alone(plan, caches)?;
+            return Ok(StepResult { tokens: Vec::new(), elapsed: started.elapsed() });
+        }
         self.gather(plan)?;
         let bytes = self.submit(plan, caches, Want::Tokens)?;
         Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&bytes), elapsed: started.elapsed() })

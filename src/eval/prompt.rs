@@ -201,7 +201,7 @@ impl<'e, 'd> Driver<'e, 'd> {
             observed: self.caches.observed(probe.0, 1).into_iter().collect(),
             sample: Some(Sampling::GREEDY),
         };
-        let plan = StepPlan { segments: rows.iter().map(segment).collect() };
+        let plan = StepPlan { segments: rows.iter().map(segment).collect(), ..StepPlan::default() };
         self.caches.grow(&plan)?;
         let logits = self.engine.logits(&plan, self.caches)?;
         self.caches.retire(&plan);

@@ -7,8 +7,8 @@
 use bytemuck::{Pod, Zeroable};
 
 pub use super::abi_evictions::{
-    CarryItem, DecideItem, GatherItem, KeyScoreItem, MergeLayersItem, MomentItem, PageBoundsItem, QuestItem, ScoreItem,
-    SelectItem, SelectList,
+    CarryItem, DecideItem, GatherItem, KeyScoreItem, MergeLayersItem, MomentItem, MovePagesItem, PageBoundsItem,
+    QuestItem, ScoreItem, SelectItem, SelectList,
 };
 
 /// A struct of immediate data with its fields as the shader must declare them.
@@ -144,6 +144,15 @@ immediates! {
         items: u32,
         /// Items in it.
         n_items: u32,
+    }
+    /// Immediate data of `move_pages`.
+    struct MovePagesParams {
+        /// First vec4 of the list in `items`.
+        items: u32,
+        /// Items in it.
+        n_items: u32,
+        /// 1: from the arena into the contiguous buffer; 0: back.
+        leaves: u32,
     }
     /// Immediate data of carry.
     struct CarryParams {

@@ -145,6 +145,20 @@ pub struct GatherItem {
     pub turn: [u32; 4],
 }
 
+/// Move pages: one page.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct MovePagesItem {
+    /// First cell of the page in its arena.
+    pub page: u32,
+    /// First cell in the contiguous buffer.
+    pub packed: u32,
+    /// Cells of 16 bytes.
+    pub n_cells: u32,
+    /// Unused.
+    pub pad: u32,
+}
+
 /// Merge layers: a page of two layers' tokens, gathered into two pages of the window.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]

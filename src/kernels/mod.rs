@@ -27,6 +27,7 @@ pub mod matmul;
 pub mod merge_layers;
 pub mod merge_states;
 pub mod moments;
+pub mod move_pages;
 pub mod parameters;
 pub mod pipeline;
 pub mod plan;
@@ -122,6 +123,8 @@ pub mod modules {
         APPEND = "cache/append.wgsl";
         /// Full pages into codes.
         SEAL = "cache/seal.wgsl";
+        /// Pages to and from one contiguous buffer.
+        MOVE_PAGES = "cache/move_pages.wgsl";
         /// Smallest and largest keys of full pages.
         PAGE_BOUNDS = "attention/page_bounds.wgsl";
         /// Pages that a decode row reads.

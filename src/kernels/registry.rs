@@ -6,8 +6,8 @@ use super::latent_decode::LatentDecodeSpec;
 use super::matmul::{self, Output};
 use super::prefill::PrefillSpec;
 use super::{
-    KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, quest, sample, score,
-    seal, select,
+    KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest,
+    sample, score, seal, select,
 };
 use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;
@@ -47,6 +47,7 @@ pub fn all_specs() -> Vec<KernelSpec> {
         select::decide(),
         select::select(),
         select::carry(),
+        move_pages::kernel(),
         elementwise::embed(),
         elementwise::rope(),
         elementwise::gated_activation(),

@@ -119,8 +119,34 @@ impl ChatTemplate {
     /// [`ModelError::ChatTemplate`] when the template refuses the messages, takes a message apart, leaves out the
     /// last one, or writes too much.
     pub fn prompt_tokens(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>, ModelError> {
+        let segments = self.segments(tokenizer, messages)?;
+        Self::encode(tokenizer, messages, segments)
+    }
+
+    /// What follows an answer: the end of its turn, the next question, and the beginning of the next answer.
+    ///
+    /// # Errors
+    /// As [`Self::prompt_tokens`]; [`ModelError::ChatTemplate`] also when the template leaves out answers before the last
+    /// question.
+    pub fn next_turn_tokens(&self, tokenizer: &Tokenizer, question: &str) -> Result<Vec<u32>, ModelError> {
+        let messages = [(Role::User, "a"), (Role::Assistant, "b"), (Role::User, question)];
+        let messages = messages.map(|(role, text)| Message::new(role, text));
+        let segments = self.segments(tokenizer, &messages)?;
+        let answer = segments.iter().position(|segment| *segment == Segment::Content(1));
+        let answer = answer.ok_or_else(|| ModelError::ChatTemplate("it leaves out an answer".to_owned()))?;
+        Self::encode(tokenizer, &messages, segments.into_iter().skip(answer + 1))
+    }
+
+    fn segments(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<Segment>, ModelError> {
         let marker = |id: Option<u32>| id.and_then(|id| tokenizer.marker_text(id)).unwrap_or_default();
-        let segments = self.render(messages, marker(tokenizer.bos_id()), marker(tokenizer.eos_id()))?;
+        self.render(messages, marker(tokenizer.bos_id()), marker(tokenizer.eos_id()))
+    }
+
+    fn encode(
+        tokenizer: &Tokenizer,
+        messages: &[Message],
+        segments: impl IntoIterator<Item = Segment>,
+    ) -> Result<Vec<u32>, ModelError> {
         let mut fragments: Vec<Fragment> = Vec::new();
         for segment in segments {
             let parts = match segment {

@@ -24,6 +24,7 @@ pub mod arena;
 pub mod budget;
 pub mod device;
 pub mod page_table;
+pub mod suspended;
 pub mod table_layers;
 pub mod table_ranges;
 pub mod table_runs;

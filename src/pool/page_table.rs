@@ -92,6 +92,17 @@ pub(super) enum Part {
     Bounds,
 }
 
+impl Part {
+    /// Which of [`PageTable::page_sizes`] its pages have.
+    pub(super) const fn size(self) -> usize {
+        match self {
+            Self::Open | Self::Bounds => 0,
+            Self::Kept | Self::Sealed => 1,
+            Self::Merged => 2,
+        }
+    }
+}
+
 pub(super) const PARTS: [Part; 5] = [Part::Merged, Part::Kept, Part::Sealed, Part::Open, Part::Bounds];
 
 /// What an eviction leaves of a list.
@@ -182,26 +193,10 @@ impl PageTable {
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
         let committed =
             [pages(open + bounds), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
-        let sizes = Self::page_sizes(&shape);
-        let undo = |pool: &mut PagePool, done: usize| {
-            sizes.iter().zip(committed).take(done).try_for_each(|(page, n)| pool.uncommit(*page, n))
-        };
-        for (done, (page, n)) in sizes.iter().zip(committed).enumerate() {
-            if let Err(error) = pool.commit(*page, n) {
-                undo(pool, done)?;
-                return Err(error);
-            }
-        }
-        let entries = pages(capacity.iter().fold(0, |sum: u32, part| sum.saturating_add(*part)));
-        let entries = entries.saturating_add(Self::chosen_entries(&shape));
-        let Some(region) = ranges.reserve(entries) else {
-            undo(pool, sizes.len())?;
-            return Err(PoolError::TablesFull { wanted: entries, total: ranges.total() });
-        };
-        Ok(Self {
+        let mut table = Self {
             shape,
             layers: layers.clone(),
-            region,
+            region: 0,
             admitted,
             capacity,
             lists: vec![PageList::default(); shape.num_lists() as usize],
@@ -214,7 +209,37 @@ impl PageTable {
             merged_with: vec![None; shape.num_layers as usize],
             committed,
             dirty: false,
-        })
+        };
+        table.reserve(pool, ranges)?;
+        Ok(table)
+    }
+
+    /// Commits the pages that [`Self::committed`] counts and reserves table entries; nothing is held where that fails.
+    pub(super) fn reserve(&mut self, pool: &mut PagePool, ranges: &mut TableRanges) -> Result<(), PoolError> {
+        let (sizes, committed) = (Self::page_sizes(&self.shape), self.committed);
+        let undo = |pool: &mut PagePool, done: usize| {
+            sizes.iter().zip(committed).take(done).try_for_each(|(page, n)| pool.uncommit(*page, n))
+        };
+        for (done, (page, n)) in sizes.iter().zip(committed).enumerate() {
+            if let Err(error) = pool.commit(*page, n) {
+                undo(pool, done)?;
+                return Err(error);
+            }
+        }
+        let wanted = self.entries();
+        let Some(region) = ranges.reserve(wanted) else {
+            undo(pool, sizes.len())?;
+            return Err(PoolError::TablesFull { wanted, total: ranges.total() });
+        };
+        self.region = region;
+        Ok(())
+    }
+
+    /// Entries of the table's region.
+    fn entries(&self) -> u32 {
+        let of_list = self.capacity.iter().fold(0, |sum: u32, part| sum.saturating_add(*part));
+        // Saturating: no buffer has so many entries.
+        self.shape.num_lists().saturating_mul(of_list).saturating_add(Self::chosen_entries(&self.shape))
     }
 
     /// Entries behind the lists for what decode rows choose: of each KV head the pages, and one more for every arena that they
@@ -298,13 +323,9 @@ impl PageTable {
 
     /// Bytes of pages held.
     pub fn held_bytes(&self) -> Bytes {
-        let [open, sealed, merged] = Self::page_sizes(&self.shape);
-        let list = |l: &PageList| {
-            let in_codec = l.part(Part::Kept).len() + l.part(Part::Sealed).len();
-            let of_merged = u64::from(l.part(Part::Merged).len()) * merged.0;
-            let in_f16 = l.part(Part::Open).len() + l.part(Part::Bounds).len();
-            of_merged + u64::from(in_f16) * open.0 + u64::from(in_codec) * sealed.0
-        };
+        let sizes = Self::page_sizes(&self.shape);
+        let list =
+            |l: &PageList| PARTS.iter().map(|part| u64::from(l.part(*part).len()) * sizes[part.size()].0).sum::<u64>();
         Bytes(self.lists.iter().map(list).sum())
     }
 
@@ -343,7 +364,7 @@ impl PageTable {
     }
 
     /// Takes pages until a part of a list has so many.
-    fn fill(
+    pub(super) fn fill(
         &mut self,
         pool: &mut PagePool,
         index: usize,
@@ -353,11 +374,7 @@ impl PageTable {
     ) -> Result<(), PoolError> {
         let layer = index / self.shape.num_kv_heads as usize;
         let preferred = layer * arenas / self.shape.num_layers as usize;
-        let class = match part {
-            Part::Open | Part::Bounds => 0,
-            Part::Kept | Part::Sealed => 1,
-            Part::Merged => 2,
-        };
+        let class = part.size();
         let page = Self::page_sizes(&self.shape)[class];
         let committed = &mut self.committed[class];
         let list = &mut self.lists[index].parts[part as usize];
@@ -467,7 +484,7 @@ impl PageTable {
         for (page, n) in Self::page_sizes(&self.shape).iter().zip(self.committed) {
             pool.uncommit(*page, n)?;
         }
-        let entries = self.shape.num_lists() * self.list_capacity() + Self::chosen_entries(&self.shape);
+        let entries = self.entries();
         if entries > 0 {
             ranges.release(self.region, entries);
         }

@@ -30,6 +30,13 @@ pub struct Meter {
     decode: Totals,
     resident_max: usize,
     largest: Bytes,
+    swapped_out: u64,
+    swapped_in: u64,
+    recomputed: u64,
+    preempted: u64,
+    out_bytes: Bytes,
+    in_bytes: Bytes,
+    moving: Totals,
 }
 
 impl Meter {
@@ -40,7 +47,15 @@ impl Meter {
 
     /// Hears of a step after it ran; `device` is its time on the device.
     pub fn step(&mut self, scheduler: &Scheduler, step: &StepReport, device: Duration) {
+        self.swapped_out += step.swapped_out.len() as u64;
+        self.swapped_in += step.swapped_in.len() as u64;
+        self.recomputed += step.dropped.len() as u64;
+        self.preempted += step.preempted.len() as u64;
+        self.out_bytes += step.out_bytes;
+        self.in_bytes += step.in_bytes;
         if step.prefill_rows + step.decode_rows == 0 {
+            self.moving.steps += 1;
+            self.moving.elapsed += step.elapsed;
             return;
         }
         let totals = if step.prefill_rows > 0 { &mut self.prefill } else { &mut self.decode };
@@ -85,8 +100,14 @@ impl Meter {
                 tokens_per_s: ratio(decode.decode_rows, decode.elapsed),
             },
             context_switch: ContextSwitchMetric {
-                switches: 0,
-                switched_bytes: Bytes::ZERO,
+                switches: self.swapped_out + self.swapped_in + self.recomputed,
+                swapped_out: self.swapped_out,
+                swapped_in: self.swapped_in,
+                recomputed: self.recomputed,
+                preempted: self.preempted,
+                out_bytes: self.out_bytes,
+                in_bytes: self.in_bytes,
+                alone_s: self.moving.elapsed.as_secs_f64(),
                 sessions_waited: waited.iter().filter(|t| !t.is_zero()).count(),
                 waited_s: waited.iter().sum::<Duration>().as_secs_f64(),
             },
@@ -161,14 +182,26 @@ pub struct DecodeMetric {
     pub tokens_per_s: Option<f64>,
 }
 
-/// Sessions that changed places. Caches do not move to the host yet: a session that does not fit waits.
+/// Sessions that changed places.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ContextSwitchMetric {
-    /// Sessions moved between device and host.
+    /// Caches copied out, copied back, or dropped to be computed again.
     pub switches: u64,
-    /// Bytes moved.
-    pub switched_bytes: Bytes,
-    /// Sessions that had to wait for room, those included that were cancelled while they did.
+    /// Caches copied to the host.
+    pub swapped_out: u64,
+    /// Caches copied back.
+    pub swapped_in: u64,
+    /// Caches dropped, to be computed again.
+    pub recomputed: u64,
+    /// Of all these, those of sessions in the middle of a round.
+    pub preempted: u64,
+    /// Bytes of pages copied out.
+    pub out_bytes: Bytes,
+    /// Bytes of pages copied back.
+    pub in_bytes: Bytes,
+    /// Time of steps that only moved pages: what did not hide behind the rows of others.
+    pub alone_s: f64,
+    /// Sessions that had to wait for room before they began, those included that were cancelled while they did.
     pub sessions_waited: usize,
     /// How long they waited, added up.
     pub waited_s: f64,
@@ -184,7 +217,7 @@ mod tests {
     use crate::pool::page_table::{TableShape, Window};
     use crate::pool::{PagePool, PoolLayout};
     use crate::schedule::simulation::Simulation;
-    use crate::schedule::{Abilities, Caches, ScheduleConfig};
+    use crate::schedule::{Abilities, Caches, HostConfig, ScheduleConfig};
 
     /// A pool of two pages and one list per session, so that two sessions of one page fit.
     fn scheduler() -> Scheduler {
@@ -202,7 +235,7 @@ mod tests {
         let pool = PagePool::new(&layout).expect("room for two slabs");
         let shape = TableShape { num_layers: 1, num_kv_heads: 1, page, codec: HiddenCodec::F16, quest: None };
         let window = Window::new(page, 1, 8, false);
-        let config = ScheduleConfig { max_rows: 8, max_sessions: 4, context_length: 100 };
+        let config = ScheduleConfig { max_rows: 8, max_sessions: 4, context_length: 100, host: HostConfig::default() };
         Scheduler::new(config, Caches::new(pool, shape, window, Abilities::default()))
     }
 
@@ -212,7 +245,16 @@ mod tests {
         let mut meter = Meter::default();
         for _ in 0..3 {
             let (prompt, sampling, compression) = (vec![1; 8], Sampling::GREEDY, Compression::default());
-            let request = Request { prompt, max_new: 3, sampling, stop: Vec::new(), compression, document: None };
+            let request = Request {
+                prompt,
+                max_new: 3,
+                sampling,
+                stop: Vec::new(),
+                compression,
+                document: None,
+                rounds: Vec::new(),
+                priority: 0,
+            };
             meter.session(&scheduler, &request);
             scheduler.submit(request).expect("a session of one page");
         }

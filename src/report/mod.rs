@@ -43,5 +43,5 @@ pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow}
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
-pub use run::{RunReport, RunSettings, SessionReport, finish_name};
+pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};

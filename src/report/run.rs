@@ -6,7 +6,7 @@ use super::{DeviceReport, FourMetrics, ModelReport, Program};
 use crate::geometry::Bytes;
 use crate::kernels::sample::Sampling;
 use crate::pool::PoolReport;
-use crate::schedule::{Finish, Phase, Session};
+use crate::schedule::{Answer, Finish, Phase, Session};
 
 /// Everything that `run` found.
 #[derive(Clone, Debug, Serialize)]
@@ -25,6 +25,8 @@ pub struct RunReport {
     pub metrics: FourMetrics,
     /// The pool after the last session.
     pub pool: PoolReport,
+    /// Most bytes of caches that host memory held at once.
+    pub host_peak_bytes: Bytes,
     /// Time of all steps on the clock of the schedule: host time from planning a step to having its tokens.
     pub elapsed_s: f64,
     /// Whether the run was interrupted; the sessions that had not ended are cancelled.
@@ -36,7 +38,11 @@ pub struct RunReport {
 pub struct RunSettings {
     /// Device bytes for caches, tables, scratch and staging.
     pub kv_budget_bytes: Bytes,
-    /// Tokens to produce per session at most.
+    /// Bytes of host memory for caches that do not fit on the device.
+    pub host_budget_bytes: Bytes,
+    /// Time between an answer and the next question, on the clock of the schedule.
+    pub think_s: f64,
+    /// Tokens to produce per answer at most.
     pub max_new_tokens: u32,
     /// Longest context.
     pub context_tokens: u32,
@@ -57,30 +63,64 @@ pub struct RunSettings {
 pub struct SessionReport {
     /// Path of the document, as given.
     pub document: String,
-    /// What was asked about it.
-    pub question: String,
+    /// Questions and answers, in order.
+    pub rounds: Vec<RoundReport>,
     /// What was done to its cache, in the form that `--compress` reads.
     pub compression: String,
-    /// What the model said.
-    pub answer: String,
     /// Tokens of the whole document.
     pub document_tokens: usize,
     /// Of these, tokens that were used.
     pub used_tokens: usize,
-    /// Tokens of the prompt: the used part of the document, the question and the chat template.
+    /// Tokens of the first prompt: the used part of the document, the question and the chat template.
     pub prompt_tokens: usize,
-    /// Tokens produced, the one that ended the session included.
+    /// Tokens produced in all rounds, those that ended answers included.
     pub new_tokens: usize,
     /// From submission until it got its pages.
     pub waited_s: Option<f64>,
     /// From submission until its first token.
     pub first_token_s: Option<f64>,
-    /// Time per token after the first.
+    /// Time per token after the first of each answer.
     pub per_token_ms: Option<f64>,
+    /// Times that its cache was copied to the host.
+    pub swapped_out: u32,
+    /// Times that its cache was copied back.
+    pub swapped_in: u32,
+    /// Times that its cache was dropped, to be computed again.
+    pub recomputed: u32,
+    /// Times that it lost its place in the middle of a round.
+    pub preempted: u32,
     /// Bytes of pages that it held at its end.
     pub kv_bytes: Bytes,
     /// `stop` (it produced a stop token), `length` (it produced as many tokens as it may), `cancelled`, or `running`.
     pub ended_by: &'static str,
+}
+
+/// A question and its answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct RoundReport {
+    /// What was asked.
+    pub question: String,
+    /// What the model said.
+    pub answer: String,
+    /// Tokens produced, the one that ended the answer included.
+    pub new_tokens: usize,
+    /// From the question until the first token.
+    pub first_token_s: Option<f64>,
+    /// From the question until the last.
+    pub finished_s: Option<f64>,
+}
+
+impl RoundReport {
+    /// A round; the text of its answer comes from the caller.
+    pub fn new(question: String, answer: String, round: &Answer) -> Self {
+        Self {
+            question,
+            answer,
+            new_tokens: round.produced.len(),
+            first_token_s: round.first_token.map(|t| t.as_secs_f64()),
+            finished_s: round.finished.map(|t| t.as_secs_f64()),
+        }
+    }
 }
 
 /// A session's end as reports name it.
@@ -89,35 +129,38 @@ pub const fn finish_name(phase: Phase) -> &'static str {
         Phase::Finished(Finish::Stop) => "stop",
         Phase::Finished(Finish::Length) => "length",
         Phase::Finished(Finish::Cancelled) => "cancelled",
-        Phase::Waiting | Phase::Prefill(_) | Phase::Decode => "running",
+        _ => "running",
     }
 }
 
 impl SessionReport {
-    /// A finished session; its answer and the tokens of its document come from the caller. `cached` are the bytes
-    /// of pages that it held when it ended.
-    pub fn new(document: String, question: String, session: &Session, cached: Bytes) -> Self {
+    /// A finished session; its rounds and the tokens of its document come from the caller. `cached` are the bytes of pages that
+    /// it held when it ended.
+    pub fn new(document: String, session: &Session, cached: Bytes) -> Self {
         let times = session.times;
         let seconds = |t: std::time::Duration| t.as_secs_f64();
-        let after_first = session.produced.len().saturating_sub(1);
-        let per_token_ms = match (times.first_token, times.finished) {
-            (Some(first), Some(end)) if after_first > 0 => {
-                Some(end.saturating_sub(first).as_secs_f64() * 1e3 / after_first as f64)
-            }
-            _ => None,
+        let decoded = |round: &Answer| {
+            let (first, end) = (round.first_token?, round.finished?);
+            Some((end.saturating_sub(first), round.produced.len().saturating_sub(1)))
         };
+        let decoded: Vec<_> = session.answers.iter().filter_map(decoded).collect();
+        let after_first: usize = decoded.iter().map(|(_, n)| n).sum();
+        let decoding: f64 = decoded.iter().map(|(time, _)| time.as_secs_f64()).sum();
         Self {
             document,
-            question,
+            rounds: Vec::new(),
             compression: session.request.compression.to_string(),
-            answer: String::new(),
             document_tokens: 0,
             used_tokens: 0,
             prompt_tokens: session.request.prompt.len(),
             new_tokens: session.produced.len(),
             waited_s: times.admitted.map(seconds),
             first_token_s: times.first_token.map(seconds),
-            per_token_ms,
+            per_token_ms: (after_first > 0).then(|| decoding * 1e3 / after_first as f64),
+            swapped_out: session.moves.swapped_out,
+            swapped_in: session.moves.swapped_in,
+            recomputed: session.moves.dropped,
+            preempted: session.moves.preempted,
             kv_bytes: cached,
             ended_by: finish_name(session.phase),
         }

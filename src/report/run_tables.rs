@@ -17,10 +17,12 @@ impl fmt::Display for RunReport {
         for (session, name) in self.sessions.iter().zip(&names) {
             let rule = "─".repeat(72_usize.saturating_sub(name.chars().count() + 4));
             writeln!(f, "── {name} {rule}")?;
-            writeln!(f, "question  {}", session.question)?;
-            let answer = if session.answer.trim().is_empty() { "(nothing)" } else { session.answer.trim() };
-            // Later lines begin below the first one.
-            writeln!(f, "answer    {}\n", answer.replace('\n', "\n          "))?;
+            for round in &session.rounds {
+                writeln!(f, "question  {}", round.question)?;
+                let answer = if round.answer.trim().is_empty() { "(nothing)" } else { round.answer.trim() };
+                // Later lines begin below the first one.
+                writeln!(f, "answer    {}\n", answer.replace('\n', "\n          "))?;
+            }
         }
         writeln!(f, "{}", sessions_table(&self.sessions, &names))?;
         writeln!(f, "{}", four_metrics(&self.metrics, self.settings.max_sessions))?;
@@ -124,14 +126,17 @@ fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {
         number(d.tokens_per_s),
         steps(d.steps)
     );
-    let switch = match w.sessions_waited {
-        0 => "none, and no session had to wait".to_owned(),
-        n => format!(
-            "none: sessions wait for room instead; {} of {} did, {} s in all",
-            n,
-            c.sessions,
-            number(Some(w.waited_s))
-        ),
+    let waited = match w.sessions_waited {
+        0 => "no session had to wait".to_owned(),
+        n => format!("{n} of {} waited, {} s in all", c.sessions, number(Some(w.waited_s))),
+    };
+    let switch = if w.switches == 0 {
+        format!("none; {waited}")
+    } else {
+        format!(
+            "{} out and {} back ({} and {}), {} computed again; {waited}",
+            w.swapped_out, w.swapped_in, w.out_bytes, w.in_bytes, w.recomputed
+        )
     };
     let lines = [("concurrency", concurrency), ("prefill", prefill), ("decode", decode), ("context switch", switch)];
     block("the four challenges of long context", &lines)

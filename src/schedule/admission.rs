@@ -1,6 +1,6 @@
 //! Admission: who may hold pages.
 
-use super::{Caches, Phase, Request, ScheduleConfig, Scheduler, SessionId};
+use super::{Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -17,14 +17,14 @@ pub enum SubmitError {
     },
     /// Longer than the model was made for.
     #[error(
-        "the prompt has {prompt} tokens and {max_new} are to be produced, {} in all, but the context is {context_length} tokens",
-        prompt + u64::from(*max_new)
+        "prompts of {prompt} tokens and {max_new} to be produced are {} tokens in all, but the context is {context_length} tokens",
+        prompt + max_new
     )]
     TooLong {
-        /// Prompt tokens.
+        /// Tokens of all prompts.
         prompt: u64,
-        /// Tokens to produce.
-        max_new: u32,
+        /// Tokens to produce in all rounds.
+        max_new: u64,
         /// Longest context.
         context_length: u32,
     },
@@ -50,14 +50,15 @@ pub enum SubmitError {
 
 /// Whether the request could be admitted to an empty pool.
 pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches) -> Result<(), SubmitError> {
-    let (prompt, max_new) = (request.prompt.len(), request.max_new);
-    if prompt == 0 || max_new == 0 {
+    let rounds = request.rounds.iter().map(|round| (round.tokens.len(), round.max_new));
+    let rounds = std::iter::once((request.prompt.len(), request.max_new)).chain(rounds);
+    if let Some((prompt, max_new)) = rounds.clone().find(|(prompt, max_new)| *prompt == 0 || *max_new == 0) {
         return Err(SubmitError::Empty { prompt, max_new });
     }
     let context_length = config.context_length;
-    let prompt = prompt as u64;
-    if prompt + u64::from(max_new) > u64::from(context_length) {
-        return Err(SubmitError::TooLong { prompt, max_new, context_length });
+    if request.all_tokens() > u64::from(context_length) {
+        let max_new = rounds.map(|(_, max_new)| u64::from(max_new)).sum();
+        return Err(SubmitError::TooLong { prompt: request.all_tokens() - max_new, max_new, context_length });
     }
     caches.serves(&request.compression).map_err(SubmitError::NotServed)?;
     let tokens = request.max_tokens();
@@ -78,28 +79,62 @@ pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches)
 }
 
 impl Scheduler {
-    /// Admits waiting sessions in order, until one does not fit.
-    pub(super) fn admit(&mut self) -> Result<Vec<SessionId>, PoolError> {
-        let mut admitted = Vec::new();
-        while let Some(id) = self.waiting.front().copied() {
-            if self.admitted.len() >= self.config.max_sessions as usize {
+    /// Seats sessions that wait, in order. One whose pages are not there waits for them, and so do those behind it that need
+    /// pages too; those that hold theirs go on.
+    pub(super) fn admit(&mut self, report: &mut StepReport) -> Result<(), PoolError> {
+        let mut blocked = false;
+        let mut seats = (self.config.max_sessions as usize).saturating_sub(self.seated());
+        for (_, _, id) in self.waiting.clone() {
+            // A session ahead may have taken its place.
+            if seats == 0 {
                 break;
             }
+            let here = match self.sessions[&id].place {
+                Place::Device => true,
+                Place::Nowhere | Place::Host if !blocked => self.enter(id, report)?,
+                _ => false,
+            };
+            if here {
+                self.leave_queue(id);
+                self.session_mut(id).seated = true;
+                seats -= 1;
+            } else {
+                blocked = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes pages for a session that has none, from others where there are no more; whether it has them now.
+    fn enter(&mut self, id: SessionId, report: &mut StepReport) -> Result<bool, PoolError> {
+        loop {
             let request = &self.sessions[&id].request;
-            let (document, max_tokens) = (request.document_tokens(), request.max_tokens());
-            match self.caches.admit(id, &request.compression, document, max_tokens) {
-                Ok(()) => {}
-                Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. } | PoolError::SlotsTaken(_)) => break,
+            let taken = match self.hosted.get(&id) {
+                Some(suspended) => self.caches.resume(id, suspended),
+                None => {
+                    let (document, max_tokens) = (request.document_tokens(), request.max_tokens());
+                    self.caches.admit(id, &request.compression, document, max_tokens)
+                }
+            };
+            match taken {
+                Ok(()) => break,
+                Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. } | PoolError::SlotsTaken(_)) => {
+                    if !self.reclaim(id, report)? {
+                        return Ok(false);
+                    }
+                }
                 Err(other) => return Err(other),
             }
-            self.waiting.pop_front();
-            self.admitted.push(id);
-            let now = self.now;
-            let session = self.session_mut(id);
+        }
+        self.admitted.push(id);
+        let (now, hosted) = (self.now, self.hosted.contains_key(&id));
+        let session = self.session_mut(id);
+        session.place = if hosted { Place::Coming(0) } else { Place::Device };
+        if session.phase == Phase::Waiting {
             session.phase = Phase::Prefill(0);
             session.times.admitted = Some(now - session.submitted);
-            admitted.push(id);
+            report.admitted.push(id);
         }
-        Ok(admitted)
+        Ok(true)
     }
 }

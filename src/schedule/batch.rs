@@ -1,6 +1,9 @@
 //! The rows of one step.
 
+use std::ops::Range;
+
 use super::{Caches, Observed, Phase, ScheduleConfig, Session, SessionId};
+use crate::geometry::Bytes;
 use crate::kernels::sample::Sampling;
 
 /// Consecutive rows of one session.
@@ -35,6 +38,34 @@ impl PlannedRows {
 pub struct StepPlan {
     /// Segments in row order.
     pub segments: Vec<PlannedRows>,
+    /// Pages that move between device and host beside them.
+    pub transfers: Vec<Transfer>,
+    /// Sessions whose copies in host memory are no longer wanted.
+    pub forgotten: Vec<SessionId>,
+}
+
+/// Which way pages move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// From the device to the host.
+    Out,
+    /// From the host to the device.
+    In,
+}
+
+/// Pages of one session that move between device and host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Transfer {
+    /// The session.
+    pub session: SessionId,
+    /// Which way.
+    pub direction: Direction,
+    /// Of its pages, in the order of [`PageTable::page_ids`](crate::pool::page_table::PageTable::page_ids).
+    pub pages: Range<u32>,
+    /// Their bytes.
+    pub bytes: Bytes,
+    /// Whether they are the last ones.
+    pub last: bool,
 }
 
 impl StepPlan {
@@ -87,6 +118,11 @@ impl StepPlan {
         all
     }
 
+    /// Whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty() && self.transfers.is_empty() && self.forgotten.is_empty()
+    }
+
     /// Decode rows.
     pub fn decode_rows(&self) -> u32 {
         self.segments.iter().filter(|s| s.decode).map(PlannedRows::n_rows).sum()
@@ -98,14 +134,14 @@ impl StepPlan {
 pub(super) fn plan<'s>(
     config: &ScheduleConfig,
     caches: &Caches,
-    admitted: impl Iterator<Item = (SessionId, &'s Session)> + Clone,
+    running: impl Iterator<Item = (SessionId, &'s Session)> + Clone,
 ) -> StepPlan {
     let mut plan = StepPlan::default();
-    for (session, s) in admitted.clone() {
+    for (session, s) in running.clone() {
         if s.phase != Phase::Decode {
             continue;
         }
-        let last = *s.produced.last().expect("a session in decode has produced a token");
+        let last = *s.tokens.last().expect("a session in decode has produced a token");
         plan.segments.push(PlannedRows {
             session,
             first_index: caches.tables[&session].n_tokens(),
@@ -117,9 +153,9 @@ pub(super) fn plan<'s>(
         });
     }
     let mut left = config.max_rows.saturating_sub(plan.n_rows()) as usize;
-    for (session, s) in admitted {
+    for (session, s) in running {
         let Phase::Prefill(done) = s.phase else { continue };
-        let prompt = &s.request.prompt;
+        let prompt = &s.tokens[..s.prompt_end];
         let n = u32::try_from((prompt.len() - done as usize).min(left)).expect("rows are counted in 32 bits");
         let n = caches.cut(session, n) as usize;
         if n == 0 {

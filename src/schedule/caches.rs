@@ -29,13 +29,13 @@ pub const REPEAT_ROOM: u32 = 320;
 
 /// What is still to happen to a session's cache.
 #[derive(Clone, Debug)]
-struct Plan {
-    compression: Compression,
+pub(super) struct Plan {
+    pub(super) compression: Compression,
     /// Length of the tail at which the next eviction is due.
-    due: u32,
-    slot: Option<u32>,
+    pub(super) due: u32,
+    pub(super) slot: Option<u32>,
     /// Tables of coming evictions.
-    targets: Vec<PageTable>,
+    pub(super) targets: Vec<PageTable>,
 }
 
 /// The pool and the page tables of admitted sessions.
@@ -53,9 +53,9 @@ pub struct Caches {
     pub abilities: Abilities,
     /// Tables of admitted sessions.
     pub tables: BTreeMap<SessionId, PageTable>,
-    plans: BTreeMap<SessionId, Plan>,
+    pub(super) plans: BTreeMap<SessionId, Plan>,
     /// Who holds which slot.
-    slots: Vec<Option<SessionId>>,
+    pub(super) slots: Vec<Option<SessionId>>,
     /// Slots whose scores must be zero before the next step.
     fresh: Vec<u32>,
     evicted_tokens: u64,
@@ -313,12 +313,7 @@ impl Caches {
         let document = document.clamp(1, max_tokens.max(1));
         let needs = self.needs(compression, document, max_tokens);
         let Needs { first, targets, layers, source_layers } = needs.expect("a session that is served has its tables");
-        let slot = if Self::observes(compression) {
-            let free = self.slots.iter().position(Option::is_none);
-            Some(free.ok_or(PoolError::SlotsTaken(self.abilities.slots.unwrap_or(0)))?)
-        } else {
-            None
-        };
+        let slot = if Self::observes(compression) { Some(self.free_slot()?) } else { None };
         let (pool, ranges) = (&mut self.pool, &mut self.ranges);
         let table = PageTable::admit(pool, ranges, first.0, &source_layers, first.1)?;
         let mut ready: Vec<PageTable> = Vec::new();
@@ -334,16 +329,22 @@ impl Caches {
             }
         }
         if !ready.is_empty() {
-            let slot = slot.map(|slot| {
-                self.slots[slot] = Some(id);
-                u32::try_from(slot).expect("slots are few")
-            });
-            self.fresh.extend(slot);
+            if let Some(slot) = slot {
+                self.slots[slot as usize] = Some(id);
+                self.fresh.push(slot);
+            }
             let plan = Plan { compression: compression.clone(), due: document, slot, targets: ready };
             self.plans.insert(id, plan);
         }
         self.tables.insert(id, table);
         Ok(())
+    }
+
+    /// A slot that nobody holds.
+    pub(super) fn free_slot(&self) -> Result<u32, PoolError> {
+        let free = self.slots.iter().position(Option::is_none);
+        let slot = free.ok_or(PoolError::SlotsTaken(self.abilities.slots.unwrap_or(0)))?;
+        Ok(u32::try_from(slot).expect("slots are few"))
     }
 
     /// Slots whose scores begin at zero; they count as cleared from now on.

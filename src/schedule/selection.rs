@@ -6,6 +6,7 @@ use crate::compression::head::HeadScores;
 use crate::compression::hidden::HiddenCodec;
 use crate::compression::keep::Domain;
 use crate::compression::token::{Reduce, Rows, Rule, Score};
+use crate::geometry::Bytes;
 
 /// What a backend can do besides reading full caches.
 #[derive(Clone, Debug, Default)]
@@ -14,6 +15,10 @@ pub struct Abilities {
     pub codecs: Vec<HiddenCodec>,
     /// Sessions that it scores at once; `None` where it can neither evict nor share.
     pub slots: Option<u32>,
+    /// Bytes of what a slot holds.
+    pub slot_bytes: Bytes,
+    /// Bytes of host memory that a step can copy in each direction; none where caches can not leave.
+    pub swap_bytes: Bytes,
     /// Whether decode rows can choose the pages that they read.
     pub chooses: bool,
     /// Which heads keep everything, for head patterns.

@@ -1,5 +1,7 @@
 //! One session: a prompt, what it has produced, and where it stands.
 
+use std::cmp::Reverse;
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::compression::Compression;
@@ -12,49 +14,109 @@ pub struct SessionId(pub u32);
 /// What a session asks for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// Prompt, at least one token.
+    /// Prompt, at least one token: a document and the first question about it.
     pub prompt: Vec<u32>,
     /// Tokens to produce at most, at least one.
     pub max_new: u32,
+    /// What is asked after the first answer, in order.
+    pub rounds: Vec<Round>,
     /// How tokens are chosen.
     pub sampling: Sampling,
-    /// Tokens that end the session.
+    /// Tokens that end an answer.
     pub stop: Vec<u32>,
     /// What is done to its cache.
     pub compression: Compression,
     /// Tokens of the prompt that are compressed before the rest of it is read: a document, without the question about it.
     /// The whole prompt where `None`; the first token is always one of them.
     pub document: Option<u32>,
+    /// Sessions of a higher priority come first, and take the place of lower ones.
+    pub priority: i32,
+}
+
+/// A question after an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Round {
+    /// What follows the answer, without the token that ended it: the end of a turn, and the next question.
+    pub tokens: Vec<u32>,
+    /// Tokens to produce at most, at least one.
+    pub max_new: u32,
+    /// Time between the answer before and this question.
+    pub think: Duration,
 }
 
 impl Request {
+    /// A greedy answer over a full cache.
+    pub fn new(prompt: Vec<u32>, max_new: u32) -> Self {
+        Self {
+            prompt,
+            max_new,
+            rounds: Vec::new(),
+            sampling: Sampling::GREEDY,
+            stop: Vec::new(),
+            compression: Compression::default(),
+            document: None,
+            priority: 0,
+        }
+    }
+
     /// Tokens of the prompt that are compressed before the rest is read; the first always.
     pub fn document_tokens(&self) -> u32 {
         let prompt = u32::try_from(self.prompt.len()).expect("prompts are counted in 32 bits");
         self.document.unwrap_or(prompt).min(prompt).max(1)
     }
 
+    /// Tokens of all prompts and answers.
+    pub fn all_tokens(&self) -> u64 {
+        let later = |round: &Round| round.tokens.len() as u64 + u64::from(round.max_new);
+        self.prompt.len() as u64 + u64::from(self.max_new) + self.rounds.iter().map(later).sum::<u64>()
+    }
+
     /// Tokens that the cache must be able to hold. The last token produced is never fed back.
+    ///
+    /// # Panics
+    /// When they are not counted in 32 bits, which [`Scheduler::submit`](super::Scheduler::submit) refuses.
     pub fn max_tokens(&self) -> u32 {
-        let prompt = u32::try_from(self.prompt.len()).expect("prompts are counted in 32 bits");
-        prompt + self.max_new.saturating_sub(1)
+        u32::try_from(self.all_tokens().saturating_sub(1)).expect("sessions are counted in 32 bits")
+    }
+
+    /// Tokens that a round, counted from 0, may produce.
+    pub fn max_new_of(&self, round: usize) -> u32 {
+        round.checked_sub(1).map_or(self.max_new, |later| self.rounds[later].max_new)
     }
 }
 
 /// Where a session stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Waits for bytes.
+    /// Has not begun.
     Waiting,
-    /// Admitted; this many prompt tokens are cached.
+    /// Reads a prompt; this many tokens of the sequence are cached.
     Prefill(u32),
     /// Produces tokens.
     Decode,
+    /// Has answered; its next question comes at this time.
+    Thinking(Duration),
     /// Over.
     Finished(Finish),
 }
 
-/// Why a session is over.
+/// Where a session's cache is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere: it has not begun, is over, or is to be computed again.
+    #[default]
+    Nowhere,
+    /// In the pool.
+    Device,
+    /// On its way to the host; this many pages have been copied.
+    Leaving(u32),
+    /// In host memory.
+    Host,
+    /// On its way back; this many pages have been copied.
+    Coming(u32),
+}
+
+/// Why an answer, or a session, is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Finish {
     /// It produced a stop token.
@@ -76,6 +138,32 @@ pub struct SessionTimes {
     pub finished: Option<Duration>,
 }
 
+/// One answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// Its tokens in [`Session::produced`].
+    pub produced: Range<usize>,
+    /// When it was asked for, on the clock of the schedule.
+    pub asked: Duration,
+    /// From then until its first token was there.
+    pub first_token: Option<Duration>,
+    /// From then until its last.
+    pub finished: Option<Duration>,
+}
+
+/// How often a session changed places.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moves {
+    /// Times that it was copied to the host.
+    pub swapped_out: u32,
+    /// Times that it was copied back.
+    pub swapped_in: u32,
+    /// Times that its cache was dropped, to be computed again.
+    pub dropped: u32,
+    /// Of all of these that took its place, those in the middle of a round.
+    pub preempted: u32,
+}
+
 /// A session as the scheduler keeps it.
 #[derive(Clone, Debug)]
 pub struct Session {
@@ -83,8 +171,26 @@ pub struct Session {
     pub request: Request,
     /// Where it stands.
     pub phase: Phase,
-    /// Tokens produced, a stop token included.
+    /// Where its cache is.
+    pub place: Place,
+    /// The sequence so far: prompts and answers.
+    pub tokens: Vec<u32>,
+    /// Of these, those that are read as a prompt before the next one is produced.
+    pub prompt_end: usize,
+    /// Tokens produced in all rounds, stop tokens included.
     pub produced: Vec<u32>,
+    /// Answers so far, the one under way included.
+    pub answers: Vec<Answer>,
+    /// How often it changed places.
+    pub moves: Moves,
+    /// Whether it has rows in the next step, or will have as soon as its cache is back.
+    pub(super) seated: bool,
+    /// Its place in line: in order of questions.
+    pub(super) ticket: u64,
+    /// How often it lost its place in this round.
+    pub(super) preempted_in_round: u32,
+    /// Since when nobody has needed its cache, on the clock of the schedule.
+    pub(super) idle_since: Duration,
     /// Submission on the clock of the schedule.
     pub submitted: Duration,
     /// Later times, from submission.
@@ -92,19 +198,102 @@ pub struct Session {
 }
 
 impl Session {
-    /// Tokens that its cache has seen: of the prompt those that are computed, without a question that is still to come; of
-    /// those produced all but the last, which is fed back in the next step.
-    pub fn cached(&self) -> Vec<u32> {
-        let mut tokens = self.request.prompt.clone();
-        match self.phase {
-            Phase::Prefill(done) => tokens.truncate(done as usize),
-            _ => tokens.extend(self.produced.split_last().map_or(&[][..], |(_, before)| before)),
+    pub(super) fn new(request: Request, now: Duration) -> Self {
+        Self {
+            phase: Phase::Waiting,
+            place: Place::Nowhere,
+            tokens: request.prompt.clone(),
+            prompt_end: request.prompt.len(),
+            produced: Vec::new(),
+            answers: vec![Answer { produced: 0..0, asked: now, first_token: None, finished: None }],
+            moves: Moves::default(),
+            seated: false,
+            ticket: 0,
+            preempted_in_round: 0,
+            idle_since: now,
+            submitted: now,
+            times: SessionTimes::default(),
+            request,
         }
-        tokens
+    }
+
+    /// The round under way, counted from 0.
+    pub const fn round(&self) -> usize {
+        self.answers.len() - 1
     }
 
     /// Whether pages are held for it.
     pub const fn is_admitted(&self) -> bool {
-        matches!(self.phase, Phase::Prefill(_) | Phase::Decode)
+        matches!(self.place, Place::Device | Place::Leaving(_) | Place::Coming(_))
+    }
+
+    /// Whether it has something to compute.
+    pub const fn wants_rows(&self) -> bool {
+        matches!(self.phase, Phase::Waiting | Phase::Prefill(_) | Phase::Decode)
+    }
+
+    /// Whether it has rows in the next step.
+    pub(super) const fn runs(&self) -> bool {
+        self.seated && matches!(self.place, Place::Device)
+    }
+
+    /// Where it stands in line: higher priorities first, then earlier questions.
+    pub(super) const fn line(&self) -> (Reverse<i32>, u64) {
+        (Reverse(self.request.priority), self.ticket)
+    }
+
+    /// Whether it is over.
+    pub const fn is_finished(&self) -> bool {
+        matches!(self.phase, Phase::Finished(_))
+    }
+
+    /// Takes a token that was produced; how its answer ended, if it did.
+    pub(super) fn take(&mut self, token: u32, now: Duration) -> Option<Finish> {
+        self.phase = Phase::Decode;
+        self.produced.push(token);
+        self.tokens.push(token);
+        self.times.first_token.get_or_insert(now - self.submitted);
+        let limit = self.request.max_new_of(self.round()) as usize;
+        let answer = self.answers.last_mut().expect("a session has a round");
+        answer.produced.end = self.produced.len();
+        answer.first_token.get_or_insert(now - answer.asked);
+        let why = if self.request.stop.contains(&token) {
+            Finish::Stop
+        } else if answer.produced.len() >= limit {
+            Finish::Length
+        } else {
+            return None;
+        };
+        answer.finished = Some(now - answer.asked);
+        Some(why)
+    }
+
+    /// The question that follows the answer under way.
+    pub(super) fn next_round(&self) -> Option<&Round> {
+        self.request.rounds.get(self.round())
+    }
+
+    /// Begins the next round: its question follows the answer. `cached` tokens of the sequence are cached.
+    pub(super) fn ask(&mut self, cached: u32, now: Duration) {
+        let round = self.next_round().expect("a session that thinks has a round to come").clone();
+        // The end of a turn is the template's business, and its question begins with it.
+        if self.tokens.last().is_some_and(|last| self.request.stop.contains(last)) {
+            self.tokens.pop();
+        }
+        self.tokens.extend(round.tokens);
+        self.prompt_end = self.tokens.len();
+        self.phase = Phase::Prefill(cached);
+        let at = self.produced.len();
+        self.answers.push(Answer { produced: at..at, asked: now, first_token: None, finished: None });
+        self.preempted_in_round = 0;
+    }
+
+    /// Loses its cache: everything is read again, answers included.
+    pub(super) fn forget(&mut self) {
+        self.place = Place::Nowhere;
+        if self.wants_rows() {
+            self.prompt_end = self.tokens.len();
+            self.phase = Phase::Prefill(0);
+        }
     }
 }

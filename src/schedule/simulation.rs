@@ -1,38 +1,57 @@
-//! A backend without a device: steps take a time that is computed, tokens come from a seed.
+//! A backend without a device: steps take a time that is computed, tokens follow from what a session has read.
 //!
-//! The same schedule code as on a device, driven in tests through thousands of steps.
+//! The same schedule code as on a device, driven in tests through thousands of steps. In place of keys and values a cache
+//! holds a hash of the tokens in it, so that a session whose cache was lost, mixed up or copied too early produces other
+//! tokens than alone.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-
-use super::{Backend, Caches, SessionId, StepPlan, StepResult};
+use super::{Backend, Caches, Direction, Rates, SessionId, StepPlan, StepResult, Transfer};
 use crate::pool::PoolError;
 use crate::pool::page_table::KeptTokens;
 
-/// Seeded tokens, and a step time that grows with its rows.
+/// What a cache holds, or its copy: how many tokens, and their hash.
+type Content = (u32, u64);
+
+/// Tokens from what a session has read, and a step time that grows with its rows and the bytes that move.
 #[derive(Clone, Debug)]
 pub struct Simulation {
-    rng: ChaCha8Rng,
+    seed: u64,
     vocab: u32,
     /// Time of a step without rows.
     pub per_step: Duration,
     /// Time of each row.
     pub per_row: Duration,
+    /// How fast pages move; at once where zero.
+    pub rates: Rates,
+    device: BTreeMap<SessionId, Content>,
+    /// Copies in host memory, with the pages that are whole.
+    host: BTreeMap<SessionId, (u32, Content)>,
     trace: u64,
     steps: u64,
 }
 
+/// FNV-1a over 32 bits more.
+fn hash(before: u64, value: u32) -> u64 {
+    value.to_le_bytes().iter().fold(before, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Where hashes begin.
+const EMPTY: u64 = 0xcbf2_9ce4_8422_2325;
+
 impl Simulation {
-    /// A simulation whose tokens are uniform below `vocab`.
+    /// A simulation whose tokens are below `vocab`.
     pub fn new(seed: u64, vocab: u32) -> Self {
         Self {
-            rng: ChaCha8Rng::seed_from_u64(seed),
+            seed,
             vocab,
             per_step: Duration::from_millis(1),
             per_row: Duration::from_micros(100),
-            trace: 0xcbf2_9ce4_8422_2325,
+            rates: Rates::default(),
+            device: BTreeMap::new(),
+            host: BTreeMap::new(),
+            trace: EMPTY,
             steps: 0,
         }
     }
@@ -47,10 +66,57 @@ impl Simulation {
         self.steps
     }
 
+    /// Copies in host memory.
+    pub fn hosted(&self) -> impl ExactSizeIterator<Item = SessionId> + '_ {
+        self.host.keys().copied()
+    }
+
     fn record(&mut self, value: u32) {
-        for byte in value.to_le_bytes() {
-            self.trace = (self.trace ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        self.trace = hash(self.trace, value);
+    }
+
+    /// Reads tokens into a cache that holds those before them.
+    fn read(&mut self, session: SessionId, first_index: u32, tokens: &[u32]) -> u64 {
+        let content = self.device.entry(session).or_insert((0, EMPTY));
+        if first_index == 0 {
+            *content = (0, EMPTY);
         }
+        assert_eq!(content.0, first_index, "{session:?} should hold what comes before its rows");
+        for token in tokens {
+            *content = (content.0 + 1, hash(content.1, *token));
+        }
+        content.1
+    }
+
+    /// The time that pages take to move.
+    fn transfer(&mut self, transfer: &Transfer, caches: &Caches) -> Duration {
+        let Transfer { session, direction, pages, bytes, last } = transfer;
+        let all = caches.tables[session].page_ids().count();
+        assert_eq!(*last, pages.end as usize == all, "{session:?}: the last of {all} pages end a move");
+        self.record(session.0);
+        self.record(pages.end);
+        let rate = match direction {
+            Direction::Out => {
+                let content = self.device[session];
+                let copy = self.host.entry(*session).or_insert((0, content));
+                assert_eq!(*copy, (pages.start, content), "{session:?} should stay as it is while it leaves");
+                copy.0 = pages.end;
+                if *last {
+                    self.device.remove(session);
+                }
+                self.rates.out
+            }
+            Direction::In => {
+                let (whole, content) = self.host[session];
+                assert_eq!(whole as usize, all, "{session:?} should come back whole");
+                if *last {
+                    self.host.remove(session);
+                    self.device.insert(*session, content);
+                }
+                self.rates.back
+            }
+        };
+        if rate > 0.0 { Duration::from_secs_f64(bytes.0 as f64 / rate) } else { Duration::ZERO }
     }
 }
 
@@ -59,18 +125,30 @@ impl Backend for Simulation {
 
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, PoolError> {
         self.steps += 1;
-        let mut tokens = Vec::new();
-        for rows in &plan.segments {
+        let mut sampling = BTreeMap::new();
+        // Rows that stop below a layer come behind the last one of their prompt.
+        let mut in_order: Vec<_> = plan.segments.iter().enumerate().collect();
+        in_order.sort_by_key(|(_, rows)| (rows.session, rows.first_index));
+        for (at, rows) in in_order {
             let table = &caches.tables[&rows.session];
             assert!(table.n_tokens() >= rows.first_index + rows.n_rows(), "the table should hold the planned rows");
             self.record(rows.session.0);
             self.record(rows.first_index);
             rows.tokens.iter().for_each(|t| self.record(*t));
+            let read = self.read(rows.session, rows.first_index, &rows.tokens);
             if rows.sample.is_some() {
-                tokens.push(self.rng.random_range(0..self.vocab));
+                let mixed = (read ^ self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+                sampling.insert(at, u32::try_from((mixed >> 32) % u64::from(self.vocab)).expect("below a vocabulary"));
             }
         }
-        Ok(StepResult { tokens, elapsed: self.per_step + self.per_row * plan.n_rows() })
+        let mut elapsed = self.per_step + self.per_row * plan.n_rows();
+        for transfer in &plan.transfers {
+            elapsed += self.transfer(transfer, caches);
+        }
+        for session in &plan.forgotten {
+            assert!(self.host.remove(session).is_some(), "{session:?} is forgotten and was not there");
+        }
+        Ok(StepResult { tokens: sampling.into_values().collect(), elapsed })
     }
 
     /// Keeps as many tokens as the policy says; which ones is of no account here. Lists that share a total keep equally many.

@@ -66,6 +66,7 @@ pub(crate) fn config(budget_mib: u64) -> EngineConfig {
         codecs: Vec::new(),
         chooses: false,
         evictions: None,
+        swap_chunk: Bytes::ZERO,
         max_arena: None,
     }
 }

@@ -2,6 +2,7 @@
 //! traces. Sessions ask for codecs and for evictions, of a whole prompt or of a document before a question.
 
 mod backend;
+mod rounds;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,7 +14,9 @@ use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
 use concertina::pool::page_table::TableShape;
 use concertina::schedule::simulation::Simulation;
-use concertina::schedule::{Finish, Phase, Request, ScheduleConfig, Scheduler, Session, SessionId, SubmitError};
+use concertina::schedule::{
+    Finish, HostConfig, Phase, Request, ScheduleConfig, Scheduler, Session, SessionId, SubmitError,
+};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use world::{ASKED, Follower, abilities, caches, compressed, fits_alone, full, is_beyond, scheduler};
@@ -43,7 +46,16 @@ fn random_request(rng: &mut ChaCha8Rng) -> Request {
     // A question behind the document, no document at all, or one that is said to be longer than the prompt.
     let n = u32::try_from(prompt.len()).expect("short");
     let document = rng.random_bool(0.5).then(|| if rng.random_bool(0.1) { n + 9 } else { rng.random_range(0..=n) });
-    Request { prompt, max_new, sampling: Sampling::GREEDY, stop, compression, document }
+    Request {
+        prompt,
+        max_new,
+        sampling: Sampling::GREEDY,
+        stop,
+        compression,
+        document,
+        rounds: Vec::new(),
+        priority: 0,
+    }
 }
 
 /// Runs one seed.
@@ -149,12 +161,21 @@ fn the_same_seed_gives_the_same_trace() {
 /// A request without compression.
 fn request(n: usize, max_new: u32) -> Request {
     let (sampling, stop, compression) = (Sampling::GREEDY, Vec::new(), Compression::default());
-    Request { prompt: vec![1; n], max_new, sampling, stop, compression, document: None }
+    Request {
+        prompt: vec![1; n],
+        max_new,
+        sampling,
+        stop,
+        compression,
+        document: None,
+        rounds: Vec::new(),
+        priority: 0,
+    }
 }
 
 #[test]
 fn a_decoding_session_gets_a_token_in_every_step_while_another_prefills() {
-    let config = ScheduleConfig { max_rows: 8, max_sessions: 2, context_length: 256 };
+    let config = ScheduleConfig { max_rows: 8, max_sessions: 2, context_length: 256, host: HostConfig::default() };
     let served = abilities(&full(1, 1, 16), &["rot3"], 0);
     let mut s = Scheduler::new(config, caches(full(1, 1, 16), served, 8, 16, 16));
     let request = |n: usize, codec: &str| Request { max_new: 30, compression: compressed(codec), ..request(n, 1) };
@@ -181,7 +202,7 @@ fn requests_that_can_never_run_are_refused_with_the_numbers() {
 
 #[test]
 fn a_codec_without_kernels_is_refused_with_those_that_have_some() {
-    let config = ScheduleConfig { max_rows: 8, max_sessions: 2, context_length: 256 };
+    let config = ScheduleConfig { max_rows: 8, max_sessions: 2, context_length: 256, host: HostConfig::default() };
     let served = abilities(&full(1, 1, 32), &["kivi4", "rot3"], 0);
     let mut s = Scheduler::new(config, caches(full(1, 1, 32), served, 8, 16, 16));
     for codec in ["f16", "kivi4", "rot3"] {
@@ -196,7 +217,7 @@ fn a_codec_without_kernels_is_refused_with_those_that_have_some() {
 /// Open and sealed pages need a slab each, however few bytes they are.
 #[test]
 fn a_session_that_no_empty_pool_could_admit_is_refused() {
-    let config = ScheduleConfig { max_rows: 64, max_sessions: 2, context_length: 256 };
+    let config = ScheduleConfig { max_rows: 64, max_sessions: 2, context_length: 256, host: HostConfig::default() };
     let served = abilities(&full(1, 1, 16), &["rot3"], 0);
     for (slabs, admitted) in [(1, false), (2, true)] {
         let mut s = Scheduler::new(config, caches(full(1, 1, 16), served.clone(), config.max_rows, slabs, 16));
@@ -214,7 +235,7 @@ fn a_session_that_no_empty_pool_could_admit_is_refused() {
 
 #[test]
 fn a_pool_holds_more_compressed_sessions_in_the_ratio_of_their_bytes() {
-    let config = ScheduleConfig { max_rows: 512, max_sessions: 512, context_length: 2048 };
+    let config = ScheduleConfig { max_rows: 512, max_sessions: 512, context_length: 2048, host: HostConfig::default() };
     let shape = full(2, 2, 32);
     // Prompts that end inside a page, on an edge, and before the first one.
     for n in [1000, 1024, 20] {
@@ -259,7 +280,7 @@ fn a_pool_holds_more_compressed_sessions_in_the_ratio_of_their_bytes() {
 #[test]
 fn tables_that_take_turns_are_there_however_full_the_pool_is() {
     let shape = full(1, 1, 16);
-    let config = ScheduleConfig { max_rows: 64, max_sessions: 3, context_length: 320 };
+    let config = ScheduleConfig { max_rows: 64, max_sessions: 3, context_length: 320, host: HostConfig::default() };
     // One slab: 16 pages.
     let mut s = Scheduler::new(config, caches(shape, abilities(&shape, &[], 1), config.max_rows, 1, 1));
     // A page for 10 tokens; then twice two pages of what stays and two of what comes, 9 in all.
@@ -292,7 +313,7 @@ fn tables_that_take_turns_are_there_however_full_the_pool_is() {
 #[test]
 fn a_session_whose_budget_is_in_tokens_stays_flat_for_20000_tokens() {
     let shape = full(2, 2, 64);
-    let config = ScheduleConfig { max_rows: 128, max_sessions: 2, context_length: 32_768 };
+    let config = ScheduleConfig { max_rows: 128, max_sessions: 2, context_length: 32_768, host: HostConfig::default() };
     for (policy, in_codec) in [("streaming:512:every64", "f16"), ("streaming:512:every64,hidden=rot3", "rot3")] {
         let mut s = Scheduler::new(config, caches(shape, abilities(&shape, &["rot3"], 1), config.max_rows, 60, 60));
         let compression = compressed(&format!("token={policy}"));

@@ -12,7 +12,7 @@ use concertina::geometry::{Bytes, PageGeometry};
 use concertina::pool::page_table::{TableShape, Window};
 use concertina::pool::{PagePool, PoolLayout};
 use concertina::schedule::{
-    Abilities, Caches, Phase, Request, ScheduleConfig, Scheduler, Session, SessionId, StepReport,
+    Abilities, Caches, HostConfig, Phase, Request, ScheduleConfig, Scheduler, Session, SessionId, StepReport,
 };
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -62,7 +62,7 @@ pub(crate) fn full(num_layers: u32, num_kv_heads: u32, page_size: u32) -> TableS
 /// What serves these codecs and every eviction.
 pub(crate) fn abilities(full: &TableShape, codecs: &[&str], slots: u32) -> Abilities {
     let codecs = codecs.iter().map(|codec| compressed(codec).hidden).collect();
-    Abilities { codecs, slots: Some(slots), head_scores: Some(Arc::new(head_scores(full))), chooses: false }
+    Abilities { codecs, slots: Some(slots), head_scores: Some(Arc::new(head_scores(full))), ..Abilities::default() }
 }
 
 pub(crate) fn head_scores(full: &TableShape) -> HeadScores {
@@ -102,14 +102,19 @@ pub(crate) fn scheduler(rng: &mut ChaCha8Rng) -> Scheduler {
     let page_size = *[16_u32, 32].get(rng.random_range(0..2_usize)).expect("two sizes");
     let shape = full(rng.random_range(1..4), rng.random_range(1..4), page_size);
     let max_sessions = rng.random_range(1..9);
-    let config = ScheduleConfig { max_rows: max_sessions + rng.random_range(0..80), max_sessions, context_length: 320 };
+    let config = ScheduleConfig {
+        max_rows: max_sessions + rng.random_range(0..80),
+        max_sessions,
+        context_length: 320,
+        host: HostConfig::default(),
+    };
     // Some are not served: pages too small for a codec's groups, or chance.
     let asked: BTreeSet<HiddenCodec> = ASKED.iter().map(|text| compressed(text).hidden).collect();
     let fits = |c: &HiddenCodec| c.seals() && c.check(shape.page).is_ok();
     let codecs = asked.into_iter().filter(fits).filter(|_| rng.random_bool(0.8)).collect();
     let slots = rng.random_bool(0.9).then(|| rng.random_range(0..4));
     let head_scores = rng.random_bool(0.8).then(|| Arc::new(head_scores(&shape)));
-    let abilities = Abilities { codecs, slots, head_scores, chooses: false };
+    let abilities = Abilities { codecs, slots, head_scores, ..Abilities::default() };
     let (slabs, arena_slabs) = (rng.random_range(2..40), rng.random_range(1..8));
     Scheduler::new(config, caches(shape, abilities, config.max_rows, slabs, arena_slabs))
 }

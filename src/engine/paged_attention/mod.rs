@@ -215,6 +215,7 @@ impl<'d> PagedAttention<'d> {
             slots: config.evictions.as_ref().map(|evictions| evictions.slots),
             head_scores: config.evictions.as_ref().and_then(|evictions| evictions.head_scores.clone()),
             chooses: config.choosing > 0,
+            ..Abilities::default()
         };
         buffers.write_window(device, &mut uploader, &window)?;
         let caches = Caches::new(pool, full, window, abilities);
@@ -542,11 +543,12 @@ pub(crate) struct PageSizes {
     /// has many.
     pub(crate) slab: Bytes,
     pub(crate) smallest: Bytes,
+    pub(crate) largest: Bytes,
 }
 
 pub(crate) fn page_sizes(shape: &CacheShape, codecs: &[HiddenCodec]) -> PageSizes {
     let open = HiddenCodec::F16.page_bytes(shape.page());
     let pages = codecs.iter().map(|codec| codec.page_bytes(shape.page()));
     let (smallest, largest) = pages.fold((open, open), |(low, high), page| (low.min(page), high.max(page)));
-    PageSizes { slab: Bytes(largest.0 * 16), smallest }
+    PageSizes { slab: Bytes(largest.0 * 16), smallest, largest }
 }

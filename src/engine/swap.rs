@@ -1,0 +1,374 @@
+//! Caches on their way between device and host.
+//!
+//! ```text
+//! out   arena pages ──move_pages──> packed ──copy──> read-back (two, in turn) ──> host memory
+//! in    host memory ──> upload (two halves, in turn) ──copy──> packed ──move_pages──> arena pages
+//! ```
+//!
+//! A step carries at most one chunk in each direction, in the same submission as its rows, on buffers that live as long as the
+//! engine. A chunk that left is read while the device computes the next step.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Engine, EngineError, Evictions};
+use crate::device::Device;
+use crate::device::staging::{ReadBack, Uploader};
+use crate::geometry::{Bytes, CELL_BYTES, WORD_BYTES};
+use crate::kernels::abi::{MovePagesItem, MovePagesParams};
+use crate::kernels::pipeline::{Pipeline, PipelineCache, Slot};
+use crate::kernels::{KernelError, Recorder, flat_grid, move_pages};
+use crate::pool::PageId;
+use crate::pool::device::PoolBuffers;
+use crate::schedule::{Caches, Direction, SessionId, StepPlan, Transfer};
+
+/// Bytes of an item.
+const ITEM_BYTES: u64 = size_of::<MovePagesItem>() as u64;
+
+/// A session's cache in host memory.
+#[derive(Clone, Debug, Default)]
+pub struct HostCache {
+    /// Its pages, as they are, in the order of its table.
+    pub pages: Vec<u8>,
+    /// What was observed of it for a coming eviction.
+    pub slot: Vec<u8>,
+    /// Bytes of pages that are back on the device.
+    returned: usize,
+}
+
+/// How large the buffers are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SwapSizes {
+    /// Bytes of a chunk.
+    pub(super) chunk: Bytes,
+    /// Bytes of the smallest page: how many items a chunk has.
+    pub(super) smallest_page: Bytes,
+}
+
+impl SwapSizes {
+    fn items(&self) -> Bytes {
+        Bytes(self.chunk.0.div_ceil(self.smallest_page.0).max(1) * ITEM_BYTES)
+    }
+
+    fn upload(&self) -> Bytes {
+        (self.items() + self.items() + self.chunk).align_up(16)
+    }
+
+    /// Bytes that are held for upload and read-back.
+    pub(super) fn staging(&self) -> Bytes {
+        Bytes(2 * self.upload().0 + 2 * self.chunk.align_up(16).0)
+    }
+
+    /// Bytes of the packed pages and their lists.
+    pub(super) fn scratch(&self) -> Bytes {
+        self.chunk.align_up(16) + self.items() + self.items()
+    }
+}
+
+/// Kernel, buffers, and the caches that are in host memory.
+#[derive(Debug)]
+pub(super) struct Swap {
+    kernel: Arc<Pipeline>,
+    /// One bind group per arena.
+    groups: Vec<wgpu::BindGroup>,
+    items: wgpu::Buffer,
+    packed: wgpu::Buffer,
+    upload: Uploader,
+    back: [ReadBack; 2],
+    /// Which read-back is next.
+    turn: usize,
+    /// Chunks of the step before, which are still to be read, and from where.
+    unread: Option<(usize, Leaving)>,
+    caches: BTreeMap<SessionId, HostCache>,
+}
+
+/// Whose chunks leave in a step, in order, and their bytes.
+pub(super) type Leaving = Vec<(SessionId, usize)>;
+
+/// Pages of one direction that a step moves.
+#[derive(Default)]
+struct Moves {
+    /// Of each arena.
+    lists: BTreeMap<u16, Vec<MovePagesItem>>,
+    /// Cells so far.
+    cells: u32,
+}
+
+impl Moves {
+    /// Adds the pages of a transfer; their bytes.
+    fn add(&mut self, caches: &Caches, transfer: &Transfer) -> usize {
+        let (from, pages) = (self.cells, &transfer.pages);
+        let all = caches.tables[&transfer.session].page_ids();
+        for (PageId { arena, cell }, page) in all.skip(pages.start as usize).take(pages.len()) {
+            let n_cells = u32::try_from(page.0 / CELL_BYTES).expect("a page is counted in 32 bits");
+            let item = MovePagesItem { page: cell, packed: self.cells, n_cells, pad: 0 };
+            self.lists.entry(arena).or_default().push(item);
+            self.cells += n_cells;
+        }
+        ((self.cells - from) as usize) * CELL_BYTES as usize
+    }
+
+    fn bytes(&self) -> u64 {
+        u64::from(self.cells) * CELL_BYTES
+    }
+}
+
+impl Swap {
+    pub(super) fn new(
+        device: &Device,
+        cache: &mut PipelineCache,
+        pool: &PoolBuffers,
+        sizes: SwapSizes,
+    ) -> Result<Self, KernelError> {
+        let kernel = cache.get(device, &move_pages::kernel())?;
+        let items = device.storage("lists of moving pages", sizes.items() + sizes.items())?;
+        let packed = device.storage("moving pages", sizes.chunk.align_up(16))?;
+        let bind = |arena| kernel.bind(device, &[Slot::Whole(&items), Slot::Whole(arena), Slot::Whole(&packed)]);
+        let groups = pool.arenas.iter().map(bind).collect();
+        let back = || ReadBack::new(device, "leaving pages", sizes.chunk);
+        Ok(Self {
+            groups,
+            items,
+            packed,
+            upload: Uploader::new(device, "coming pages", sizes.upload())?,
+            back: [back()?, back()?],
+            kernel,
+            turn: 0,
+            unread: None,
+            caches: BTreeMap::new(),
+        })
+    }
+
+    /// Bytes of its buffers.
+    pub(super) fn held_bytes(&self) -> Bytes {
+        let back: Bytes = self.back.iter().map(ReadBack::capacity).sum();
+        Bytes(self.items.size() + self.packed.size()) + self.upload.total() + back
+    }
+
+    /// Uploads what a step moves, and records its copies and dispatches; whose chunks leave. What comes back is in its place
+    /// before what leaves is packed, since both pass through one buffer.
+    pub(super) fn record(
+        &mut self,
+        device: &Device,
+        encoder: &mut wgpu::CommandEncoder,
+        plan: &StepPlan,
+        caches: &Caches,
+    ) -> Result<Leaving, EngineError> {
+        let unread = |id: &SessionId| self.unread.iter().any(|(_, leaving)| leaving.iter().any(|(left, _)| left == id));
+        let of = |direction: Direction| plan.transfers.iter().filter(move |t| t.direction == direction);
+        // Its last chunk may have left in the step before.
+        if of(Direction::In).any(|transfer| unread(&transfer.session)) {
+            self.drain(device)?;
+        }
+        let (mut coming, mut leaving) = (Moves::default(), Moves::default());
+        let mut bytes: Vec<u8> = Vec::new();
+        for transfer in of(Direction::In) {
+            let length = coming.add(caches, transfer);
+            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
+            let chunk = cache.pages.get(cache.returned..cache.returned + length);
+            bytes.extend_from_slice(chunk.ok_or_else(|| not_here(transfer.session))?);
+            cache.returned += length;
+        }
+        let left: Leaving = of(Direction::Out).map(|t| (t.session, leaving.add(caches, t))).collect();
+        let mut items: Vec<MovePagesItem> = Vec::new();
+        let mut dispatches = Vec::new();
+        for (moves, leaves) in [(&coming, 0), (&leaving, 1)] {
+            for (arena, list) in &moves.lists {
+                let params = MovePagesParams { items: count(items.len()), n_items: count(list.len()), leaves };
+                dispatches.push((*arena, params));
+                items.extend(list);
+            }
+        }
+        if items.is_empty() {
+            return Ok(left);
+        }
+        let items: &[u8] = bytemuck::cast_slice(&items);
+        self.upload.write(device, &[items, &bytes])?;
+        encoder.copy_buffer_to_buffer(self.upload.source(), 0, &self.items, 0, items.len() as u64);
+        if !bytes.is_empty() {
+            let from = items.len() as u64;
+            encoder.copy_buffer_to_buffer(self.upload.source(), from, &self.packed, 0, bytes.len() as u64);
+        }
+        let mut recorder = Recorder::new(encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
+        for (arena, params) in &dispatches {
+            recorder.dispatch(&self.kernel, &self.groups[usize::from(*arena)], params, flat_grid(params.n_items));
+        }
+        drop(recorder);
+        if leaving.bytes() > 0 {
+            encoder.copy_buffer_to_buffer(&self.packed, 0, self.back[self.turn].target(), 0, leaving.bytes());
+        }
+        Ok(left)
+    }
+
+    /// After the submission: asks for what left, and reads what left in the step before while the device computes.
+    pub(super) fn submitted(&mut self, device: &Device, left: Leaving, moved: bool) -> Result<(), EngineError> {
+        if moved {
+            self.upload.recycle();
+        }
+        if left.iter().any(|(_, bytes)| *bytes > 0) {
+            self.back[self.turn].request();
+            self.drain(device)?;
+            self.unread = Some((self.turn, left));
+            self.turn = 1 - self.turn;
+        } else {
+            self.drain(device)?;
+        }
+        Ok(())
+    }
+
+    /// Drops caches that nobody wants back.
+    pub(super) fn forget(&mut self, sessions: &[SessionId]) {
+        for session in sessions {
+            self.caches.remove(session);
+        }
+    }
+
+    /// Reads what is still to be read.
+    pub(super) fn drain(&mut self, device: &Device) -> Result<(), EngineError> {
+        let Some((from, leaving)) = self.unread.take() else { return Ok(()) };
+        let mut bytes = Vec::with_capacity(leaving.iter().map(|(_, bytes)| bytes).sum());
+        self.back[from].finish(device, bytes.capacity(), &mut bytes)?;
+        let mut at = 0;
+        for (session, length) in leaving {
+            // A session that ended on its way is not kept.
+            if let Some(cache) = self.caches.get_mut(&session) {
+                cache.pages.extend_from_slice(&bytes[at..at + length]);
+            }
+            at += length;
+        }
+        Ok(())
+    }
+}
+
+impl Engine<'_> {
+    /// Moves pages where a step has no rows; waits for them, since there is nothing else to do.
+    pub(super) fn move_alone(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
+        let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let moves = self.record_moves(&mut encoder, plan, caches)?;
+        self.device.queue.submit([encoder.finish()]);
+        self.moves_submitted(plan, caches, moves)?;
+        if let Some(swap) = &mut self.swap {
+            swap.drain(self.device)?;
+        }
+        Ok(())
+    }
+
+    /// Records the moves of a step.
+    pub(super) fn record_moves(
+        &mut self,
+        encoder: &mut wgpu::CommandEncoder,
+        plan: &StepPlan,
+        caches: &Caches,
+    ) -> Result<Leaving, EngineError> {
+        if plan.transfers.is_empty() {
+            return Ok(Leaving::new());
+        }
+        let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
+        for transfer in plan.transfers.iter().filter(|t| t.direction == Direction::Out && t.pages.start == 0) {
+            let bytes = usize::try_from(caches.suspended_bytes(transfer.session).0).expect("a cache fits in memory");
+            let pages = Vec::with_capacity(bytes);
+            swap.caches.insert(transfer.session, HostCache { pages, ..HostCache::default() });
+        }
+        swap.record(self.device, encoder, plan, caches)
+    }
+
+    /// After the submission of a step: reads what left before, and moves what slots hold of sessions whose last pages moved.
+    pub(super) fn moves_submitted(
+        &mut self,
+        plan: &StepPlan,
+        caches: &Caches,
+        left: Leaving,
+    ) -> Result<(), EngineError> {
+        let Some(swap) = &mut self.swap else { return Ok(()) };
+        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
+        swap.submitted(self.device, left, moved)?;
+        for transfer in plan.transfers.iter().filter(|transfer| transfer.last) {
+            let slot = caches.slot(transfer.session);
+            match transfer.direction {
+                Direction::Out => {
+                    let read = slot.map(|slot| self.read_slot(slot)).transpose()?;
+                    let swap = self.swap.as_mut().expect("this engine swaps");
+                    if let (Some(cache), Some(read)) = (swap.caches.get_mut(&transfer.session), read) {
+                        cache.slot = read;
+                    }
+                }
+                Direction::In => {
+                    let swap = self.swap.as_mut().expect("this engine swaps");
+                    let cache = swap.caches.remove(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
+                    if let Some(slot) = slot {
+                        self.write_slot(slot, &cache.slot)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A session's cache in host memory.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn host_cache(&mut self, session: SessionId) -> Result<Option<&HostCache>, EngineError> {
+        let Some(swap) = &mut self.swap else { return Ok(None) };
+        swap.drain(self.device)?;
+        Ok(swap.caches.get(&session))
+    }
+
+    /// Bytes of caches in host memory.
+    pub fn host_bytes(&self) -> Bytes {
+        let caches = self.swap.iter().flat_map(|swap| swap.caches.values());
+        Bytes(caches.map(|cache| (cache.pages.len() + cache.slot.len()) as u64).sum())
+    }
+
+    /// Buffers of slots, and first byte and bytes of one slot in each.
+    fn slot_parts(&self, slot: u32) -> Vec<(wgpu::Buffer, u64, usize)> {
+        let Some(Evictions { kernels, .. }) = &self.evictions else { return Vec::new() };
+        let (sizes, buffers) = (kernels.sizes(), kernels.buffers());
+        let moments = if sizes.moments { sizes.slot_moments(self.attention.shape()) } else { 0 };
+        let parts = [(&buffers.raw, sizes.slot_values()), (&buffers.moments, moments)];
+        let part = |(buffer, words): (&wgpu::Buffer, u32)| {
+            let bytes = u64::from(words) * WORD_BYTES;
+            (buffer.clone(), u64::from(slot) * bytes, usize::try_from(bytes).expect("a slot fits in memory"))
+        };
+        parts.map(part).to_vec()
+    }
+
+    fn read_slot(&mut self, slot: u32) -> Result<Vec<u8>, EngineError> {
+        let mut read = Vec::new();
+        for (buffer, at, length) in self.slot_parts(slot) {
+            let swap = self.swap.as_ref().expect("this engine swaps");
+            // The other read-back has a chunk in it.
+            let back = &swap.back[swap.turn];
+            let piece = usize::try_from(back.capacity().0).expect("a chunk fits in memory");
+            for from in (0..length).step_by(piece) {
+                let n = piece.min(length - from);
+                let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+                encoder.copy_buffer_to_buffer(&buffer, at + from as u64, back.target(), 0, n as u64);
+                self.device.queue.submit([encoder.finish()]);
+                back.read(self.device, n, &mut read)?;
+            }
+        }
+        Ok(read)
+    }
+
+    fn write_slot(&mut self, slot: u32, bytes: &[u8]) -> Result<(), EngineError> {
+        let mut rest = bytes;
+        for (buffer, at, length) in self.slot_parts(slot) {
+            let (here, after) = rest.split_at_checked(length).ok_or_else(|| {
+                EngineError::Input(format!("{} bytes are too few for what a slot holds", bytes.len()))
+            })?;
+            let swap = self.swap.as_mut().expect("this engine swaps");
+            swap.upload.upload(self.device, here, &buffer, at)?;
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).expect("pages of a step are counted in 32 bits")
+}
+
+fn not_here(session: SessionId) -> EngineError {
+    EngineError::Input(format!("the cache of session {} is not in host memory", session.0))
+}

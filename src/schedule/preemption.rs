@@ -1,0 +1,228 @@
+//! Who gives up its place when another session needs pages, and how.
+//!
+//! ```text
+//! who   1. a session that nobody waits for: it thinks, or its question came after the waiting one's; the longest idle first
+//!       2. a session of a lower priority in the middle of a round, the lowest and latest first, at most
+//!          `max_preemptions` times in one round
+//! how   swap        its pages are copied to the host, chunk by chunk beside the steps of others, and back later
+//!       recompute   its pages are dropped at once, and its whole sequence is read again as a prompt
+//!       the faster of the two by measured rates; recompute where the host has no room
+//!
+//! seconds(swap)      = bytes / out + bytes / in            bytes of its pages, link rates in bytes per second
+//! seconds(recompute) = tokens / prefill                    tokens that it has seen, prompt rows per second
+//! ```
+//!
+//! **Nobody starves.** Sessions wait in order of priority, then of their questions. The first in line takes the place of every
+//! session that does not run, and those that run give theirs up at the end of their round. A session loses its place in a
+//! round at most `max_preemptions` times, so a round is read again or copied back at most so often.
+
+use std::time::Duration;
+
+use super::batch::{Direction, Transfer};
+use super::{Place, Scheduler, SessionId, StepPlan, StepReport};
+use crate::geometry::Bytes;
+use crate::pool::PoolError;
+
+/// How fast a cache moves, and how fast it is made. Zero where nobody knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Rates {
+    /// Bytes per second from the device to the host.
+    pub out: f64,
+    /// Bytes per second from the host to the device.
+    pub back: f64,
+    /// Prompt tokens per second.
+    pub prefill: f64,
+}
+
+/// Where caches go that do not fit on the device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HostConfig {
+    /// Bytes of host memory for caches.
+    pub budget: Bytes,
+    /// What swap and recompute are predicted from.
+    pub rates: Rates,
+    /// How often a session may lose its place in the middle of one round.
+    pub max_preemptions: u32,
+}
+
+impl Default for HostConfig {
+    /// No host memory: what does not fit is computed again.
+    fn default() -> Self {
+        Self { budget: Bytes::ZERO, rates: Rates::default(), max_preemptions: 2 }
+    }
+}
+
+/// What becomes of a cache that gives up its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// Copied to the host, and back later.
+    Swap,
+    /// Dropped, and computed again later.
+    Recompute,
+}
+
+impl Rates {
+    /// Predicted time of moving so many bytes out and back, where the link's rates are known.
+    pub fn swap(&self, bytes: Bytes) -> Option<Duration> {
+        let bytes = bytes.0 as f64;
+        (self.out > 0.0 && self.back > 0.0).then(|| Duration::from_secs_f64(bytes / self.out + bytes / self.back))
+    }
+
+    /// Predicted time of reading so many tokens again, where the rate is known.
+    pub fn recompute(&self, tokens: u32) -> Option<Duration> {
+        (self.prefill > 0.0).then(|| Duration::from_secs_f64(f64::from(tokens) / self.prefill))
+    }
+
+    /// The faster way to give up `bytes` of a cache that has seen `tokens` tokens, where the host has `host_free` bytes left. Where
+    /// one of the two times is unknown, a cache is swapped, since copying takes no arithmetic.
+    pub fn choose(&self, bytes: Bytes, tokens: u32, host_free: Bytes) -> Method {
+        if bytes > host_free || tokens == 0 {
+            return Method::Recompute;
+        }
+        match (self.swap(bytes), self.recompute(tokens)) {
+            (Some(swap), Some(recompute)) if recompute < swap => Method::Recompute,
+            _ => Method::Swap,
+        }
+    }
+}
+
+impl Scheduler {
+    /// Takes the place of another session for the one that waits; whether pages are free now that were not before.
+    pub(super) fn reclaim(&mut self, waiting: SessionId, report: &mut StepReport) -> Result<bool, PoolError> {
+        // One leaves at a time: what it frees may be enough.
+        if self.admitted.iter().any(|id| matches!(self.sessions[id].place, Place::Leaving(_))) {
+            return Ok(false);
+        }
+        let Some(victim) = self.victim(waiting) else { return Ok(false) };
+        let session = self.session_mut(victim);
+        if session.seated {
+            session.seated = false;
+            session.moves.preempted += 1;
+            session.preempted_in_round += 1;
+            self.enqueue(victim);
+            report.preempted.push(victim);
+        }
+        let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
+        let swaps = self.caches.abilities.swap_bytes > Bytes::ZERO;
+        let free = if swaps { self.config.host.budget.saturating_sub(self.host_held) } else { Bytes::ZERO };
+        match self.config.host.rates.choose(bytes, tokens, free) {
+            Method::Swap => {
+                self.host_held += bytes;
+                self.host_peak = self.host_peak.max(self.host_held);
+                self.session_mut(victim).place = Place::Leaving(0);
+                Ok(false)
+            }
+            Method::Recompute => {
+                self.admitted.retain(|id| *id != victim);
+                self.caches.release(victim)?;
+                self.session_mut(victim).forget();
+                if tokens > 0 {
+                    self.session_mut(victim).moves.dropped += 1;
+                    report.dropped.push(victim);
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    /// Who gives up its pages for a session that waits.
+    fn victim(&self, waiting: SessionId) -> Option<SessionId> {
+        let line = |id: &SessionId| self.sessions[id].line();
+        let first = line(&waiting);
+        let here = self.admitted.iter().filter(|id| self.sessions[id].place == Place::Device);
+        let idle = here.clone().filter(|id| {
+            let session = &self.sessions[id];
+            !session.seated && (!session.wants_rows() || session.line() > first)
+        });
+        if let Some(id) = idle.min_by_key(|id| (self.sessions[id].idle_since, **id)) {
+            return Some(*id);
+        }
+        let priority = self.sessions[&waiting].request.priority;
+        let lower = here.filter(|id| {
+            let session = &self.sessions[id];
+            let again = session.preempted_in_round < self.config.host.max_preemptions;
+            session.seated && session.request.priority < priority && again
+        });
+        lower.max_by_key(|id| line(id)).copied()
+    }
+
+    /// Pages that move in the next step: of the sessions on their way, in order, one chunk in each direction.
+    pub(super) fn plan_transfers(&self) -> Vec<Transfer> {
+        let chunk = self.caches.abilities.swap_bytes;
+        let mut left = [chunk; 2];
+        let mut transfers = Vec::new();
+        for id in &self.admitted {
+            let (direction, from) = match self.sessions[id].place {
+                Place::Leaving(done) => (Direction::Out, done),
+                Place::Coming(done) => (Direction::In, done),
+                _ => continue,
+            };
+            let left = &mut left[direction as usize];
+            let (mut to, mut bytes, mut last) = (from, Bytes::ZERO, true);
+            for (_, page) in self.caches.tables[id].page_ids().skip(from as usize) {
+                if bytes + page > *left {
+                    last = false;
+                    break;
+                }
+                (to, bytes) = (to + 1, bytes + page);
+            }
+            if to > from || last {
+                *left = left.saturating_sub(bytes);
+                transfers.push(Transfer { session: *id, direction, pages: from..to, bytes, last });
+            }
+        }
+        transfers
+    }
+
+    /// Pages have moved.
+    pub(super) fn moved(&mut self, plan: &StepPlan, report: &mut StepReport) -> Result<(), PoolError> {
+        for Transfer { session: id, direction, pages, bytes, last } in &plan.transfers {
+            match direction {
+                Direction::Out => report.out_bytes += *bytes,
+                Direction::In => report.in_bytes += *bytes,
+            }
+            let session = self.sessions.get_mut(id).expect("a session that moves exists");
+            session.place = match (direction, last) {
+                (Direction::Out, false) => Place::Leaving(pages.end),
+                (Direction::In, false) => Place::Coming(pages.end),
+                (Direction::Out, true) => {
+                    session.moves.swapped_out += 1;
+                    self.admitted.retain(|admitted| admitted != id);
+                    let suspended = self.caches.suspend(*id)?;
+                    self.hosted.insert(*id, suspended);
+                    report.swapped_out.push(*id);
+                    Place::Host
+                }
+                (Direction::In, true) => {
+                    session.moves.swapped_in += 1;
+                    let suspended = self.hosted.remove(id).expect("what comes back was kept");
+                    self.host_held = self.host_held.saturating_sub(suspended.bytes());
+                    report.swapped_in.push(*id);
+                    Place::Device
+                }
+            };
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_faster_way_is_chosen_and_the_host_s_room_counts() {
+        // 1 GB out and back at 50 GB/s takes 40 ms, as 400 tokens at 10,000 a second do.
+        let rates = Rates { out: 50e9, back: 50e9, prefill: 10e3 };
+        let gigabyte = Bytes(1_000_000_000);
+        assert_eq!(rates.swap(gigabyte), Some(Duration::from_millis(40)), "both ways");
+        assert_eq!(rates.choose(gigabyte, 399, gigabyte), Method::Recompute, "39.9 ms are less");
+        assert_eq!(rates.choose(gigabyte, 400, gigabyte), Method::Swap, "as fast: nothing is computed twice");
+        assert_eq!(rates.choose(gigabyte, 401, gigabyte), Method::Swap, "40.1 ms are more");
+        assert_eq!(rates.choose(gigabyte, 401, Bytes(999_999_999)), Method::Recompute, "no room on the host");
+        let unknown = Rates { prefill: 0.0, ..rates };
+        assert_eq!(unknown.choose(gigabyte, 1, gigabyte), Method::Swap, "nobody knows how long reading takes");
+        assert_eq!(Rates::default().choose(gigabyte, 1, gigabyte), Method::Swap, "nobody knows anything");
+        assert_eq!(Rates::default().choose(gigabyte, 0, gigabyte), Method::Recompute, "there is nothing to copy");
+    }
+}

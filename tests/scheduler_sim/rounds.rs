@@ -1,0 +1,222 @@
+//! Sessions of many rounds over pools that hold a few of them: caches that leave and come back, or are dropped and computed
+//! again, priorities, and sessions that end early. Whatever happens to its cache, a session answers as it does alone.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use concertina::geometry::Bytes;
+use concertina::schedule::simulation::Simulation;
+use concertina::schedule::{
+    Abilities, Caches, Finish, HostConfig, Phase, Place, Rates, Request, Round, ScheduleConfig, Scheduler, SessionId,
+    SubmitError,
+};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::world::{abilities, caches, compressed, full};
+
+/// Simulations of the test below.
+const SEEDS: u64 = 1_000;
+
+/// What sessions ask for: full caches, codecs, evictions once and again, heads and layers.
+const ASKED: [&str; 9] = [
+    "f16",
+    "kivi4",
+    "rot3",
+    "token=snapkv:0.25:window8",
+    "token=h2o:96:every32,hidden=kivi4",
+    "token=streaming:64:every32",
+    "head=duo:0.5:sink4:recent16,token=snapkv:0.25:window8,hidden=rot3",
+    "token=expected:0.25",
+    "layer=share:2",
+];
+
+/// A world in which a few sessions fit.
+struct World {
+    config: ScheduleConfig,
+    caches: Caches,
+    seed: u64,
+}
+
+impl World {
+    fn new(rng: &mut ChaCha8Rng, seed: u64) -> Self {
+        let shape = full(2, rng.random_range(1..3), 16);
+        let codecs = ["kivi4", "rot3"];
+        let max_sessions = rng.random_range(1..6);
+        let rate = |rng: &mut ChaCha8Rng| if rng.random_bool(0.2) { 0.0 } else { rng.random_range(1e5..1e9) };
+        let rates = Rates { out: rate(rng), back: rate(rng), prefill: rate(rng) / 1e5 };
+        let host = HostConfig {
+            budget: Bytes(if rng.random_bool(0.2) { 0 } else { rng.random_range(0..400_000) }),
+            rates,
+            max_preemptions: rng.random_range(0..3),
+        };
+        let config = ScheduleConfig {
+            max_rows: max_sessions + rng.random_range(0..64),
+            max_sessions,
+            context_length: 600,
+            host,
+        };
+        // A chunk holds one of the largest pages at least.
+        let swap_bytes = Bytes(shape.open_page().0 * rng.random_range(1..40));
+        let slot_bytes = Bytes(rng.random_range(0..5_000));
+        let slots = rng.random_range(1..4);
+        let abilities = Abilities { swap_bytes, slot_bytes, ..abilities(&shape, &codecs, slots) };
+        let caches = caches(shape, abilities, config.max_rows, rng.random_range(6..26), rng.random_range(2..9));
+        Self { config, caches, seed }
+    }
+
+    fn schedule(&self) -> (Scheduler, Simulation) {
+        let mut simulation = Simulation::new(self.seed, 40);
+        simulation.rates = self.config.host.rates;
+        (Scheduler::new(self.config, self.caches.clone()), simulation)
+    }
+
+    /// What a session produces when nobody else is there.
+    fn alone(&self, request: &Request) -> Vec<u32> {
+        let (mut s, mut backend) = self.schedule();
+        let id = s.submit(request.clone()).expect("it was submitted before");
+        while !s.is_idle() {
+            s.step(&mut backend).expect("a simulation does not fail");
+        }
+        s.session(id).expect("it was submitted").produced.clone()
+    }
+}
+
+fn random_request(rng: &mut ChaCha8Rng) -> Request {
+    let mut tokens =
+        |most: usize| -> Vec<u32> { (0..rng.random_range(1..most)).map(|_| rng.random_range(0..40)).collect() };
+    let prompt = tokens(150);
+    let later: Vec<_> = (0..3).map(|_| tokens(20)).collect();
+    let later = later.into_iter().take(rng.random_range(0..4)).map(|tokens| Round {
+        tokens,
+        max_new: rng.random_range(1..30),
+        think: Duration::from_millis(rng.random_range(0..200)),
+    });
+    let rounds = later.collect();
+    let document = rng.random_bool(0.5).then(|| rng.random_range(1..=u32::try_from(prompt.len()).expect("short")));
+    Request {
+        rounds,
+        document,
+        stop: if rng.random_bool(0.5) { vec![7] } else { Vec::new() },
+        compression: compressed(ASKED[rng.random_range(0..ASKED.len())]),
+        priority: rng.random_range(0..3),
+        ..Request::new(prompt, rng.random_range(1..60))
+    }
+}
+
+/// What a simulation came to.
+#[derive(Debug, Default, PartialEq)]
+struct Outcome {
+    trace: u64,
+    steps: u64,
+    swapped: u32,
+    dropped: u32,
+    preempted: u32,
+    rounds: usize,
+    cancelled: usize,
+}
+
+/// Checks what holds between two steps.
+fn check(s: &Scheduler, world: &World, preempted: &BTreeMap<(SessionId, usize), u32>) {
+    let report = s.report();
+    assert!(report.in_use_bytes <= report.budget_bytes, "the pool's budget");
+    let (held, peak) = s.host_bytes();
+    assert!(held <= peak && peak <= world.config.host.budget, "{held} of {} on the host", world.config.host.budget);
+    let mut seated = 0;
+    for (id, session) in s.sessions() {
+        assert_eq!(session.is_admitted(), s.caches().tables.contains_key(&id), "{id:?} holds pages where it says so");
+        let runs = session.place == Place::Device && session.wants_rows() && !s.waiting().any(|w| w == id);
+        seated += u32::from(runs);
+        let tokens = u32::try_from(session.tokens.len()).expect("short");
+        assert!(s.cached_tokens(id) <= tokens, "{id:?}: no more is cached than there is");
+        if session.phase == Phase::Decode && session.place != Place::Nowhere {
+            assert_eq!(s.cached_tokens(id) + 1, tokens, "{id:?}: all but the last is cached");
+        }
+    }
+    assert!(seated <= world.config.max_sessions, "{seated} sessions of {} have seats", world.config.max_sessions);
+    let most = preempted.values().max().copied().unwrap_or(0);
+    assert!(most <= world.config.host.max_preemptions, "a session lost its place {most} times in a round");
+}
+
+fn simulate(seed: u64) -> Outcome {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let world = World::new(&mut rng, seed);
+    let (mut s, mut backend) = world.schedule();
+    let arrivals = rng.random_range(3..16);
+    let mut submitted: BTreeMap<SessionId, Request> = BTreeMap::new();
+    let mut tried = 0;
+    let mut preempted = BTreeMap::new();
+    let mut outcome = Outcome::default();
+    let mut still = 0;
+    while tried < arrivals || !s.is_idle() {
+        while tried < arrivals && rng.random_bool(0.2) {
+            let request = random_request(&mut rng);
+            tried += 1;
+            match s.submit(request.clone()) {
+                Ok(id) => drop(submitted.insert(id, request)),
+                Err(SubmitError::NotServed(_) | SubmitError::NeverFits { .. }) => {}
+                Err(other) => panic!("{other}"),
+            }
+        }
+        if rng.random_bool(0.002) && !submitted.is_empty() {
+            let ids: Vec<_> = submitted.keys().copied().collect();
+            s.cancel(ids[rng.random_range(0..ids.len())]).expect("the pool agrees");
+        }
+        let report = s.step(&mut backend).expect("a simulation does not fail");
+        outcome.swapped += u32::try_from(report.swapped_out.len()).expect("few");
+        outcome.dropped += u32::try_from(report.dropped.len()).expect("few");
+        for id in &report.preempted {
+            outcome.preempted += 1;
+            let round = s.session(*id).expect("it exists").round();
+            *preempted.entry((*id, round)).or_default() += 1;
+        }
+        let bytes = report.in_bytes + report.out_bytes;
+        let moved = report.decode_rows + report.prefill_rows > 0 || bytes > Bytes::ZERO || !report.idle.is_zero();
+        still = if moved || !report.asked.is_empty() { 0 } else { still + 1 };
+        assert!(still < 4 || s.is_idle(), "nothing happens any more, though {} wait", s.waiting().len());
+        check(&s, &world, &preempted);
+        assert!(backend.steps() < 200_000, "no simulation takes so long");
+    }
+    // What ended on its way may still be there.
+    s.step(&mut backend).expect("a simulation does not fail");
+    assert_eq!(backend.hosted().len(), 0, "no copy is left on the host");
+    let report = s.report();
+    assert_eq!((report.pages_in_use_bytes, report.committed_bytes), (Bytes::ZERO, Bytes::ZERO), "all bytes are back");
+    assert_eq!(s.host_bytes().0, Bytes::ZERO, "all bytes of the host are back");
+    for (id, session) in s.sessions() {
+        let Phase::Finished(why) = session.phase else { panic!("{id:?} should be over") };
+        let alone = world.alone(&submitted[&id]);
+        outcome.rounds += session.answers.len();
+        if why == Finish::Cancelled {
+            outcome.cancelled += 1;
+            assert!(alone.starts_with(&session.produced), "{id:?}: what it produced until then");
+        } else {
+            assert_eq!(session.produced, alone, "{id:?} ({}) answers as alone", session.request.compression.short());
+            assert_eq!(session.answers.len(), 1 + session.request.rounds.len(), "{id:?}: every question is answered");
+        }
+    }
+    Outcome { trace: backend.trace_hash(), steps: backend.steps(), ..outcome }
+}
+
+#[test]
+fn sessions_answer_as_alone_in_1000_seeded_simulations() {
+    let run = |seed| {
+        let run = std::panic::catch_unwind(|| simulate(seed));
+        run.unwrap_or_else(|_| panic!("seed {seed} failed: rounds::simulate({seed}) repeats it"))
+    };
+    let all: Vec<Outcome> = (0..SEEDS).map(run).collect();
+    let sum = |of: &dyn Fn(&Outcome) -> u32| all.iter().map(of).sum::<u32>();
+    let (swapped, dropped, preempted) = (sum(&|o| o.swapped), sum(&|o| o.dropped), sum(&|o| o.preempted));
+    let steps: u64 = all.iter().map(|o| o.steps).sum();
+    let (rounds, cancelled): (usize, usize) =
+        (all.iter().map(|o| o.rounds).sum(), all.iter().map(|o| o.cancelled).sum());
+    println!("{SEEDS} simulations, {steps} steps, {rounds} rounds, {cancelled} sessions cancelled");
+    println!("{swapped} caches left for the host, {dropped} were computed again, {preempted} of these in a round");
+    assert!(swapped > 1_000 && dropped > 500 && preempted > 100, "all of it should have happened");
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace_of_rounds() {
+    assert_eq!(simulate(5), simulate(5), "equal seeds");
+    assert_ne!(simulate(5).trace, simulate(6).trace, "different seeds");
+}
