@@ -13,9 +13,10 @@ use concertina::geometry::HeadGeometry;
 use concertina::kernels::abi::{
     AppendItem, AppendParams, AttentionParams, CarryItem, CarryParams, DecideItem, DecideParams, DecodeItem,
     EmbedParams, GatedActivationParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams,
-    MatmulParams, MergeItem, MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, PageBoundsItem,
-    PageBoundsParams, PrefillItem, QuestItem, QuestParams, RmsNormParams, RopeParams, SampleItem, SampleParams,
-    ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams, VEC4_WORDS,
+    MatmulParams, MergeItem, MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, MovePagesItem,
+    MovePagesParams, PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams, RmsNormParams, RopeParams,
+    SampleItem, SampleParams, ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams,
+    VEC4_WORDS,
 };
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::registry::{all_specs, codecs, format_specs};
@@ -40,6 +41,7 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<AppendParams>(),
         host::<AttentionParams>(),
         host::<CarryParams>(),
+        host::<MovePagesParams>(),
         host::<DecideParams>(),
         host::<EmbedParams>(),
         host::<GatedActivationParams>(),
@@ -141,6 +143,7 @@ fn work_items_are_whole_rows_of_the_step_buffer() {
         ("GatherItem", size_of::<GatherItem>(), 48),
         ("MomentItem", size_of::<MomentItem>(), 16),
         ("MergeLayersItem", size_of::<MergeLayersItem>(), 32),
+        ("MovePagesItem", size_of::<MovePagesItem>(), 16),
         ("PageBoundsItem", size_of::<PageBoundsItem>(), 32),
         ("QuestItem", size_of::<QuestItem>(), 48),
         ("SampleItem", size_of::<SampleItem>(), 32),
@@ -180,6 +183,7 @@ fn shaders_read_items_as_long_as_they_are_written() {
         ("merge_states.wgsl", size_of::<MergeItem>()),
         ("moments.wgsl", size_of::<MomentItem>()),
         ("merge_layers.wgsl", size_of::<MergeLayersItem>()),
+        ("move_pages.wgsl", size_of::<MovePagesItem>()),
         ("page_bounds.wgsl", size_of::<PageBoundsItem>()),
         ("quest.wgsl", size_of::<QuestItem>()),
         ("prefill.wgsl", size_of::<PrefillItem>()),

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use concertina::eval::prompt::Driver;
 use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
 use concertina::reference::compare::{agree_top1, kl_divergence, widen};
-use concertina::schedule::{HostConfig, Request, Round, ScheduleConfig, Scheduler, Session};
+use concertina::schedule::{Caches, HostConfig, Request, Round, ScheduleConfig, Scheduler, Session};
 use concertina::weights::Weights;
 
 fn compression(text: &str) -> Compression {
@@ -40,12 +41,18 @@ fn request(seed: u64, n: usize, max_new: u32, vocab: u32, text: &str) -> Request
 
 fn config(weights: &Weights, texts: &[&str]) -> EngineConfig {
     let compressions: Vec<_> = texts.iter().map(|text| compression(text)).collect();
-    let codecs: Vec<_> = compressions.iter().map(|c| c.hidden).filter(|codec| codec.seals()).collect();
+    let codecs: BTreeSet<_> = compressions.iter().flat_map(Caches::codecs_of).collect();
     let line = "0.9\t0.1\n".repeat(weights.geometry.num_layers as usize);
     let scores = (weights.geometry.heads.num_kv_heads == 2).then(|| HeadScores::parse(&line).expect("scores"));
-    let evictions = EvictionConfig::of(&compressions, 4)
+    let evictions = EvictionConfig::of(&compressions, 8)
         .map(|evictions| EvictionConfig { head_scores: scores.map(Arc::new), ..evictions });
-    EngineConfig { codecs, evictions, page_size: 32, context_length: 512, ..common::config(64) }
+    EngineConfig {
+        codecs: codecs.into_iter().collect(),
+        evictions,
+        page_size: 32,
+        context_length: 512,
+        ..common::config(64)
+    }
 }
 
 /// What a run came to.
@@ -90,14 +97,18 @@ fn run(device: &Device, weights: &Weights, config: &EngineConfig, host: HostConf
     outcome
 }
 
-/// The same budget with room for `sessions` of a request only.
-fn tight(device: &Device, weights: &Weights, config: &EngineConfig, request: &Request, sessions: f64) -> EngineConfig {
-    let (_, caches) = Engine::new(device, weights, config).expect("ample memory");
-    let report = caches.pool.report();
-    let needed = caches.pool.slabs_for(&caches.pages_needed(request).expect("it is served"));
-    let fixed = report.allocated_bytes - report.arenas_bytes;
-    // Tables and their staging shrink with the budget, so that the arenas come out a little larger.
-    EngineConfig { budget: fixed + Bytes((needed.0 as f64 * sessions) as u64), ..config.clone() }
+/// A budget with room for so many sessions of a request.
+fn tight(weights: &Weights, config: &EngineConfig, request: &Request, sessions: f64) -> EngineConfig {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let mut tight = config.clone();
+    // Staging shrinks with the budget, so that the arenas come out larger than what was taken off; a few times closer.
+    for _ in 0..4 {
+        let (_, caches) = Engine::new(&device, weights, &tight).expect("ample memory");
+        let needed = caches.pool.slabs_for(&caches.pages_needed(request).expect("it is served"));
+        let wanted = Bytes((needed.0 as f64 * sessions) as u64);
+        tight.budget = (tight.budget + wanted).saturating_sub(caches.pool.capacity());
+    }
+    tight
 }
 
 fn compare(ample: &Outcome, got: &Outcome, what: &str) {
@@ -107,37 +118,39 @@ fn compare(ample: &Outcome, got: &Outcome, what: &str) {
     }
 }
 
-/// Full caches, codecs, evictions that are over and those that go on, latents, shared and merged layers, chosen pages.
-const SWAPPED: [&str; 9] = [
-    "full",
-    "kivi4",
-    "k:rot3,v:int8",
-    "lowrank:8",
-    "token=snapkv:0.5:window8",
-    "token=h2o:96:every32,hidden=kivi4",
-    "token=adakv:0.5:expected,head=duo:0.5:sink4:recent32",
-    "layer=share:2",
-    "layer=minicache:0..",
+/// Full caches, codecs, latents, evictions that are over and those that go on, shared and merged layers; and how many of them
+/// there is room for while they read, since evictions make room later.
+const SWAPPED: [(&str, f64); 9] = [
+    ("full", 2.6),
+    ("kivi4", 2.6),
+    ("k:rot3,v:int8", 2.6),
+    ("lowrank:8", 2.6),
+    ("token=snapkv:0.5:window8", 2.0),
+    ("token=h2o:96:every32,hidden=kivi4", 1.1),
+    ("token=adakv:0.5:expected,head=duo:0.5:sink4:recent32", 1.5),
+    ("layer=share:2", 2.6),
+    ("layer=minicache:0..", 1.5),
 ];
 
 #[test]
 fn swapped_sessions_answer_as_with_ample_memory_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
-    for text in SWAPPED {
+    for (text, fit) in SWAPPED {
         let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed as usize, 20, 200, text)).collect();
         let config = config(&weights, &[text]);
         let ample = run(device, &weights, &config, HostConfig::default(), &all);
         assert_eq!((ample.swapped, ample.dropped), (0, 0), "{text}: there is room for all");
         // Chunks of a few pages, so that a cache takes many steps.
-        let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..tight(device, &weights, &config, &all[7], 2.6) };
+        let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..config };
+        let config = tight(&weights, &config, &all[7], fit);
         let host = HostConfig { budget: Bytes::mib(64), ..HostConfig::default() };
         let got = run(device, &weights, &config, host, &all);
         println!(
             "{text}: {} swapped in {} steps beside rows and {} alone, {} on the host at most",
             got.swapped, got.moving.0, got.moving.1, got.host_peak
         );
-        assert!(got.swapped >= 8, "{text}: {} caches left for the host", got.swapped);
-        assert!(got.most_resident <= 4, "{text}: {} sessions held pages at once", got.most_resident);
+        assert!(got.swapped >= 4, "{text}: {} caches left for the host", got.swapped);
+        assert!(got.most_resident < all.len(), "{text}: {} sessions held pages at once", got.most_resident);
         assert_eq!(got.dropped, 0, "{text}: the host has room");
         compare(&ample, &got, text);
     }
@@ -146,10 +159,11 @@ fn swapped_sessions_answer_as_with_ample_memory_gpu() {
 #[test]
 fn sessions_of_every_kind_swap_in_one_schedule_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
-    let all: Vec<_> = (0..9).map(|at| request(at, 140 + 7 * at as usize, 16, 200, SWAPPED[at as usize])).collect();
-    let config = config(&weights, &SWAPPED);
+    let all: Vec<_> = (0..9).map(|at| request(at, 140 + 7 * at as usize, 16, 200, SWAPPED[at as usize].0)).collect();
+    let config = config(&weights, &SWAPPED.map(|(text, _)| text));
     let ample = run(device, &weights, &config, HostConfig::default(), &all);
-    let config = EngineConfig { swap_chunk: Bytes(40 << 10), ..tight(device, &weights, &config, &all[0], 3.0) };
+    let config = EngineConfig { swap_chunk: Bytes(40 << 10), ..config };
+    let config = tight(&weights, &config, &all[0], 3.0);
     let host = HostConfig { budget: Bytes::mib(64), ..HostConfig::default() };
     let got = run(device, &weights, &config, host, &all);
     assert!(got.swapped > 4, "{} caches left for the host", got.swapped);
@@ -189,7 +203,7 @@ fn without_host_memory_caches_are_computed_again_gpu() {
     let all: Vec<_> = (0..5).map(|seed| request(seed, 150, 12, 200, "full")).collect();
     let config = config(&weights, &["full"]);
     let ample = run(device, &weights, &config, HostConfig::default(), &all);
-    let config = tight(device, &weights, &config, &all[0], 2.6);
+    let config = tight(&weights, &config, &all[0], 2.6);
     let got = run(device, &weights, &config, HostConfig::default(), &all);
     assert!(got.dropped >= 5 && got.swapped == 0, "{} caches were dropped", got.dropped);
     // Rows of a prompt add in another order than those of decode, so that a sampled token could differ; in these it does not.
@@ -202,11 +216,11 @@ fn the_reference_model_answers_as_with_ample_memory_gpu() {
     let (device, model) = (common::device(), common::model());
     for text in ["full", "kivi4"] {
         let vocab = model.weights.geometry.vocab_size;
-        let all: Vec<_> = (0..8).map(|seed| request(seed, 70, 3, vocab, text)).collect();
-        let config = EngineConfig { context_length: 128, ..config(&model.weights, &[text]) };
+        let all: Vec<_> = (0..8).map(|seed| request(seed, 40, 2, vocab, text)).collect();
+        let config = EngineConfig { context_length: 64, ..config(&model.weights, &[text]) };
         let ample = run(device, &model.weights, &config, HostConfig::default(), &all);
-        let config =
-            EngineConfig { swap_chunk: Bytes(600 << 10), ..tight(device, &model.weights, &config, &all[0], 2.4) };
+        let config = EngineConfig { swap_chunk: Bytes(600 << 10), ..config };
+        let config = tight(&model.weights, &config, &all[0], 2.4);
         let host = HostConfig { budget: Bytes::mib(64), ..HostConfig::default() };
         let got = run(device, &model.weights, &config, host, &all);
         println!("{text}: {} swapped, {} on the host at most", got.swapped, got.host_peak);

@@ -10,7 +10,7 @@ use concertina::compression::Compression;
 use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig};
 use concertina::geometry::Bytes;
-use concertina::report::{DeviceReport, Meter, Program, RoundReport, RunReport, RunSettings, SessionReport};
+use concertina::report::{DeviceReport, Meter, Program, RoundReport, RunReport, RunSettings, SessionReport, Trace};
 use concertina::schedule::{Answer, HostConfig, Request, Round, ScheduleConfig, Scheduler, SessionId};
 
 use super::args::{self, CacheArgs, CalibrateArg, Global, ModelArg, SamplingArgs, chooses};
@@ -18,7 +18,7 @@ use super::documents::{self, Inquiry, Prompt};
 use super::failure::{INTERRUPTED, usage};
 use super::interrupt;
 use super::load::{self, Model};
-use super::output::Output;
+use super::output::{Output, OutputFile};
 use super::run_progress::SessionBars;
 
 /// Ask questions about many documents at once, within one byte budget
@@ -105,6 +105,10 @@ pub(super) struct RunArgs {
 
     #[command(flatten)]
     sampling: SamplingArgs,
+
+    /// Write what sessions did over time into this file, for Perfetto (ui.perfetto.dev) or chrome://tracing
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 /// Everything of a run that is known before the first step.
@@ -122,6 +126,7 @@ struct Job {
 /// Runs sessions.
 pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     let output = Output::open(global.json.as_deref())?;
+    let trace_file = args.trace.as_deref().map(|path| OutputFile::open("the trace", path)).transpose()?;
     let request = global.adapter()?;
     let (job, model) = prepare(args)?;
     let device = Device::open(&request)?;
@@ -133,13 +138,18 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
 
-    let host = HostConfig { budget: job.settings.host_budget_bytes, ..HostConfig::default() };
+    let rates = engine.link_rates()?;
+    let host = HostConfig { budget: job.settings.host_budget_bytes, rates, ..HostConfig::default() };
     let config = ScheduleConfig { host, ..load::schedule_config(&job.config) };
     let mut scheduler = Scheduler::new(config, caches);
     let mut meter = Meter::default();
     let ids = submit(&job, &model, &mut scheduler, &mut meter)?;
     interrupt::install()?;
-    let cached = steps(&job, &ids, &mut engine, &mut scheduler, &mut meter)?;
+    let mut trace = trace_file.is_some().then(Trace::default);
+    let cached = steps(&job, &ids, &mut engine, &mut scheduler, (&mut meter, trace.as_mut()))?;
+    if let (Some(file), Some(trace)) = (trace_file, trace) {
+        file.write(trace.json(scheduler.now()).as_bytes())?;
+    }
 
     let interrupted = interrupt::requested();
     let report = RunReport {
@@ -270,8 +280,12 @@ fn steps(
     ids: &[SessionId],
     engine: &mut Engine<'_>,
     scheduler: &mut Scheduler,
-    meter: &mut Meter,
+    (meter, mut trace): (&mut Meter, Option<&mut Trace>),
 ) -> Result<Vec<Bytes>> {
+    if let Some(trace) = &mut trace {
+        ids.iter().zip(&job.inquiries).for_each(|(id, inquiry)| trace.name(*id, &inquiry.document));
+        trace.step(scheduler);
+    }
     let bars = SessionBars::new(ids.iter().copied().zip(job.inquiries.iter().map(|i| i.document.as_str())));
     let mut cached = vec![Bytes::ZERO; ids.len()];
     while !scheduler.is_idle() && !interrupt::requested() {
@@ -282,6 +296,9 @@ fn steps(
             return Err(anyhow!("no session can take a step, though {} wait: a defect", scheduler.waiting().len()));
         }
         meter.step(scheduler, &step, engine.last_step().device);
+        if let Some(trace) = &mut trace {
+            trace.step(scheduler);
+        }
         for (id, cached) in ids.iter().zip(&mut cached) {
             if let Some(table) = scheduler.caches().tables.get(id) {
                 *cached = table.held_bytes();

@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::{Engine, EngineError, Evictions};
 use crate::device::Device;
@@ -20,8 +21,10 @@ use crate::kernels::pipeline::{Pipeline, PipelineCache, Slot};
 use crate::kernels::{KernelError, Recorder, flat_grid, move_pages};
 use crate::pool::PageId;
 use crate::pool::device::PoolBuffers;
-use crate::schedule::{Caches, Direction, SessionId, StepPlan, Transfer};
+use crate::schedule::{Caches, Direction, Rates, SessionId, StepPlan, Transfer};
 
+/// Plain copies that are timed.
+const PLAIN_COPIES: usize = 8;
 /// Bytes of an item.
 const ITEM_BYTES: u64 = size_of::<MovePagesItem>() as u64;
 
@@ -302,6 +305,44 @@ impl Engine<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Time of moving a chunk's bytes through plain mapped copies, out and in: what the link does at best, pages or not. The
+    /// fastest of a few.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn plain_copies(&mut self) -> Result<Option<(Bytes, [Duration; 2])>, EngineError> {
+        let Some(swap) = &mut self.swap else { return Ok(None) };
+        swap.drain(self.device)?;
+        let length = swap.packed.size();
+        let mut bytes = Vec::new();
+        let mut fastest = [Duration::MAX; 2];
+        for _ in 0..PLAIN_COPIES {
+            let started = Instant::now();
+            let back = &swap.back[swap.turn];
+            let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(&swap.packed, 0, back.target(), 0, length);
+            self.device.queue.submit([encoder.finish()]);
+            bytes.clear();
+            back.read(self.device, usize::try_from(length).expect("a chunk fits in memory"), &mut bytes)?;
+            fastest[0] = fastest[0].min(started.elapsed());
+            let started = Instant::now();
+            swap.upload.upload(self.device, &bytes, &swap.packed, 0)?;
+            self.device.wait()?;
+            fastest[1] = fastest[1].min(started.elapsed());
+        }
+        Ok(Some((Bytes(length), fastest)))
+    }
+
+    /// How fast caches move, measured; zero where they do not.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn link_rates(&mut self) -> Result<Rates, EngineError> {
+        let Some((bytes, times)) = self.plain_copies()? else { return Ok(Rates::default()) };
+        let [out, back] = times.map(|time| bytes.0 as f64 / time.as_secs_f64().max(1e-9));
+        Ok(Rates { out, back, prefill: 0.0 })
     }
 
     /// A session's cache in host memory.

@@ -147,7 +147,7 @@ immediates! {
     }
     /// Immediate data of `move_pages`.
     struct MovePagesParams {
-        /// First vec4 of the list in `items`.
+        /// First vec4 of the work list in `step`.
         items: u32,
         /// Items in it.
         n_items: u32,

@@ -14,7 +14,7 @@ use super::abi::{Immediates as _, MovePagesParams};
 use super::{Access, Binding, Constant, KernelSpec, modules};
 
 const BINDINGS: &[Binding] =
-    &[("items", Access::Read), ("arena", Access::ReadWrite), ("packed_pages", Access::ReadWrite)];
+    &[("step", Access::Read), ("arena", Access::ReadWrite), ("packed_pages", Access::ReadWrite)];
 
 /// The kernel; pages of all codecs are bytes to it.
 pub fn kernel() -> KernelSpec {

@@ -7,7 +7,7 @@
 //! | command | structure |
 //! |---|---|
 //! | `devices` | [`DevicesReport`] |
-//! | `run` | [`RunReport`], collected from the steps by a [`Meter`] |
+//! | `run` | [`RunReport`], collected from the steps by a [`Meter`]; a [`Trace`] where asked for |
 //! | `generate` | [`GenerateReport`] |
 //! | `tokenize` | [`TokenizeReport`] |
 //! | `codecs` | [`CodecsReport`] |
@@ -32,6 +32,7 @@ mod run;
 mod run_tables;
 mod table;
 mod text;
+mod trace;
 
 pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
@@ -45,3 +46,4 @@ pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
+pub use trace::Trace;

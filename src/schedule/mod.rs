@@ -152,6 +152,7 @@ pub struct Scheduler {
     hosted: BTreeMap<SessionId, SuspendedCache>,
     host_held: Bytes,
     host_peak: Bytes,
+    rates: Rates,
     /// Copies in host memory that the backend may drop.
     forgotten: Vec<SessionId>,
     next_id: u32,
@@ -176,6 +177,7 @@ impl Scheduler {
             hosted: BTreeMap::new(),
             host_held: Bytes::ZERO,
             host_peak: Bytes::ZERO,
+            rates: config.host.rates,
             forgotten: Vec::new(),
             next_id: 0,
             next_ticket: 0,
@@ -318,6 +320,7 @@ impl Scheduler {
         report.decode_rows = plan.decode_rows();
         report.prefill_rows = plan.n_rows() - plan.decode_rows();
         self.moved(&plan, &mut report)?;
+        self.learn(&report, result.elapsed);
         self.apply(&plan, &result, &mut report)?;
         Ok(report)
     }

@@ -23,7 +23,8 @@ use super::{Place, Scheduler, SessionId, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
-/// How fast a cache moves, and how fast it is made. Zero where nobody knows.
+/// How fast a cache moves, and how fast it is made. Zero where nobody knows; the schedule then learns how fast prompts are
+/// read from steps that read nothing else.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Rates {
     /// Bytes per second from the device to the host.
@@ -87,6 +88,22 @@ impl Rates {
 }
 
 impl Scheduler {
+    /// Learns from a step.
+    pub(super) fn learn(&mut self, report: &StepReport, elapsed: Duration) {
+        let alone = report.decode_rows == 0 && report.out_bytes + report.in_bytes == Bytes::ZERO;
+        if self.config.host.rates.prefill == 0.0 && alone && report.prefill_rows > 0 && !elapsed.is_zero() {
+            let rate = f64::from(report.prefill_rows) / elapsed.as_secs_f64();
+            let before = self.rates.prefill;
+            // A quarter of what is new: steps differ in how much they attend to.
+            self.rates.prefill = if before == 0.0 { rate } else { 0.75 * before + 0.25 * rate };
+        }
+    }
+
+    /// What swap and recompute are predicted from.
+    pub const fn rates(&self) -> Rates {
+        self.rates
+    }
+
     /// Takes the place of another session for the one that waits; whether pages are free now that were not before.
     pub(super) fn reclaim(&mut self, waiting: SessionId, report: &mut StepReport) -> Result<bool, PoolError> {
         // One leaves at a time: what it frees may be enough.
@@ -105,7 +122,7 @@ impl Scheduler {
         let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
         let swaps = self.caches.abilities.swap_bytes > Bytes::ZERO;
         let free = if swaps { self.config.host.budget.saturating_sub(self.host_held) } else { Bytes::ZERO };
-        match self.config.host.rates.choose(bytes, tokens, free) {
+        match self.rates.choose(bytes, tokens, free) {
             Method::Swap => {
                 self.host_held += bytes;
                 self.host_peak = self.host_peak.max(self.host_held);
