@@ -245,6 +245,8 @@ fn measure(
     let full = driver.admit(&all[0], prefix.len(), window.len() - 1 + room)?;
     driver.prefill_observed(full, prefix, 0..0, chunk, &observed, &mut |_, _| ())?;
     step(prefix.len());
+    // A repetition takes pages of it for good.
+    let of_full = KlSums { held: driver.held_bytes(full), tokens: driver.held_tokens(full), ..KlSums::default() };
     if let Some((_, slot)) = observed.iter().find(|(score, _)| *score == Score::Reconstruction) {
         driver.reconstruct(full, prefix, *slot)?;
     }
@@ -264,7 +266,7 @@ fn measure(
         tokens: driver.held_tokens(*probe),
         ..KlSums::default()
     };
-    let mut sums: Vec<KlSums> = probes.iter().map(begin).collect();
+    let mut sums: Vec<KlSums> = std::iter::once(of_full).chain(probes[1..].iter().map(begin)).collect();
     for pair in rest.windows(2) {
         let rows: Vec<(Probe, u32)> = probes.iter().map(|probe| (*probe, pair[0])).collect();
         let logits: Vec<Vec<f64>> = driver.decode(&rows)?.iter().map(|row| widen(row)).collect();

@@ -198,6 +198,8 @@ fn ask(
     let full = driver.admit(&Compression::default(), prefix.len(), prefix.len() + room)?;
     driver.prefill_observed(full, prefix, 0..0, chunk, &observed, &mut |_, _| ())?;
     each(prefix.len());
+    // A repetition takes pages of it for good.
+    let held_by_full = driver.held_bytes(full);
     if let Some((_, slot)) = repeated {
         driver.reconstruct(full, prefix, *slot)?;
     }
@@ -222,6 +224,7 @@ fn ask(
         held_tokens: driver.held_tokens(*probe),
     };
     let mut outcomes: Vec<NeedleOutcome> = all.zip(&probes).map(begin).collect();
+    outcomes[0].held_bytes = held_by_full;
     let last = task.tokens.len() - 1;
     for (probe, outcome) in probes.iter().zip(&mut outcomes) {
         driver.prefill(*probe, question, last..last + 1, chunk, &mut |_, row| outcome.answer.push(likeliest(&row)))?;
