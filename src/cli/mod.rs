@@ -12,6 +12,7 @@
 //! | 141 | the reader of the standard output has closed it |
 
 mod args;
+mod bench;
 mod calibrate;
 mod codecs;
 mod devices;
@@ -75,6 +76,7 @@ enum Command {
     Policies(policies::PoliciesArgs),
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
+    Bench(bench::BenchArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -94,6 +96,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Policies(_) => policies::run(global),
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
+        Command::Bench(args) => bench::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };
     result.unwrap_or_else(|error| failure::report(&error))

@@ -355,6 +355,17 @@ impl Engine<'_> {
         Ok(swap.caches.get(&session))
     }
 
+    /// Waits for what is on its way to host memory.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn settle(&mut self) -> Result<(), EngineError> {
+        match &mut self.swap {
+            Some(swap) => swap.drain(self.device),
+            None => Ok(()),
+        }
+    }
+
     /// Bytes of caches in host memory.
     pub fn host_bytes(&self) -> Bytes {
         let caches = self.swap.iter().flat_map(|swap| swap.caches.values());

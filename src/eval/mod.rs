@@ -6,4 +6,5 @@ pub mod kl;
 pub mod needle;
 pub mod perplexity;
 pub mod prompt;
+pub mod switch;
 pub mod verify;

@@ -26,6 +26,13 @@ pub struct Driver<'e, 'd> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Probe(SessionId);
 
+impl Probe {
+    /// Its number in the caches.
+    pub const fn session(self) -> SessionId {
+        self.0
+    }
+}
+
 fn count(n: usize) -> u32 {
     u32::try_from(n).expect("tokens are counted in 32 bits")
 }

@@ -16,6 +16,7 @@
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
+//! | `bench switch` | [`SwitchReport`] |
 //! | `verify` | [`VerifyReport`] |
 
 mod checks;
@@ -30,6 +31,7 @@ mod plot;
 mod policies;
 mod run;
 mod run_tables;
+mod switch;
 mod table;
 mod text;
 mod trace;
@@ -45,5 +47,6 @@ pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
+pub use switch::{SwitchReport, SwitchRow};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;

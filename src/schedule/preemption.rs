@@ -165,8 +165,7 @@ impl Scheduler {
 
     /// Pages that move in the next step: of the sessions on their way, in order, one chunk in each direction.
     pub(super) fn plan_transfers(&self) -> Vec<Transfer> {
-        let chunk = self.caches.abilities.swap_bytes;
-        let mut left = [chunk; 2];
+        let mut left = [self.caches.abilities.swap_bytes; 2];
         let mut transfers = Vec::new();
         for id in &self.admitted {
             let (direction, from) = match self.sessions[id].place {
@@ -175,17 +174,10 @@ impl Scheduler {
                 _ => continue,
             };
             let left = &mut left[direction as usize];
-            let (mut to, mut bytes, mut last) = (from, Bytes::ZERO, true);
-            for (_, page) in self.caches.tables[id].page_ids().skip(from as usize) {
-                if bytes + page > *left {
-                    last = false;
-                    break;
-                }
-                (to, bytes) = (to + 1, bytes + page);
-            }
-            if to > from || last {
-                *left = left.saturating_sub(bytes);
-                transfers.push(Transfer { session: *id, direction, pages: from..to, bytes, last });
+            let transfer = self.caches.transfer(*id, direction, from, *left);
+            *left = left.saturating_sub(transfer.bytes);
+            if !transfer.pages.is_empty() || transfer.last {
+                transfers.push(transfer);
             }
         }
         transfers

@@ -1,6 +1,7 @@
 //! Caches that leave the pool whole, and come back as they were.
 
 use super::SessionId;
+use super::batch::{Direction, Transfer};
 use super::caches::{Caches, Plan};
 use crate::compression::Compression;
 use crate::geometry::Bytes;
@@ -56,6 +57,23 @@ impl Caches {
     /// The slot that a session's rows are observed into.
     pub fn slot(&self, id: SessionId) -> Option<u32> {
         self.plans.get(&id)?.slot
+    }
+
+    /// The pages of a session that move next, page `from` first, in at most `most` bytes.
+    ///
+    /// # Panics
+    /// When it is not admitted.
+    pub fn transfer(&self, id: SessionId, direction: Direction, from: u32, most: Bytes) -> Transfer {
+        let mut transfer = Transfer { session: id, direction, pages: from..from, bytes: Bytes::ZERO, last: true };
+        for (_, page) in self.tables[&id].page_ids().skip(from as usize) {
+            if transfer.bytes + page > most {
+                transfer.last = false;
+                break;
+            }
+            transfer.pages.end += 1;
+            transfer.bytes += page;
+        }
+        transfer
     }
 
     /// Returns everything that a session holds, between two steps, and says what takes it back.
