@@ -167,6 +167,7 @@ fn schedule(c: &mut Criterion) {
                         compression,
                         document: None,
                         rounds: Vec::new(),
+                        ladder: Vec::new(),
                         priority: 0,
                     };
                     s.submit(request).expect("each fits alone");

@@ -61,6 +61,7 @@ struct Outcome {
     sessions: Vec<Session>,
     swapped: usize,
     dropped: usize,
+    compressed: usize,
     /// Steps that moved pages beside rows, and alone.
     moving: (u32, u32),
     most_resident: usize,
@@ -80,6 +81,7 @@ fn run(device: &Device, weights: &Weights, config: &EngineConfig, host: HostConf
         let step = s.step(&mut engine).expect("the step runs");
         outcome.swapped += step.swapped_out.len();
         outcome.dropped += step.dropped.len();
+        outcome.compressed += step.compressed.len();
         if step.out_bytes + step.in_bytes > Bytes::ZERO {
             let alone = step.decode_rows + step.prefill_rows == 0;
             outcome.moving.0 += u32::from(!alone);
@@ -208,6 +210,51 @@ fn without_host_memory_caches_are_computed_again_gpu() {
     assert!(got.dropped >= 5 && got.swapped == 0, "{} caches were dropped", got.dropped);
     // Rows of a prompt add in another order than those of decode, so that a sampled token could differ; in these it does not.
     compare(&ample, &got, "computed again");
+}
+
+#[test]
+fn without_room_anywhere_caches_are_compressed_harder_gpu() {
+    let (device, weights) = (common::device(), common::tiny_model(4));
+    let rungs = ["kivi4", "token=keydiff:0.5,hidden=kivi4"];
+    let ladder: Vec<_> = rungs.iter().map(|text| compression(text)).collect();
+    let with_ladder = |seed| Request { ladder: ladder.clone(), ..request(seed, 150, 12, 200, "full") };
+    let all: Vec<_> = (0..5).map(with_ladder).collect();
+    let config = config(&weights, &["full", rungs[0], rungs[1]]);
+    let ample = run(device, &weights, &config, HostConfig::default(), &all);
+    assert_eq!((ample.compressed, ample.dropped), (0, 0), "there is room for all");
+    let config = tight(&weights, &config, &all[0], 2.6);
+    let got = run(device, &weights, &config, HostConfig::default(), &all);
+    println!("{} compressed harder, {} dropped", got.compressed, got.dropped);
+    assert!(got.compressed >= 3, "{} caches were compressed harder", got.compressed);
+    let mut changed = 0;
+    for (expected, session) in ample.sessions.iter().zip(&got.sessions) {
+        assert_eq!(session.answers.len(), 3, "every question is answered");
+        let rung = session.moves.compressed as usize;
+        let named = ladder.iter().chain([&expected.request.compression]).any(|c| *c == session.request.compression);
+        assert!(named, "{} is a rung", session.request.compression);
+        if rung == 0 && session.moves.dropped == 0 {
+            assert_eq!(session.produced, expected.produced, "what was left alone answers as before");
+        }
+        changed += usize::from(session.produced != expected.produced);
+    }
+    assert!(changed > 0, "4 bits and half of the tokens should be noticed in sampled answers");
+}
+
+#[test]
+fn rungs_that_can_not_be_reached_later_are_refused_with_the_reason() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(4);
+    let (_, caches) =
+        Engine::new(&device, &weights, &config(&weights, &SWAPPED.map(|(t, _)| t))).expect("ample memory");
+    let full = Compression::default();
+    let refused = |rung: &str| caches.serves_later(&full, &compression(rung)).expect_err("it can not be reached");
+    assert!(refused("token=snapkv:0.5:window8").contains("not known any more"), "nobody remembers attention");
+    assert!(refused("layer=share:2").contains("other layers"), "layers stay");
+    assert!(refused("token=streaming:64:every32").contains("again and again"), "it begins with a session");
+    assert!(refused("rot2").contains("no kernels"), "it is not served at all");
+    for rung in ["kivi4", "token=keydiff:0.5,hidden=kivi4", "head=duo:0.5:sink4:recent32"] {
+        assert_eq!(caches.serves_later(&full, &compression(rung)), Ok(()), "{rung}");
+    }
 }
 
 /// The reference model, full and compressed: eight documents under a budget for two.

@@ -96,6 +96,7 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
         compression,
         document: None,
         rounds: Vec::new(),
+        ladder: Vec::new(),
         priority: 0,
     };
     let mut meter = Meter::default();

@@ -37,6 +37,7 @@ Examples:
   concertina run --model model.gguf --document *.txt --ask 'Summarise.' --compress kivi4 --kv-budget 64MiB
   concertina run --model model.gguf --document a.txt b.txt --ask 'Why?' --compress full k:kivi2,v:rot4
   concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' 'Why?' --host-budget 1GiB
+  concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' --ladder kivi4 token=keydiff:0.5,hidden=kivi4
   concertina run --model model.gguf --document a.txt --ask 'Why?' --json - | jq .metrics")]
 pub(super) struct RunArgs {
     #[command(flatten)]
@@ -100,6 +101,11 @@ pub(super) struct RunArgs {
     #[arg(long, value_name = "METHODS", num_args = 1.., default_value = "full")]
     compress: Vec<Compression>,
 
+    /// Harder compressions for caches that do not fit, the mildest first: where the host has no room left, a cache moves to the
+    /// next that makes it smaller, rather than being dropped
+    #[arg(long, value_name = "METHODS", num_args = 1..)]
+    ladder: Vec<Compression>,
+
     #[command(flatten)]
     calibration: CalibrateArg,
 
@@ -118,6 +124,7 @@ struct Job {
     prompts: Vec<Prompt>,
     /// Questions that follow the first, and their tokens.
     later: Vec<(String, Vec<u32>)>,
+    ladder: Vec<Compression>,
     think: Duration,
     settings: RunSettings,
     config: EngineConfig,
@@ -202,6 +209,8 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         documents::check_length(inquiry, &prompt, &later, args.max_new, context_length)?;
         prompts.push(prompt);
     }
+    let all: Vec<Compression> = compressions.iter().chain(&args.ladder).cloned().collect();
+    let evictions = args.cache.evictions(&all, &model, max_sessions.min(args.observed))?;
     let config = EngineConfig {
         budget: args.kv_budget,
         max_rows: args.chunk,
@@ -209,9 +218,10 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         max_logit_rows: max_sessions,
         context_length: load::context_for(context_length, args.calibration.calibrate.as_deref(), longest),
         page_size: args.cache.page_size,
-        codecs: args.cache.codecs(&compressions, model.geometry())?,
-        chooses: chooses(&compressions),
-        evictions: args.cache.evictions(&compressions, &model, max_sessions.min(args.observed))?,
+        codecs: args.cache.codecs(&all, model.geometry())?,
+        chooses: chooses(&all),
+        // A cache that gets smaller is an eviction, if only of bits.
+        evictions: if args.ladder.is_empty() { evictions } else { Some(evictions.unwrap_or_default()) },
         swap_chunk: swap_chunk(args.host_budget, args.kv_budget),
         max_arena: None,
     };
@@ -227,7 +237,8 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         page_tokens: args.cache.page_size,
         sampling,
     };
-    Ok((Job { compressions, inquiries, prompts, later, think: args.think, settings, config }, model))
+    let (ladder, think) = (args.ladder.clone(), args.think);
+    Ok((Job { compressions, inquiries, prompts, later, ladder, think, settings, config }, model))
 }
 
 /// What a step copies at most: five times as much is held for it, a tenth of the budget.
@@ -265,6 +276,7 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
             compression: compression.clone(),
             document: Some(prompt.compressed_tokens),
             rounds: job.later.iter().map(|(_, tokens)| round(tokens)).collect(),
+            ladder: job.ladder.clone(),
             priority: 0,
         };
         meter.session(scheduler, &request);
@@ -292,6 +304,7 @@ fn steps(
         bars.update(scheduler);
         let step = scheduler.step(engine)?;
         let moved = step.out_bytes + step.in_bytes > Bytes::ZERO;
+        let moved = moved || !step.compressed.is_empty();
         if step.prefill_rows + step.decode_rows == 0 && !moved && step.idle.is_zero() && step.asked.is_empty() {
             return Err(anyhow!("no session can take a step, though {} wait: a defect", scheduler.waiting().len()));
         }

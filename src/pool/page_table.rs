@@ -329,6 +329,13 @@ impl PageTable {
         Bytes(self.lists.iter().map(list).sum())
     }
 
+    /// Bytes of pages held, and of those that are committed to it.
+    pub fn promised_bytes(&self) -> Bytes {
+        let committed = Self::page_sizes(&self.shape).into_iter().zip(self.committed);
+        let committed = committed.map(|(page, n)| page.0 * u64::from(n));
+        self.held_bytes() + Bytes(committed.sum())
+    }
+
     /// Makes room for `n` more tokens in every list, and takes a sealed page for every page that they fill.
     ///
     /// # Errors

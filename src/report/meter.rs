@@ -33,6 +33,7 @@ pub struct Meter {
     swapped_out: u64,
     swapped_in: u64,
     recomputed: u64,
+    compressed: u64,
     preempted: u64,
     out_bytes: Bytes,
     in_bytes: Bytes,
@@ -50,6 +51,7 @@ impl Meter {
         self.swapped_out += step.swapped_out.len() as u64;
         self.swapped_in += step.swapped_in.len() as u64;
         self.recomputed += step.dropped.len() as u64;
+        self.compressed += step.compressed.len() as u64;
         self.preempted += step.preempted.len() as u64;
         self.out_bytes += step.out_bytes;
         self.in_bytes += step.in_bytes;
@@ -100,10 +102,11 @@ impl Meter {
                 tokens_per_s: ratio(decode.decode_rows, decode.elapsed),
             },
             context_switch: ContextSwitchMetric {
-                switches: self.swapped_out + self.swapped_in + self.recomputed,
+                switches: self.swapped_out + self.swapped_in + self.recomputed + self.compressed,
                 swapped_out: self.swapped_out,
                 swapped_in: self.swapped_in,
                 recomputed: self.recomputed,
+                compressed: self.compressed,
                 preempted: self.preempted,
                 out_bytes: self.out_bytes,
                 in_bytes: self.in_bytes,
@@ -185,7 +188,7 @@ pub struct DecodeMetric {
 /// Sessions that changed places.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ContextSwitchMetric {
-    /// Caches copied out, copied back, or dropped to be computed again.
+    /// Caches copied out, copied back, dropped to be computed again, or compressed harder.
     pub switches: u64,
     /// Caches copied to the host.
     pub swapped_out: u64,
@@ -193,7 +196,9 @@ pub struct ContextSwitchMetric {
     pub swapped_in: u64,
     /// Caches dropped, to be computed again.
     pub recomputed: u64,
-    /// Of all these, those of sessions in the middle of a round.
+    /// Caches compressed harder.
+    pub compressed: u64,
+    /// Times that a session lost its place in the middle of a round.
     pub preempted: u64,
     /// Bytes of pages copied out.
     pub out_bytes: Bytes,
@@ -253,6 +258,7 @@ mod tests {
                 compression,
                 document: None,
                 rounds: Vec::new(),
+                ladder: Vec::new(),
                 priority: 0,
             };
             meter.session(&scheduler, &request);

@@ -87,6 +87,8 @@ pub struct SessionReport {
     pub swapped_in: u32,
     /// Times that its cache was dropped, to be computed again.
     pub recomputed: u32,
+    /// Times that its cache was compressed harder; `compression` is what it came to.
+    pub compressed: u32,
     /// Times that it lost its place in the middle of a round.
     pub preempted: u32,
     /// Bytes of pages that it held at its end.
@@ -160,6 +162,7 @@ impl SessionReport {
             swapped_out: session.moves.swapped_out,
             swapped_in: session.moves.swapped_in,
             recomputed: session.moves.dropped,
+            compressed: session.moves.compressed,
             preempted: session.moves.preempted,
             kv_bytes: cached,
             ended_by: finish_name(session.phase),

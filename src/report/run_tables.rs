@@ -134,8 +134,8 @@ fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {
         format!("none; {waited}")
     } else {
         format!(
-            "{} out and {} back ({} and {}), {} computed again; {waited}",
-            w.swapped_out, w.swapped_in, w.out_bytes, w.in_bytes, w.recomputed
+            "{} out and {} back ({} and {}), {} to be computed again, {} compressed harder; {waited}",
+            w.swapped_out, w.swapped_in, w.out_bytes, w.in_bytes, w.recomputed, w.compressed
         )
     };
     let lines = [("concurrency", concurrency), ("prefill", prefill), ("decode", decode), ("context switch", switch)];

@@ -1,6 +1,6 @@
 //! Admission: who may hold pages.
 
-use super::{Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, StepReport};
+use super::{Backend, Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -61,6 +61,9 @@ pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches)
         return Err(SubmitError::TooLong { prompt: request.all_tokens() - max_new, max_new, context_length });
     }
     caches.serves(&request.compression).map_err(SubmitError::NotServed)?;
+    for rung in &request.ladder {
+        caches.serves_later(&request.compression, rung).map_err(SubmitError::NotServed)?;
+    }
     let tokens = request.max_tokens();
     let pages = caches.pages_needed(request).map_err(SubmitError::NotServed)?;
     let needed = caches.pool.slabs_for(&pages);
@@ -81,7 +84,7 @@ pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches)
 impl Scheduler {
     /// Seats sessions that wait, in order. One whose pages are not there waits for them, and so do those behind it that need
     /// pages too; those that hold theirs go on.
-    pub(super) fn admit(&mut self, report: &mut StepReport) -> Result<(), PoolError> {
+    pub(super) fn admit<B: Backend>(&mut self, backend: &mut B, report: &mut StepReport) -> Result<(), B::Error> {
         let mut blocked = false;
         let mut seats = (self.config.max_sessions as usize).saturating_sub(self.seated());
         for (_, _, id) in self.waiting.clone() {
@@ -91,7 +94,7 @@ impl Scheduler {
             }
             let here = match self.sessions[&id].place {
                 Place::Device => true,
-                Place::Nowhere | Place::Host if !blocked => self.enter(id, report)?,
+                Place::Nowhere | Place::Host if !blocked => self.enter(id, backend, report)?,
                 _ => false,
             };
             if here {
@@ -106,7 +109,7 @@ impl Scheduler {
     }
 
     /// Takes pages for a session that has none, from others where there are no more; whether it has them now.
-    fn enter(&mut self, id: SessionId, report: &mut StepReport) -> Result<bool, PoolError> {
+    fn enter<B: Backend>(&mut self, id: SessionId, backend: &mut B, report: &mut StepReport) -> Result<bool, B::Error> {
         loop {
             let request = &self.sessions[&id].request;
             let taken = match self.hosted.get(&id) {
@@ -119,11 +122,11 @@ impl Scheduler {
             match taken {
                 Ok(()) => break,
                 Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. } | PoolError::SlotsTaken(_)) => {
-                    if !self.reclaim(id, report)? {
+                    if !self.reclaim(id, backend, report)? {
                         return Ok(false);
                     }
                 }
-                Err(other) => return Err(other),
+                Err(other) => return Err(other.into()),
             }
         }
         self.admitted.push(id);

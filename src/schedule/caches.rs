@@ -414,16 +414,20 @@ impl Caches {
         PageTable::admit(&mut self.pool, &mut self.ranges, shape, &layers, capacity)
     }
 
+    /// Tokens of the longest list of a session.
+    pub(super) fn longest_list(&self, id: SessionId) -> u32 {
+        let (table, heads) = (&self.tables[&id], self.full.num_kv_heads);
+        let lists = (0..self.full.num_layers).flat_map(|layer| (0..heads).map(move |head| (layer, head)));
+        lists.map(|(layer, head)| table.n_held(layer, head)).max().unwrap_or(0)
+    }
+
     /// What the eviction of a session that is due keeps.
     ///
     /// # Panics
     /// When none is due.
     pub fn selection(&self, id: SessionId) -> Selection {
         let plan = self.plans.get(&id).expect("an eviction that is due has a plan");
-        let table = &self.tables[&id];
-        let (layers, heads) = (self.full.num_layers, self.full.num_kv_heads);
-        let held = (0..layers).flat_map(|layer| (0..heads).map(move |head| table.n_held(layer, head))).max();
-        let n_tokens = held.unwrap_or(0);
+        let n_tokens = self.longest_list(id);
         let selection = self.selection_of(&plan.compression, n_tokens, plan.slot.unwrap_or(0));
         let selection = selection.expect("what was admitted has its domains");
         let sums = matches!(selection.rule, Some(Rule { score: Score::Attention { rows: Rows::All, .. }, .. }));

@@ -108,6 +108,8 @@ pub struct StepReport {
     pub admitted: Vec<SessionId>,
     /// Sessions that lost their place in the middle of a round.
     pub preempted: Vec<SessionId>,
+    /// Sessions whose caches were compressed harder.
+    pub compressed: Vec<SessionId>,
     /// Sessions whose caches were dropped, to be computed again.
     pub dropped: Vec<SessionId>,
     /// Sessions whose last pages left for the host.
@@ -292,7 +294,7 @@ impl Scheduler {
     /// The backend's.
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
         let mut report = StepReport { asked: self.wake(), ..StepReport::default() };
-        self.admit(&mut report)?;
+        self.admit(backend, &mut report)?;
         let here = |id: &SessionId| self.sessions[id].place == Place::Device && self.caches.is_due(*id);
         let due: Vec<_> = self.admitted.iter().copied().filter(here).collect();
         for id in due {

@@ -6,7 +6,9 @@
 //!          `max_preemptions` times in one round
 //! how   swap        its pages are copied to the host, chunk by chunk beside the steps of others, and back later
 //!       recompute   its pages are dropped at once, and its whole sequence is read again as a prompt
-//!       the faster of the two by measured rates; recompute where the host has no room
+//!       compress    what it holds moves into the next rung of its ladder, and it stays
+//!       the faster of swap and recompute by measured rates, since both lose nothing; where the host has no room, compress if
+//!       there is a rung left, and recompute if not
 //!
 //! seconds(swap)      = bytes / out + bytes / in            bytes of its pages, link rates in bytes per second
 //! seconds(recompute) = tokens / prefill                    tokens that it has seen, prompt rows per second
@@ -19,7 +21,7 @@
 use std::time::Duration;
 
 use super::batch::{Direction, Transfer};
-use super::{Place, Scheduler, SessionId, StepPlan, StepReport};
+use super::{Backend, Place, Scheduler, SessionId, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -60,6 +62,8 @@ pub enum Method {
     Swap,
     /// Dropped, and computed again later.
     Recompute,
+    /// Compressed harder, in its place.
+    Compress,
 }
 
 impl Rates {
@@ -74,11 +78,15 @@ impl Rates {
         (self.prefill > 0.0).then(|| Duration::from_secs_f64(f64::from(tokens) / self.prefill))
     }
 
-    /// The faster way to give up `bytes` of a cache that has seen `tokens` tokens, where the host has `host_free` bytes left. Where
-    /// one of the two times is unknown, a cache is swapped, since copying takes no arithmetic.
-    pub fn choose(&self, bytes: Bytes, tokens: u32, host_free: Bytes) -> Method {
-        if bytes > host_free || tokens == 0 {
+    /// The best way to give up `bytes` of a cache that has seen `tokens` tokens, where the host has `host_free` bytes left and
+    /// its ladder has a rung left or not. Where one of the two times is unknown, a cache is swapped, since copying takes no
+    /// arithmetic.
+    pub fn choose(&self, bytes: Bytes, tokens: u32, host_free: Bytes, rung: bool) -> Method {
+        if tokens == 0 {
             return Method::Recompute;
+        }
+        if bytes > host_free {
+            return if rung { Method::Compress } else { Method::Recompute };
         }
         match (self.swap(bytes), self.recompute(tokens)) {
             (Some(swap), Some(recompute)) if recompute < swap => Method::Recompute,
@@ -105,31 +113,37 @@ impl Scheduler {
     }
 
     /// Takes the place of another session for the one that waits; whether pages are free now that were not before.
-    pub(super) fn reclaim(&mut self, waiting: SessionId, report: &mut StepReport) -> Result<bool, PoolError> {
+    pub(super) fn reclaim<B: Backend>(
+        &mut self,
+        waiting: SessionId,
+        backend: &mut B,
+        report: &mut StepReport,
+    ) -> Result<bool, B::Error> {
         // One leaves at a time: what it frees may be enough.
         if self.admitted.iter().any(|id| matches!(self.sessions[id].place, Place::Leaving(_))) {
             return Ok(false);
         }
         let Some(victim) = self.victim(waiting) else { return Ok(false) };
-        let session = self.session_mut(victim);
-        if session.seated {
-            session.seated = false;
-            session.moves.preempted += 1;
-            session.preempted_in_round += 1;
-            self.enqueue(victim);
-            report.preempted.push(victim);
-        }
         let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
         let swaps = self.caches.abilities.swap_bytes > Bytes::ZERO;
         let free = if swaps { self.config.host.budget.saturating_sub(self.host_held) } else { Bytes::ZERO };
-        match self.rates.choose(bytes, tokens, free) {
+        let rung = self.rates.choose(bytes, tokens, free, true) == Method::Compress && self.harden(victim)?;
+        match self.rates.choose(bytes, tokens, free, rung) {
+            Method::Compress => {
+                let tokens = &self.sessions[&victim].tokens[..tokens as usize];
+                report.elapsed += backend.evict(victim, tokens, &mut self.caches)?;
+                report.compressed.push(victim);
+                Ok(true)
+            }
             Method::Swap => {
+                self.unseat(victim, report);
                 self.host_held += bytes;
                 self.host_peak = self.host_peak.max(self.host_held);
                 self.session_mut(victim).place = Place::Leaving(0);
                 Ok(false)
             }
             Method::Recompute => {
+                self.unseat(victim, report);
                 self.admitted.retain(|id| *id != victim);
                 self.caches.release(victim)?;
                 self.session_mut(victim).forget();
@@ -140,6 +154,39 @@ impl Scheduler {
                 Ok(true)
             }
         }
+    }
+
+    /// Puts a session that runs back in line.
+    fn unseat(&mut self, id: SessionId, report: &mut StepReport) {
+        let session = self.session_mut(id);
+        if session.seated {
+            session.seated = false;
+            session.moves.preempted += 1;
+            session.preempted_in_round += 1;
+            self.enqueue(id);
+            report.preempted.push(id);
+        }
+    }
+
+    /// Readies the next rung of a session's ladder that makes its cache smaller; whether there is one, and room to go there.
+    fn harden(&mut self, id: SessionId) -> Result<bool, PoolError> {
+        let session = &self.sessions[&id];
+        // A document is compressed whole.
+        if self.cached_tokens(id) < session.request.document_tokens() {
+            return Ok(false);
+        }
+        let tail = session.request.max_tokens() - self.cached_tokens(id);
+        for at in session.rungs..session.request.ladder.len() {
+            let rung = self.sessions[&id].request.ladder[at].clone();
+            if self.caches.harden(id, &rung, tail)? {
+                let session = self.session_mut(id);
+                session.rungs = at + 1;
+                session.moves.compressed += 1;
+                session.request.compression = rung;
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Who gives up its pages for a session that waits.
@@ -225,13 +272,28 @@ mod tests {
         let rates = Rates { out: 50e9, back: 50e9, prefill: 10e3 };
         let gigabyte = Bytes(1_000_000_000);
         assert_eq!(rates.swap(gigabyte), Some(Duration::from_millis(40)), "both ways");
-        assert_eq!(rates.choose(gigabyte, 399, gigabyte), Method::Recompute, "39.9 ms are less");
-        assert_eq!(rates.choose(gigabyte, 400, gigabyte), Method::Swap, "as fast: nothing is computed twice");
-        assert_eq!(rates.choose(gigabyte, 401, gigabyte), Method::Swap, "40.1 ms are more");
-        assert_eq!(rates.choose(gigabyte, 401, Bytes(999_999_999)), Method::Recompute, "no room on the host");
+        assert_eq!(rates.choose(gigabyte, 399, gigabyte, false), Method::Recompute, "39.9 ms are less");
+        assert_eq!(rates.choose(gigabyte, 400, gigabyte, false), Method::Swap, "as fast: nothing is computed twice");
+        assert_eq!(rates.choose(gigabyte, 401, gigabyte, false), Method::Swap, "40.1 ms are more");
+        assert_eq!(rates.choose(gigabyte, 401, Bytes(999_999_999), false), Method::Recompute, "no room on the host");
         let unknown = Rates { prefill: 0.0, ..rates };
-        assert_eq!(unknown.choose(gigabyte, 1, gigabyte), Method::Swap, "nobody knows how long reading takes");
-        assert_eq!(Rates::default().choose(gigabyte, 1, gigabyte), Method::Swap, "nobody knows anything");
-        assert_eq!(Rates::default().choose(gigabyte, 0, gigabyte), Method::Recompute, "there is nothing to copy");
+        assert_eq!(unknown.choose(gigabyte, 1, gigabyte, false), Method::Swap, "nobody knows how long reading takes");
+        assert_eq!(Rates::default().choose(gigabyte, 1, gigabyte, false), Method::Swap, "nobody knows anything");
+        assert_eq!(
+            rates.choose(gigabyte, 401, Bytes(999_999_999), true),
+            Method::Compress,
+            "a rung in place of reading"
+        );
+        assert_eq!(
+            rates.choose(gigabyte, 401, gigabyte, true),
+            Method::Swap,
+            "nothing is lost while the host has room"
+        );
+        assert_eq!(rates.choose(gigabyte, 399, gigabyte, true), Method::Recompute, "nor where reading is faster");
+        assert_eq!(
+            Rates::default().choose(gigabyte, 0, gigabyte, false),
+            Method::Recompute,
+            "there is nothing to copy"
+        );
     }
 }

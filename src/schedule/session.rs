@@ -26,6 +26,8 @@ pub struct Request {
     pub stop: Vec<u32>,
     /// What is done to its cache.
     pub compression: Compression,
+    /// Harder compressions that its cache may move to when there is no room for it, the mildest first.
+    pub ladder: Vec<Compression>,
     /// Tokens of the prompt that are compressed before the rest of it is read: a document, without the question about it.
     /// The whole prompt where `None`; the first token is always one of them.
     pub document: Option<u32>,
@@ -54,6 +56,7 @@ impl Request {
             sampling: Sampling::GREEDY,
             stop: Vec::new(),
             compression: Compression::default(),
+            ladder: Vec::new(),
             document: None,
             priority: 0,
         }
@@ -160,7 +163,9 @@ pub struct Moves {
     pub swapped_in: u32,
     /// Times that its cache was dropped, to be computed again.
     pub dropped: u32,
-    /// Of all of these that took its place, those in the middle of a round.
+    /// Times that its cache was compressed harder.
+    pub compressed: u32,
+    /// Times that it lost its place in the middle of a round.
     pub preempted: u32,
 }
 
@@ -185,6 +190,8 @@ pub struct Session {
     pub moves: Moves,
     /// Whether it has rows in the next step, or will have as soon as its cache is back.
     pub(super) seated: bool,
+    /// Rungs of its ladder that are behind it.
+    pub(super) rungs: usize,
     /// Its place in line: in order of questions.
     pub(super) ticket: u64,
     /// How often it lost its place in this round.
@@ -208,6 +215,7 @@ impl Session {
             answers: vec![Answer { produced: 0..0, asked: now, first_token: None, finished: None }],
             moves: Moves::default(),
             seated: false,
+            rungs: 0,
             ticket: 0,
             preempted_in_round: 0,
             idle_since: now,

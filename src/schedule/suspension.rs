@@ -1,9 +1,10 @@
-//! Caches that leave the pool whole, and come back as they were.
+//! Caches that leave the pool whole and come back as they were, or stay and get smaller.
 
 use super::SessionId;
 use super::batch::{Direction, Transfer};
 use super::caches::{Caches, Plan};
 use crate::compression::Compression;
+use crate::compression::token::{Score, TokenPolicy};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 use crate::pool::page_table::PageTable;
@@ -125,5 +126,76 @@ impl Caches {
             self.plans.insert(id, Plan { compression: plan.compression.clone(), due: plan.due, slot, targets });
         }
         Ok(())
+    }
+
+    /// Whether a cache of one compression can become one of another later, when nobody remembers what attended to it.
+    ///
+    /// # Errors
+    /// A sentence with the reason.
+    pub fn serves_later(&self, before: &Compression, after: &Compression) -> Result<(), String> {
+        self.serves(after)?;
+        let rung = after.short();
+        if self.abilities.slots.is_none() {
+            return Err(format!("{rung} is a rung of a ladder, and this engine was made without evictions"));
+        }
+        if before.layer != after.layer {
+            return Err(format!("{rung} has other layers than {}: a ladder keeps them", before.short()));
+        }
+        if matches!(after.token, TokenPolicy::Quest { .. }) {
+            return Err(format!("{rung} frees no pages: it is no rung of a ladder"));
+        }
+        let Some(eviction) = after.token.eviction() else { return Ok(()) };
+        if eviction.every.is_some() {
+            return Err(format!(
+                "{rung} evicts again and again, which begins with a session: it is no rung of a ladder"
+            ));
+        }
+        match eviction.rule(u32::MAX).score {
+            Score::Attention { .. } | Score::Expected { .. } | Score::Reconstruction => Err(format!(
+                "{rung} ranks tokens by what attended to them, which is not known any more when there is no room; a ladder \
+                 has keydiff, knorm, streaming or random"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Readies a table for what a session's cache keeps under another compression, and room for `tail_tokens` more: its eviction
+    /// is due at once. `false`, and nothing changed, where there is no room for both, where an eviction is to come anyway, and
+    /// where it would hold no less.
+    ///
+    /// # Errors
+    /// [`PoolError`] when the pool disagrees, which would be a defect.
+    ///
+    /// # Panics
+    /// For a compression that [`Self::serves_later`] refuses.
+    pub fn harden(&mut self, id: SessionId, compression: &Compression, tail_tokens: u32) -> Result<bool, PoolError> {
+        if self.plans.contains_key(&id) {
+            return Ok(false);
+        }
+        let table = &self.tables[&id];
+        let (due, promised) = (table.tail(), table.promised_bytes());
+        let n_tokens = self.longest_list(id);
+        let slot = match Self::observes(compression).then(|| self.free_slot()).transpose() {
+            Ok(slot) => slot,
+            Err(_) => return Ok(false),
+        };
+        // A ratio can leave less than what always stays.
+        if self.domains(compression, n_tokens).is_err() {
+            return Ok(false);
+        }
+        let target = match self.admit_target(compression, n_tokens, tail_tokens) {
+            Ok(target) => target,
+            Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. }) => return Ok(false),
+            Err(other) => return Err(other),
+        };
+        if target.promised_bytes() >= promised {
+            target.release(&mut self.pool, &mut self.ranges)?;
+            return Ok(false);
+        }
+        if let Some(slot) = slot {
+            self.slots[slot as usize] = Some(id);
+        }
+        self.plans.insert(id, Plan { compression: compression.clone(), due, slot, targets: vec![target] });
+        Ok(true)
     }
 }

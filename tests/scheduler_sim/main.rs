@@ -54,6 +54,7 @@ fn random_request(rng: &mut ChaCha8Rng) -> Request {
         compression,
         document,
         rounds: Vec::new(),
+        ladder: Vec::new(),
         priority: 0,
     }
 }
@@ -169,6 +170,7 @@ fn request(n: usize, max_new: u32) -> Request {
         compression,
         document: None,
         rounds: Vec::new(),
+        ladder: Vec::new(),
         priority: 0,
     }
 }

@@ -100,6 +100,11 @@ fn random_request(rng: &mut ChaCha8Rng) -> Request {
         stop: if rng.random_bool(0.5) { vec![7] } else { Vec::new() },
         compression: compressed(ASKED[rng.random_range(0..ASKED.len())]),
         priority: rng.random_range(0..3),
+        ladder: [&[][..], &["kivi4"], &["kivi4", "token=keydiff:0.5,hidden=kivi4", "token=streaming:32,hidden=kivi4"]]
+            [rng.random_range(0..3_usize)]
+        .iter()
+        .map(|text| compressed(text))
+        .collect(),
         ..Request::new(prompt, rng.random_range(1..60))
     }
 }
@@ -111,6 +116,7 @@ struct Outcome {
     steps: u64,
     swapped: u32,
     dropped: u32,
+    compressed: u32,
     preempted: u32,
     rounds: usize,
     cancelled: usize,
@@ -165,13 +171,17 @@ fn simulate(seed: u64) -> Outcome {
         let report = s.step(&mut backend).expect("a simulation does not fail");
         outcome.swapped += u32::try_from(report.swapped_out.len()).expect("few");
         outcome.dropped += u32::try_from(report.dropped.len()).expect("few");
+        outcome.compressed += u32::try_from(report.compressed.len()).expect("few");
         for id in &report.preempted {
             outcome.preempted += 1;
             let round = s.session(*id).expect("it exists").round();
             *preempted.entry((*id, round)).or_default() += 1;
         }
         let bytes = report.in_bytes + report.out_bytes;
-        let moved = report.decode_rows + report.prefill_rows > 0 || bytes > Bytes::ZERO || !report.idle.is_zero();
+        let moved = report.decode_rows + report.prefill_rows > 0
+            || !report.compressed.is_empty()
+            || bytes > Bytes::ZERO
+            || !report.idle.is_zero();
         still = if moved || !report.asked.is_empty() { 0 } else { still + 1 };
         assert!(still < 4 || s.is_idle(), "nothing happens any more, though {} wait", s.waiting().len());
         check(&s, &world, &preempted);
@@ -211,7 +221,10 @@ fn sessions_answer_as_alone_in_1000_seeded_simulations() {
     let (rounds, cancelled): (usize, usize) =
         (all.iter().map(|o| o.rounds).sum(), all.iter().map(|o| o.cancelled).sum());
     println!("{SEEDS} simulations, {steps} steps, {rounds} rounds, {cancelled} sessions cancelled");
-    println!("{swapped} caches left for the host, {dropped} were computed again, {preempted} of these in a round");
+    let compressed = sum(&|o| o.compressed);
+    println!("{swapped} caches left for the host, {dropped} were computed again, {compressed} compressed harder");
+    println!("{preempted} sessions lost their place in a round");
+    assert!(compressed > 100, "caches should have been compressed harder");
     assert!(swapped > 1_000 && dropped > 500 && preempted > 100, "all of it should have happened");
 }
 
