@@ -6,6 +6,7 @@
 //!   is one submission, in which the step's words are copied, one pass computes all layers, and the sampled tokens
 //!   are copied back. No buffer, pipeline or bind group is made after construction.
 
+mod config;
 mod eviction;
 mod expected;
 mod layers;
@@ -20,34 +21,30 @@ pub mod swap;
 mod tables;
 mod weights;
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::compression::Compression;
-use crate::compression::head::HeadScores;
 use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
-use crate::compression::layer::LayerPolicy;
-use crate::compression::token::Score;
 use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::timing::{Clock, StepTimer};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, CELL_BYTES, ModelGeometry, WORD_BYTES};
 use crate::kernels::attention::CacheShape;
-use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
-use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers};
+use crate::kernels::eviction::EvictionKernels;
+use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
 use crate::pool::{PagePool, PoolError, PoolLayout};
-use crate::schedule::{Abilities, Backend, Caches, REPEAT_ROOM, SessionId, StepPlan, StepResult};
+use crate::schedule::{Abilities, Backend, Caches, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
+pub use config::{EngineConfig, EvictionConfig};
 use layers::{Layers, RowCounts};
 use paged_attention::page_sizes;
 use scratch::{Scratch, ScratchSizes};
 use step::{StepOffsets, StepRows, inverse_frequencies};
-use swap::{Swap, SwapSizes};
+use swap::Swap;
 use tables::DirtyTables;
 use weights::DeviceWeights;
 
@@ -66,95 +63,6 @@ pub enum EngineError {
     /// The caller's numbers do not fit together.
     #[error("{0}")]
     Input(String),
-}
-
-/// How large an [`Engine`] is.
-#[derive(Clone, Debug)]
-pub struct EngineConfig {
-    /// Device bytes for pages, tables, scratch and staging; weights are apart.
-    pub budget: Bytes,
-    /// Rows of one step at most.
-    pub max_rows: u32,
-    /// Sessions in one step at most.
-    pub max_sessions: u32,
-    /// Rows of logits in one step at most; at least `max_sessions`.
-    pub max_logit_rows: u32,
-    /// Longest context, in tokens.
-    pub context_length: u32,
-    /// Tokens of a page.
-    pub page_size: u32,
-    /// Codecs besides f16 that sessions may have; each costs its kernels, compiled at the start.
-    pub codecs: Vec<HiddenCodec>,
-    /// Whether decode rows of sessions may choose the pages that they read (`quest`).
-    pub chooses: bool,
-    /// What sessions may do besides; `None` where nothing is evicted and no layers share or skip.
-    pub evictions: Option<EvictionConfig>,
-    /// Bytes of a cache that a step copies to the host, and back, at most; none where caches never leave the device. Five times
-    /// as much is held for it.
-    pub swap_chunk: Bytes,
-    /// Largest arena; the adapter's binding limit where `None`.
-    pub max_arena: Option<Bytes>,
-}
-
-/// What evictions need.
-#[derive(Clone, Debug, Default)]
-pub struct EvictionConfig {
-    /// Sessions whose rows are observed for a coming eviction at once; others wait.
-    pub slots: u32,
-    /// Whether moments of queries are kept, for expected attention.
-    pub moments: bool,
-    /// Which heads keep everything, for head patterns.
-    pub head_scores: Option<Arc<HeadScores>>,
-    /// The tokens that ask for the context again, for `kvzip`.
-    pub repeat_prompt: Vec<u32>,
-}
-
-impl EvictionConfig {
-    /// What these compressions need; `None` where none of them evicts or shares.
-    pub fn of(compressions: &[Compression], slots: u32) -> Option<Self> {
-        let moments = |compression: &Compression| {
-            let score = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).score);
-            matches!(score, Some(Score::Expected { .. }))
-        };
-        let ragged =
-            |compression: &Compression| Caches::evicts(compression) || compression.layer != LayerPolicy::default();
-        let slots = if compressions.iter().any(Caches::observes) { slots } else { 0 };
-        let any = compressions.iter().any(ragged);
-        any.then(|| Self { slots, moments: compressions.iter().any(moments), ..Self::default() })
-    }
-}
-
-impl EngineConfig {
-    fn eviction_sizes(&self, geometry: &ModelGeometry) -> Option<EvictionSizes> {
-        self.evictions.as_ref().map(|evictions| EvictionSizes {
-            num_lists: geometry.num_lists(),
-            // Repeated chunks stand behind the context for a while.
-            capacity: self.context_length + REPEAT_ROOM,
-            slots: evictions.slots,
-            moments: evictions.moments,
-        })
-    }
-
-    fn swap_sizes(&self, smallest_page: Bytes) -> Option<SwapSizes> {
-        (self.swap_chunk > Bytes::ZERO)
-            .then(|| SwapSizes { chunk: self.swap_chunk.align_up(CELL_BYTES), smallest_page })
-    }
-
-    /// Whether any page is ever sealed.
-    fn seals(&self) -> bool {
-        self.codecs.iter().any(HiddenCodec::seals)
-    }
-
-    fn attention_sizes(&self, geometry: &ModelGeometry, max_states: u32) -> AttentionSizes<'_> {
-        AttentionSizes {
-            max_states,
-            max_rows: self.max_rows,
-            codecs: &self.codecs,
-            num_lists: geometry.num_lists(),
-            context_length: self.context_length,
-            choosing: if self.chooses { self.max_sessions } else { 0 },
-        }
-    }
 }
 
 /// Figures of the last step.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use crate::geometry::Bytes;
-use crate::schedule::{Request, Scheduler, StepReport};
+use crate::schedule::{Answer, Finish, Phase, Request, Scheduler, StepReport};
 use crate::theory::predict::concurrency;
 
 /// Sums over steps of one kind.
@@ -114,6 +114,7 @@ impl Meter {
                 sessions_waited: waited.iter().filter(|t| !t.is_zero()).count(),
                 waited_s: waited.iter().sum::<Duration>().as_secs_f64(),
             },
+            service: ServiceMetric::new(scheduler),
         }
     }
 }
@@ -134,6 +135,62 @@ pub struct FourMetrics {
     pub decode: DecodeMetric,
     /// What changing sessions costs; bounded by the link to the host.
     pub context_switch: ContextSwitchMetric,
+    /// What users see of all four.
+    pub service: ServiceMetric,
+}
+
+/// What users wait for, and how many are served.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ServiceMetric {
+    /// Sessions that ended with an answer to every question.
+    pub sessions_finished: usize,
+    /// Of these per hour of the schedule's clock: the paper's session throughput.
+    pub sessions_per_hour: Option<f64>,
+    /// From a question until the first token of its answer, in seconds.
+    pub first_token_s: Option<Percentiles>,
+    /// Time per token after the first, of each answer, in milliseconds.
+    pub per_token_ms: Option<Percentiles>,
+}
+
+/// Values that half, 95 and 99 of a hundred do not exceed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Percentiles {
+    /// The median.
+    pub p50: f64,
+    /// 95 of a hundred.
+    pub p95: f64,
+    /// 99 of a hundred.
+    pub p99: f64,
+}
+
+impl Percentiles {
+    /// Of some values, by the nearest rank.
+    fn of(mut values: Vec<f64>) -> Option<Self> {
+        values.sort_by(f64::total_cmp);
+        let at = |percent: usize| values.get((values.len() * percent).div_ceil(100).saturating_sub(1)).copied();
+        Some(Self { p50: at(50)?, p95: at(95)?, p99: at(99)? })
+    }
+}
+
+impl ServiceMetric {
+    fn new(scheduler: &Scheduler) -> Self {
+        let finished = scheduler
+            .sessions()
+            .filter(|(_, session)| matches!(session.phase, Phase::Finished(Finish::Stop | Finish::Length)));
+        let sessions_finished = finished.count();
+        let hours = scheduler.now().as_secs_f64() / 3600.0;
+        let answers = || scheduler.sessions().flat_map(|(_, session)| &session.answers);
+        let per_token = |answer: &Answer| {
+            let after_first = answer.produced.len().checked_sub(1).filter(|n| *n > 0)?;
+            Some((answer.finished? - answer.first_token?).as_secs_f64() * 1e3 / after_first as f64)
+        };
+        Self {
+            sessions_finished,
+            sessions_per_hour: (hours > 0.0).then(|| sessions_finished as f64 / hours),
+            first_token_s: Percentiles::of(answers().filter_map(|a| Some(a.first_token?.as_secs_f64())).collect()),
+            per_token_ms: Percentiles::of(answers().filter_map(per_token).collect()),
+        }
+    }
 }
 
 /// Sessions that held pages at once.
@@ -242,6 +299,14 @@ mod tests {
         let window = Window::new(page, 1, 8, false);
         let config = ScheduleConfig { max_rows: 8, max_sessions: 4, context_length: 100, host: HostConfig::default() };
         Scheduler::new(config, Caches::new(pool, shape, window, Abilities::default()))
+    }
+
+    #[test]
+    fn percentiles_are_values_of_the_nearest_rank() {
+        let of = |n: u32| Percentiles::of((1..=n).rev().map(f64::from).collect());
+        assert_eq!(of(200), Some(Percentiles { p50: 100.0, p95: 190.0, p99: 198.0 }), "of 200");
+        assert_eq!(of(1), Some(Percentiles { p50: 1.0, p95: 1.0, p99: 1.0 }), "of one");
+        assert_eq!(of(0), None, "of none");
     }
 
     #[test]

@@ -41,7 +41,9 @@ pub use codecs::{CodecReport, CodecsReport};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
 pub use heads::HeadsReport;
 pub use kl::{KlReport, KlRow};
-pub use meter::{ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, PrefillMetric};
+pub use meter::{
+    ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, Percentiles, PrefillMetric, ServiceMetric,
+};
 pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};

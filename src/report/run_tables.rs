@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use super::table::{Align, block, count, counted, number, table};
-use super::{FourMetrics, RunReport, SessionReport};
+use super::{FourMetrics, Percentiles, RunReport, SessionReport};
 use crate::compression::Compression;
 use crate::pool::PoolReport;
 
@@ -101,7 +101,7 @@ pub(super) fn cache(compression: &str) -> String {
 }
 
 fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {
-    let FourMetrics { concurrency: c, prefill: p, decode: d, context_switch: w } = metrics;
+    let FourMetrics { concurrency: c, prefill: p, decode: d, context_switch: w, service } = metrics;
     let steps = |n: u64| counted(n, "step");
     let sessions = counted(c.sessions as u64, "session");
     let mut concurrency = format!(
@@ -139,7 +139,24 @@ fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {
         )
     };
     let lines = [("concurrency", concurrency), ("prefill", prefill), ("decode", decode), ("context switch", switch)];
-    block("the four challenges of long context", &lines)
+    let spread = |values: &Option<Percentiles>, unit: &str| match values {
+        Some(Percentiles { p50, p95, p99 }) => {
+            let [p50, p95, p99] = [p50, p95, p99].map(|value| number(Some(*value)));
+            format!("{p50} {unit} in the middle, {p95} at 95 %, {p99} at 99 %")
+        }
+        None => "none".to_owned(),
+    };
+    let throughput = format!(
+        "{} finished, {} per hour",
+        counted(service.sessions_finished as u64, "session"),
+        number(service.sessions_per_hour)
+    );
+    let seen = [
+        ("sessions", throughput),
+        ("first token", spread(&service.first_token_s, "s")),
+        ("per token", spread(&service.per_token_ms, "ms")),
+    ];
+    block("the four challenges of long context", &lines) + "\n" + &block("what users see", &seen)
 }
 
 /// The lines of a pool.
