@@ -1,5 +1,7 @@
 //! Admission: who may hold pages.
 
+use std::ops::Bound;
+
 use super::{Backend, Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
@@ -87,11 +89,14 @@ impl Scheduler {
     pub(super) fn admit<B: Backend>(&mut self, backend: &mut B, report: &mut StepReport) -> Result<(), B::Error> {
         let mut blocked = false;
         let mut seats = (self.config.max_sessions as usize).saturating_sub(self.seated());
-        for (_, _, id) in self.waiting.clone() {
-            // A session ahead may have taken its place.
-            if seats == 0 {
-                break;
-            }
+        let mut last = None;
+        while seats > 0 && !(blocked && self.nobody_waits_here()) {
+            let next = match last {
+                Some(last) => self.waiting.range((Bound::Excluded(last), Bound::Unbounded)).next(),
+                None => self.waiting.first(),
+            };
+            let Some(&(priority, ticket, id)) = next else { break };
+            last = Some((priority, ticket, id));
             let here = match self.sessions[&id].place {
                 Place::Device => true,
                 Place::Nowhere | Place::Host if !blocked => self.enter(id, backend, report)?,
@@ -106,6 +111,14 @@ impl Scheduler {
             }
         }
         Ok(())
+    }
+
+    /// Whether no session that waits for a seat has its pages.
+    fn nobody_waits_here(&self) -> bool {
+        !self.admitted.iter().any(|id| {
+            let session = &self.sessions[id];
+            session.place == Place::Device && !session.seated && session.wants_rows()
+        })
     }
 
     /// Takes pages for a session that has none, from others where there are no more; whether it has them now.
