@@ -4,6 +4,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
 use concertina::eval::prompt::Driver;
 use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
+use concertina::model::reference_model_path;
 use concertina::reference::compare::{agree_top1, kl_divergence, widen};
 use concertina::schedule::{Caches, HostConfig, Request, Round, ScheduleConfig, Scheduler, Session};
 use concertina::weights::Weights;
@@ -135,6 +137,7 @@ const SWAPPED: [(&str, f64); 9] = [
 ];
 
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn swapped_sessions_answer_as_with_ample_memory_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
     for (text, fit) in SWAPPED {
@@ -159,6 +162,7 @@ fn swapped_sessions_answer_as_with_ample_memory_gpu() {
 }
 
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn sessions_of_every_kind_swap_in_one_schedule_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
     let all: Vec<_> = (0..9).map(|at| request(at, 140 + 7 * at as usize, 16, 200, SWAPPED[at as usize].0)).collect();
@@ -173,6 +177,7 @@ fn sessions_of_every_kind_swap_in_one_schedule_gpu() {
 }
 
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn caches_that_are_computed_again_predict_the_same_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
     let config = config(&weights, &["full"]);
@@ -200,6 +205,7 @@ fn caches_that_are_computed_again_predict_the_same_gpu() {
 }
 
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn without_host_memory_caches_are_computed_again_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
     let all: Vec<_> = (0..5).map(|seed| request(seed, 150, 12, 200, "full")).collect();
@@ -213,6 +219,7 @@ fn without_host_memory_caches_are_computed_again_gpu() {
 }
 
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn without_room_anywhere_caches_are_compressed_harder_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
     let rungs = ["kivi4", "token=keydiff:0.5,hidden=kivi4"];
@@ -257,8 +264,60 @@ fn rungs_that_can_not_be_reached_later_are_refused_with_the_reason() {
     }
 }
 
+/// The size after "at least" in a message.
+fn advised(message: &str) -> String {
+    let rest = message.split("at least ").nth(1).unwrap_or_else(|| panic!("no advice in: {message}"));
+    rest.split_whitespace().take(2).collect()
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn the_command_switches_between_sessions_and_says_so_gpu() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let model = reference_model_path().display().to_string();
+    for (name, text) in [("a.txt", "The town lies by the sea."), ("b.txt", "The mill stands on the hill.")] {
+        std::fs::write(path(name), text.repeat(4)).expect("written");
+    }
+    let run = |budget: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_concertina"));
+        command.args(["run", "--model", &model, "--document", &path("a.txt"), &path("b.txt"), "--ask", "Where is it?"]);
+        command.args(["--then", "Say that again.", "--max-new", "3", "--context", "256", "--kv-budget", budget]);
+        command.args(["--host-budget", "64MiB", "--trace", &path("trace.json"), "--json", &path("report.json")]);
+        command.output().expect("the command starts")
+    };
+    let message = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let fixed = advised(&message(&run("100KiB")));
+    let one = advised(&message(&run(&fixed)));
+    let output = run(&one);
+    assert!(output.status.success(), "{}", message(&output));
+    let read = |name: &str| -> serde_json::Value {
+        serde_json::from_slice(&std::fs::read(path(name)).expect("written")).expect("JSON")
+    };
+    let report = read("report.json");
+    assert_eq!(report["metrics"]["concurrency"]["resident_max"], 1, "there is room for one");
+    let switch = &report["metrics"]["context_switch"];
+    assert!(switch["swapped_out"].as_u64() >= Some(2), "both leave once: {switch}");
+    assert_eq!(switch["swapped_out"], switch["swapped_in"], "and come back: {switch}");
+    assert_eq!(switch["out_bytes"], switch["in_bytes"], "as they are: {switch}");
+    for session in report["sessions"].as_array().expect("a list") {
+        let rounds = session["rounds"].as_array().expect("a list");
+        assert_eq!(rounds.len(), 2, "two questions: {session}");
+        assert!(rounds.iter().all(|round| round["new_tokens"].as_u64() > Some(0)), "two answers: {session}");
+        assert_eq!(rounds[1]["question"], "Say that again.", "in order");
+    }
+    assert_eq!(report["metrics"]["service"]["sessions_finished"], 2, "both");
+    let trace = read("trace.json");
+    let spans = trace["traceEvents"].as_array().expect("a list").iter().filter(|event| event["ph"] == "X");
+    let names: BTreeSet<_> = spans.filter_map(|event| event["name"].as_str()).collect();
+    assert!(["prefill", "decode", "swap out"].iter().all(|name| names.contains(name)), "{names:?}");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("2 out and 2 back") || text.contains("3 out and 3 back"), "{text}");
+}
+
 /// The reference model, full and compressed: eight documents under a budget for two.
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn the_reference_model_answers_as_with_ample_memory_gpu() {
     let (device, model) = (common::device(), common::model());
     for text in ["full", "kivi4"] {

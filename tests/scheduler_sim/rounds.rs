@@ -233,3 +233,74 @@ fn the_same_seed_gives_the_same_trace_of_rounds() {
     assert_eq!(simulate(5), simulate(5), "equal seeds");
     assert_ne!(simulate(5).trace, simulate(6).trace, "different seeds");
 }
+
+/// What four sessions of two rounds do where two fit: caches that left, were dropped, were compressed.
+fn four_sessions(host: HostConfig, ladder: &[&str]) -> [usize; 3] {
+    let shape = full(1, 1, 16);
+    let abilities = Abilities { swap_bytes: Bytes(1 << 20), ..abilities(&shape, &["kivi4"], 1) };
+    let config = ScheduleConfig { max_rows: 64, max_sessions: 4, context_length: 600, host };
+    // A session takes 22 pages; two leave one of four slabs of 16 pages for codes.
+    let mut s = Scheduler::new(config, caches(shape, abilities, 64, 4, 4));
+    let mut backend = Simulation::new(1, 40);
+    let round = Round { tokens: vec![3; 4], max_new: 4, think: Duration::from_millis(50) };
+    let request = Request {
+        rounds: vec![round],
+        ladder: ladder.iter().map(|text| compressed(text)).collect(),
+        ..Request::new(vec![1; 336], 4)
+    };
+    for _ in 0..4 {
+        s.submit(request.clone()).expect("one fits");
+    }
+    let mut counts = [0; 3];
+    while !s.is_idle() {
+        let step = s.step(&mut backend).expect("a simulation does not fail");
+        let here = [step.swapped_out.len(), step.dropped.len(), step.compressed.len()];
+        counts.iter_mut().zip(here).for_each(|(count, n)| *count += n);
+    }
+    counts
+}
+
+#[test]
+fn machines_that_compute_fast_recompute_and_those_with_fast_links_swap() {
+    let with = |rates: Rates, budget: u64| HostConfig { budget: Bytes(budget), rates, ..HostConfig::default() };
+    let page = full(1, 1, 16).open_page().0;
+    let cache = 22 * page;
+    // A cache of 339 tokens: both take 10 ms at these rates.
+    let (link, prefill) = (2.0 * cache as f64 / 0.01, 339.0 / 0.01);
+    let rates = |link: f64, prefill: f64| Rates { out: link, back: link, prefill };
+    let [swapped, dropped, _] = four_sessions(with(rates(1.1 * link, prefill), 4 * cache), &[]);
+    assert!(swapped >= 2 && dropped == 0, "the link is faster: {swapped} left, {dropped} were dropped");
+    let [swapped, dropped, _] = four_sessions(with(rates(0.9 * link, prefill), 4 * cache), &[]);
+    assert!(swapped == 0 && dropped >= 2, "reading is faster: {swapped} left, {dropped} were dropped");
+    let [swapped, dropped, compressed] = four_sessions(with(rates(1.1 * link, prefill), page), &["kivi4"]);
+    assert!(swapped == 0 && compressed > 0, "no room: {swapped} left, {dropped} dropped, {compressed} compressed");
+    let [swapped, _, compressed] = four_sessions(with(rates(1.1 * link, prefill), 4 * cache), &["kivi4"]);
+    assert!(swapped > 0 && compressed == 0, "room: nothing is lost, {compressed} compressed");
+}
+
+/// A session is preempted by higher priorities only, and so often at most in a round; a higher one that comes late goes first.
+#[test]
+fn priorities_take_places_and_nobody_loses_one_too_often() {
+    let shape = full(1, 1, 16);
+    let host = HostConfig { budget: Bytes(1 << 20), max_preemptions: 2, ..HostConfig::default() };
+    let abilities = Abilities { swap_bytes: Bytes(1 << 20), ..abilities(&shape, &[], 1) };
+    let config = ScheduleConfig { max_rows: 64, max_sessions: 4, context_length: 600, host };
+    let mut s = Scheduler::new(config, caches(shape, abilities, 64, 1, 1));
+    let mut backend = Simulation::new(1, 40);
+    let low = s.submit(Request::new(vec![1; 150], 100)).expect("it fits");
+    let mut high = Vec::new();
+    let mut steps = 0;
+    while !s.is_idle() {
+        s.step(&mut backend).expect("a simulation does not fail");
+        steps += 1;
+        if steps % 12 == 0 && high.len() < 6 {
+            let request = Request { priority: 1, ..Request::new(vec![2; 150], 3) };
+            high.push(s.submit(request).expect("it fits"));
+        }
+    }
+    let low = s.session(low).expect("it was submitted");
+    assert_eq!(low.moves.preempted, 2, "it gives up its place twice, and no more");
+    assert_eq!(low.produced.len(), 100, "and ends");
+    let times = |id: &SessionId| s.session(*id).expect("it was submitted").times.finished.expect("over");
+    assert!(times(&high[0]) < times(high.last().expect("six")), "the first did not wait for the low one, the last did");
+}
