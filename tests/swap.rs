@@ -25,19 +25,19 @@ fn compression(text: &str) -> Compression {
 }
 
 /// Three rounds over a document of `n` tokens; sampled, so that a small difference shows.
-fn request(seed: u64, n: usize, max_new: u32, vocab: u32, text: &str) -> Request {
-    let sampling = Sampling { temperature: 1.0, seed, ..Sampling::GREEDY };
-    let round = |at: u64| Round {
-        tokens: common::tokens(1_000 + 10 * seed + at, 5 + at as usize, vocab),
+fn request(seed: usize, n: usize, max_new: u32, vocab: u32, text: &str) -> Request {
+    let sampling = Sampling { temperature: 1.0, seed: seed as u64, ..Sampling::GREEDY };
+    let round = |at: usize| Round {
+        tokens: common::tokens((1_000 + 10 * seed + at) as u64, 5 + at, vocab),
         max_new,
-        think: Duration::from_millis(at),
+        think: Duration::from_millis(at as u64),
     };
     Request {
         rounds: vec![round(1), round(2)],
         sampling,
         compression: compression(text),
         document: Some(u32::try_from(n).expect("short") - 4),
-        ..Request::new(common::tokens(seed, n, vocab), max_new)
+        ..Request::new(common::tokens(seed as u64, n, vocab), max_new)
     }
 }
 
@@ -101,15 +101,15 @@ fn run(device: &Device, weights: &Weights, config: &EngineConfig, host: HostConf
     outcome
 }
 
-/// A budget with room for so many sessions of a request.
-fn tight(weights: &Weights, config: &EngineConfig, request: &Request, sessions: f64) -> EngineConfig {
+/// A budget with room for so many tenths of a request's session.
+fn tight(weights: &Weights, config: &EngineConfig, request: &Request, tenths: u64) -> EngineConfig {
     let device = Device::open_noop().expect("the noop backend is compiled into the tests");
     let mut tight = config.clone();
     // Staging shrinks with the budget, so that the arenas come out larger than what was taken off; a few times closer.
     for _ in 0..4 {
         let (_, caches) = Engine::new(&device, weights, &tight).expect("ample memory");
         let needed = caches.pool.slabs_for(&caches.pages_needed(request).expect("it is served"));
-        let wanted = Bytes((needed.0 as f64 * sessions) as u64);
+        let wanted = Bytes(needed.0 * tenths / 10);
         tight.budget = (tight.budget + wanted).saturating_sub(caches.pool.capacity());
     }
     tight
@@ -122,18 +122,18 @@ fn compare(ample: &Outcome, got: &Outcome, what: &str) {
     }
 }
 
-/// Full caches, codecs, latents, evictions that are over and those that go on, shared and merged layers; and how many of them
-/// there is room for while they read, since evictions make room later.
-const SWAPPED: [(&str, f64); 9] = [
-    ("full", 2.6),
-    ("kivi4", 2.6),
-    ("k:rot3,v:int8", 2.6),
-    ("lowrank:8", 2.6),
-    ("token=snapkv:0.5:window8", 2.0),
-    ("token=h2o:96:every32,hidden=kivi4", 1.1),
-    ("token=adakv:0.5:expected,head=duo:0.5:sink4:recent32", 1.5),
-    ("layer=share:2", 2.6),
-    ("layer=minicache:0..", 1.5),
+/// Full caches, codecs, latents, evictions that are over and those that go on, shared and merged layers; and how many tenths
+/// of one there is room for while they read, since evictions make room later.
+const SWAPPED: [(&str, u64); 9] = [
+    ("full", 26),
+    ("kivi4", 26),
+    ("k:rot3,v:int8", 26),
+    ("lowrank:8", 26),
+    ("token=snapkv:0.5:window8", 20),
+    ("token=h2o:96:every32,hidden=kivi4", 11),
+    ("token=adakv:0.5:expected,head=duo:0.5:sink4:recent32", 15),
+    ("layer=share:2", 26),
+    ("layer=minicache:0..", 15),
 ];
 
 #[test]
@@ -141,7 +141,7 @@ const SWAPPED: [(&str, f64); 9] = [
 fn swapped_sessions_answer_as_with_ample_memory_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
     for (text, fit) in SWAPPED {
-        let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed as usize, 20, 200, text)).collect();
+        let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed, 20, 200, text)).collect();
         let config = config(&weights, &[text]);
         let ample = run(device, &weights, &config, HostConfig::default(), &all);
         assert_eq!((ample.swapped, ample.dropped), (0, 0), "{text}: there is room for all");
@@ -165,11 +165,11 @@ fn swapped_sessions_answer_as_with_ample_memory_gpu() {
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn sessions_of_every_kind_swap_in_one_schedule_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
-    let all: Vec<_> = (0..9).map(|at| request(at, 140 + 7 * at as usize, 16, 200, SWAPPED[at as usize].0)).collect();
+    let all: Vec<_> = (0..9).map(|at| request(at, 140 + 7 * at, 16, 200, SWAPPED[at].0)).collect();
     let config = config(&weights, &SWAPPED.map(|(text, _)| text));
     let ample = run(device, &weights, &config, HostConfig::default(), &all);
     let config = EngineConfig { swap_chunk: Bytes(40 << 10), ..config };
-    let config = tight(&weights, &config, &all[0], 3.0);
+    let config = tight(&weights, &config, &all[0], 30);
     let host = HostConfig { budget: Bytes::mib(64), ..HostConfig::default() };
     let got = run(device, &weights, &config, host, &all);
     assert!(got.swapped > 4, "{} caches left for the host", got.swapped);
@@ -211,7 +211,7 @@ fn without_host_memory_caches_are_computed_again_gpu() {
     let all: Vec<_> = (0..5).map(|seed| request(seed, 150, 12, 200, "full")).collect();
     let config = config(&weights, &["full"]);
     let ample = run(device, &weights, &config, HostConfig::default(), &all);
-    let config = tight(&weights, &config, &all[0], 2.6);
+    let config = tight(&weights, &config, &all[0], 26);
     let got = run(device, &weights, &config, HostConfig::default(), &all);
     assert!(got.dropped >= 5 && got.swapped == 0, "{} caches were dropped", got.dropped);
     // Rows of a prompt add in another order than those of decode, so that a sampled token could differ; in these it does not.
@@ -229,7 +229,7 @@ fn without_room_anywhere_caches_are_compressed_harder_gpu() {
     let config = config(&weights, &["full", rungs[0], rungs[1]]);
     let ample = run(device, &weights, &config, HostConfig::default(), &all);
     assert_eq!((ample.compressed, ample.dropped), (0, 0), "there is room for all");
-    let config = tight(&weights, &config, &all[0], 2.6);
+    let config = tight(&weights, &config, &all[0], 26);
     let got = run(device, &weights, &config, HostConfig::default(), &all);
     println!("{} compressed harder, {} dropped", got.compressed, got.dropped);
     assert!(got.compressed >= 3, "{} caches were compressed harder", got.compressed);
@@ -326,7 +326,7 @@ fn the_reference_model_answers_as_with_ample_memory_gpu() {
         let config = EngineConfig { context_length: 64, ..config(&model.weights, &[text]) };
         let ample = run(device, &model.weights, &config, HostConfig::default(), &all);
         let config = EngineConfig { swap_chunk: Bytes(600 << 10), ..config };
-        let config = tight(&model.weights, &config, &all[0], 2.4);
+        let config = tight(&model.weights, &config, &all[0], 24);
         let host = HostConfig { budget: Bytes::mib(64), ..HostConfig::default() };
         let got = run(device, &model.weights, &config, host, &all);
         println!("{text}: {} swapped, {} on the host at most", got.swapped, got.host_peak);

@@ -112,7 +112,7 @@ pub(super) struct RunArgs {
     #[command(flatten)]
     sampling: SamplingArgs,
 
-    /// Write what sessions did over time into this file, for Perfetto (ui.perfetto.dev) or chrome://tracing
+    /// Write what sessions did over time into this file, which Perfetto shows (ui.perfetto.dev)
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 }

@@ -100,7 +100,7 @@ struct Moves {
 impl Moves {
     /// Adds the pages of a transfer; their bytes.
     fn add(&mut self, caches: &Caches, transfer: &Transfer) -> usize {
-        let (from, pages) = (self.cells, &transfer.pages);
+        let pages = &transfer.pages;
         let all = caches.tables[&transfer.session].page_ids();
         for (PageId { arena, cell }, page) in all.skip(pages.start as usize).take(pages.len()) {
             let n_cells = u32::try_from(page.0 / CELL_BYTES).expect("a page is counted in 32 bits");
@@ -108,7 +108,7 @@ impl Moves {
             self.lists.entry(arena).or_default().push(item);
             self.cells += n_cells;
         }
-        ((self.cells - from) as usize) * CELL_BYTES as usize
+        usize::try_from(transfer.bytes.0).expect("a chunk fits in memory")
     }
 
     fn bytes(&self) -> u64 {
