@@ -5,7 +5,8 @@
 //! hidden     = 1 - (switch beside decode - decode alone) / switch alone
 //! ```
 //!
-//! A figure counts only when the cache that came back holds the bytes that left.
+//! A figure counts only when the cache that came back holds the bytes that left; nothing is said to be hidden where decode steps
+//! alone differ by more than a quarter of the switch.
 
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,8 @@ pub struct OneWay {
     pub alone_s: f64,
     /// Time of as many decode steps with nothing beside them.
     pub decode_s: f64,
+    /// How far the middle half of these times is spread.
+    pub decode_spread_s: f64,
     /// Time of both in the same steps.
     pub beside_s: f64,
 }
@@ -37,9 +40,10 @@ impl OneWay {
         self.plain_s / self.alone_s
     }
 
-    /// The part of the switch that took no time beside decode rows.
-    pub fn hidden(&self) -> f64 {
-        1.0 - (self.beside_s - self.decode_s) / self.alone_s
+    /// The part of the switch that took no time beside decode rows, where decode is steady enough to say so.
+    pub fn hidden(&self) -> Option<f64> {
+        let steady = self.decode_spread_s < self.alone_s / 4.0;
+        steady.then(|| 1.0 - (self.beside_s - self.decode_s) / self.alone_s)
     }
 }
 
@@ -87,11 +91,12 @@ pub fn measure(
     let result = bench.run(repeats);
     let sessions: Vec<SessionId> = bench.caches.tables.keys().copied().collect();
     sessions.into_iter().try_for_each(|id| bench.caches.release(id))?;
-    let Measured { bytes, steps, decode, alone, beside } = result?;
+    let Measured { bytes, steps, decode, spread, alone, beside } = result?;
     let one_way = |way: usize| OneWay {
         plain_s: plain[way].as_secs_f64() * bytes.0 as f64 / plain_bytes.0 as f64,
         alone_s: alone[way],
         decode_s: decode,
+        decode_spread_s: spread,
         beside_s: beside[way],
     };
     Ok(Switch { compression: compression.to_string(), bytes, steps, out: one_way(0), back: one_way(1) })
@@ -109,6 +114,7 @@ struct Measured {
     bytes: Bytes,
     steps: usize,
     decode: f64,
+    spread: f64,
     alone: [f64; 2],
     beside: [f64; 2],
 }
@@ -153,7 +159,9 @@ impl Bench<'_, '_> {
             }
         }
         let (alone, beside) = (alone.map(median), beside.map(median));
-        Ok(Measured { bytes, steps, decode: median(decode), alone, beside })
+        decode.sort_by(f64::total_cmp);
+        let spread = decode[3 * decode.len() / 4] - decode[decode.len() / 4];
+        Ok(Measured { bytes, steps, decode: median(decode), spread, alone, beside })
     }
 
     /// Steps that a switch takes in one direction.

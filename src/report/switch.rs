@@ -45,10 +45,10 @@ pub struct SwitchRow {
     pub out_ratio: f64,
     /// Of a plain copy's speed, back.
     pub back_ratio: f64,
-    /// Part of the way out that took no time beside decode.
-    pub out_hidden: f64,
+    /// Part of the way out that took no time beside decode; `null` where decode alone is too unsteady to say.
+    pub out_hidden: Option<f64>,
     /// Part of the way back that took no time beside decode.
-    pub back_hidden: f64,
+    pub back_hidden: Option<f64>,
 }
 
 impl SwitchRow {
@@ -82,7 +82,7 @@ impl fmt::Display for SwitchReport {
             ("out hidden\nby decode", Right),
             ("back hidden\nby decode", Right),
         ];
-        let percent = |part: f64| format!("{:.0} %", 100.0 * part);
+        let percent = |part: Option<f64>| part.map_or("too noisy".to_owned(), |part| format!("{:.0} %", 100.0 * part));
         let rows = self.results.iter().map(|row| {
             vec![
                 cache(&row.measured.compression),
