@@ -241,12 +241,15 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
     Ok((Job { compressions, inquiries, prompts, later, ladder, think, settings, config }, model))
 }
 
-/// What a step copies at most: five times as much is held for it, a tenth of the budget.
+/// What a step copies at most, of which five times as much is held: at most a twelfth of the budget. A power of two, so that
+/// a budget that a message advises is one that its advice was made for.
 fn swap_chunk(host_budget: Bytes, kv_budget: Bytes) -> Bytes {
+    const SMALLEST: u64 = 256 << 10;
+    const LARGEST: u64 = 64 << 20;
     if host_budget == Bytes::ZERO {
         return Bytes::ZERO;
     }
-    Bytes((kv_budget.0 / 50).clamp(64 << 10, 64 << 20)).align_up(16)
+    Bytes(((kv_budget.0 / 64 + 1).next_power_of_two() / 2).clamp(SMALLEST, LARGEST))
 }
 
 /// A compression per document: as many as there are documents, or one for all.
