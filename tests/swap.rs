@@ -141,7 +141,7 @@ const SWAPPED: [(&str, u64); 9] = [
 fn swapped_sessions_answer_as_with_ample_memory_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
     for (text, fit) in SWAPPED {
-        let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed, 20, 200, text)).collect();
+        let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed, 12, 200, text)).collect();
         let config = config(&weights, &[text]);
         let ample = run(device, &weights, &config, HostConfig::default(), &all);
         assert_eq!((ample.swapped, ample.dropped), (0, 0), "{text}: there is room for all");
