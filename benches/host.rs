@@ -11,7 +11,6 @@ use concertina::compression::hidden::HiddenCodec;
 use concertina::geometry::{Bytes, HeadGeometry, PageGeometry};
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::plan::{AttentionPlan, Segment};
-use concertina::kernels::sample::Sampling;
 use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
 use concertina::pool::{PagePool, PoolLayout};
 use concertina::schedule::simulation::Simulation;
@@ -157,19 +156,8 @@ fn schedule(c: &mut Criterion) {
                 let abilities = Abilities { codecs: vec![kivi4().hidden], slots: Some(0), ..Abilities::default() };
                 let mut s = Scheduler::new(config, Caches::new(pool, SHAPE, window, abilities));
                 for i in 0..32 {
-                    let (prompt, stop) = (vec![1; 500 + 40 * i], Vec::new());
-                    let (sampling, compression) = (Sampling::GREEDY, compression.clone());
-                    let request = Request {
-                        prompt,
-                        max_new: 64,
-                        sampling,
-                        stop,
-                        compression,
-                        document: None,
-                        rounds: Vec::new(),
-                        ladder: Vec::new(),
-                        priority: 0,
-                    };
+                    let prompt = vec![1; 500 + 40 * i];
+                    let request = Request { compression: compression.clone(), ..Request::new(prompt, 64) };
                     s.submit(request).expect("each fits alone");
                 }
                 let mut backend = Simulation::new(1, 1000);

@@ -17,18 +17,7 @@ use concertina::reference::transformer::ReferenceModel;
 use concertina::schedule::{Finish, HostConfig, Phase, Request, ScheduleConfig, Scheduler, SubmitError};
 
 fn request(seed: u64, n: usize, max_new: u32, sampling: Sampling) -> Request {
-    let (prompt, stop, compression) = (common::tokens(seed, n, 200), Vec::new(), Compression::default());
-    Request {
-        prompt,
-        max_new,
-        sampling,
-        stop,
-        compression,
-        document: None,
-        rounds: Vec::new(),
-        ladder: Vec::new(),
-        priority: 0,
-    }
+    Request { sampling, ..Request::new(common::tokens(seed, n, 200), max_new) }
 }
 
 fn schedule() -> ScheduleConfig {

@@ -88,17 +88,7 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     let mut scheduler = Scheduler::new(load::schedule_config(&config), caches);
     let prompt_tokens = prompt.len();
     let stop = model.tokenizer.eos_ids().to_vec();
-    let request = Request {
-        prompt,
-        max_new: args.max_new,
-        sampling,
-        stop,
-        compression,
-        document: None,
-        rounds: Vec::new(),
-        ladder: Vec::new(),
-        priority: 0,
-    };
+    let request = Request { sampling, stop, compression, ..Request::new(prompt, args.max_new) };
     let mut meter = Meter::default();
     meter.session(&scheduler, &request);
     let id = scheduler.submit(request)?;

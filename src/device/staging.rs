@@ -187,7 +187,7 @@ impl ReadBack {
     /// [`DeviceError::Lost`].
     pub fn read(&self, device: &Device, length: usize, out: &mut Vec<u8>) -> Result<(), DeviceError> {
         self.request();
-        self.finish(device, length, out)
+        self.finish(device, |bytes| out.extend_from_slice(&bytes[..length]))
     }
 
     /// After the submission: asks for the bytes, which [`Self::finish`] reads; other work can be submitted in between.
@@ -195,11 +195,11 @@ impl ReadBack {
         self.mapped.request(wgpu::MapMode::Read);
     }
 
-    /// Waits for what [`Self::request`] asked for and appends the first `length` bytes to `out` in one copy.
+    /// Waits for what [`Self::request`] asked for and shows it.
     ///
     /// # Errors
     /// [`DeviceError::Lost`].
-    pub fn finish(&self, device: &Device, length: usize, out: &mut Vec<u8>) -> Result<(), DeviceError> {
+    pub fn finish(&self, device: &Device, see: impl FnOnce(&[u8])) -> Result<(), DeviceError> {
         self.mapped.wait(device)?;
         {
             let view = self
@@ -208,7 +208,7 @@ impl ReadBack {
                 .slice(..)
                 .get_mapped_range()
                 .map_err(|e| DeviceError::Lost(format!("a read-back buffer has no mapped range: {e}")))?;
-            out.extend_from_slice(&view[..length]);
+            see(&view);
         }
         self.mapped.buffer.unmap();
         Ok(())

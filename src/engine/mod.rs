@@ -190,11 +190,7 @@ impl<'d> Engine<'d> {
             words: Vec::new(),
             stats: StepStats::default(),
         };
-        let slot_bytes = |e: &Evictions| {
-            let (sizes, shape) = (e.kernels.sizes(), engine.attention.shape());
-            let moments = if sizes.moments { sizes.slot_moments(shape) } else { 0 };
-            Bytes((u64::from(sizes.slot_values()) + u64::from(moments)) * WORD_BYTES)
-        };
+        let slot_bytes = |e: &Evictions| e.kernels.slot_parts(0).map(|(_, _, bytes)| bytes).sum();
         let abilities = Abilities {
             slot_bytes: engine.evictions.as_ref().map_or(Bytes::ZERO, slot_bytes),
             swap_bytes: if engine.swap.is_some() { config.swap_chunk } else { Bytes::ZERO },

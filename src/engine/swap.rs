@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::{Engine, EngineError, Evictions};
 use crate::device::Device;
 use crate::device::staging::{ReadBack, Uploader};
-use crate::geometry::{Bytes, CELL_BYTES, WORD_BYTES};
+use crate::geometry::{Bytes, CELL_BYTES};
 use crate::kernels::abi::{MovePagesItem, MovePagesParams};
 use crate::kernels::pipeline::{Pipeline, PipelineCache, Slot};
 use crate::kernels::{KernelError, Recorder, flat_grid, move_pages};
@@ -164,13 +164,12 @@ impl Swap {
             self.drain(device)?;
         }
         let (mut coming, mut leaving) = (Moves::default(), Moves::default());
-        let mut bytes: Vec<u8> = Vec::new();
+        let mut chunks: Vec<&[u8]> = vec![&[]];
         for transfer in of(Direction::In) {
             let length = coming.add(caches, transfer);
-            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
+            let cache = self.caches.get(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
             let chunk = cache.pages.get(cache.returned..cache.returned + length);
-            bytes.extend_from_slice(chunk.ok_or_else(|| not_here(transfer.session))?);
-            cache.returned += length;
+            chunks.push(chunk.ok_or_else(|| not_here(transfer.session))?);
         }
         let left: Leaving = of(Direction::Out).map(|t| (t.session, leaving.add(caches, t))).collect();
         let mut items: Vec<MovePagesItem> = Vec::new();
@@ -186,11 +185,15 @@ impl Swap {
             return Ok(left);
         }
         let items: &[u8] = bytemuck::cast_slice(&items);
-        self.upload.write(device, &[items, &bytes])?;
+        chunks[0] = items;
+        self.upload.write(device, &chunks)?;
+        for transfer in of(Direction::In) {
+            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
+            cache.returned += usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
+        }
         encoder.copy_buffer_to_buffer(self.upload.source(), 0, &self.items, 0, items.len() as u64);
-        if !bytes.is_empty() {
-            let from = items.len() as u64;
-            encoder.copy_buffer_to_buffer(self.upload.source(), from, &self.packed, 0, bytes.len() as u64);
+        if coming.bytes() > 0 {
+            encoder.copy_buffer_to_buffer(self.upload.source(), items.len() as u64, &self.packed, 0, coming.bytes());
         }
         let mut recorder = Recorder::new(encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
         for (arena, params) in &dispatches {
@@ -229,17 +232,18 @@ impl Swap {
     /// Reads what is still to be read.
     pub(super) fn drain(&mut self, device: &Device) -> Result<(), EngineError> {
         let Some((from, leaving)) = self.unread.take() else { return Ok(()) };
-        let mut bytes = Vec::with_capacity(leaving.iter().map(|(_, bytes)| bytes).sum());
-        self.back[from].finish(device, bytes.capacity(), &mut bytes)?;
-        let mut at = 0;
-        for (session, length) in leaving {
-            // A session that ended on its way is not kept.
-            if let Some(cache) = self.caches.get_mut(&session) {
-                cache.pages.extend_from_slice(&bytes[at..at + length]);
+        let caches = &mut self.caches;
+        let keep = |bytes: &[u8]| {
+            let mut at = 0;
+            for (session, length) in &leaving {
+                // A session that ended on its way is not kept.
+                if let Some(cache) = caches.get_mut(session) {
+                    cache.pages.extend_from_slice(&bytes[at..at + length]);
+                }
+                at += length;
             }
-            at += length;
-        }
-        Ok(())
+        };
+        Ok(self.back[from].finish(device, keep)?)
     }
 }
 
@@ -372,45 +376,32 @@ impl Engine<'_> {
         Bytes(caches.map(|cache| (cache.pages.len() + cache.slot.len()) as u64).sum())
     }
 
-    /// Buffers of slots, and first byte and bytes of one slot in each.
-    fn slot_parts(&self, slot: u32) -> Vec<(wgpu::Buffer, u64, usize)> {
-        let Some(Evictions { kernels, .. }) = &self.evictions else { return Vec::new() };
-        let (sizes, buffers) = (kernels.sizes(), kernels.buffers());
-        let moments = if sizes.moments { sizes.slot_moments(self.attention.shape()) } else { 0 };
-        let parts = [(&buffers.raw, sizes.slot_values()), (&buffers.moments, moments)];
-        let part = |(buffer, words): (&wgpu::Buffer, u32)| {
-            let bytes = u64::from(words) * WORD_BYTES;
-            (buffer.clone(), u64::from(slot) * bytes, usize::try_from(bytes).expect("a slot fits in memory"))
-        };
-        parts.map(part).to_vec()
-    }
-
-    fn read_slot(&mut self, slot: u32) -> Result<Vec<u8>, EngineError> {
+    fn read_slot(&self, slot: u32) -> Result<Vec<u8>, EngineError> {
         let mut read = Vec::new();
-        for (buffer, at, length) in self.slot_parts(slot) {
-            let swap = self.swap.as_ref().expect("this engine swaps");
-            // The other read-back has a chunk in it.
-            let back = &swap.back[swap.turn];
-            let piece = usize::try_from(back.capacity().0).expect("a chunk fits in memory");
-            for from in (0..length).step_by(piece) {
-                let n = piece.min(length - from);
+        let (Some(swap), Some(Evictions { kernels, .. })) = (&self.swap, &self.evictions) else { return Ok(read) };
+        // The other read-back has a chunk in it.
+        let back = &swap.back[swap.turn];
+        for (buffer, at, length) in kernels.slot_parts(slot) {
+            for from in (0..length.0).step_by(usize::try_from(back.capacity().0).expect("a chunk fits in memory")) {
+                let n = back.capacity().0.min(length.0 - from);
                 let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-                encoder.copy_buffer_to_buffer(&buffer, at + from as u64, back.target(), 0, n as u64);
+                encoder.copy_buffer_to_buffer(buffer, at + from, back.target(), 0, n);
                 self.device.queue.submit([encoder.finish()]);
-                back.read(self.device, n, &mut read)?;
+                back.read(self.device, usize::try_from(n).expect("a chunk fits in memory"), &mut read)?;
             }
         }
         Ok(read)
     }
 
     fn write_slot(&mut self, slot: u32, bytes: &[u8]) -> Result<(), EngineError> {
+        let (Some(swap), Some(Evictions { kernels, .. })) = (&mut self.swap, &self.evictions) else { return Ok(()) };
         let mut rest = bytes;
-        for (buffer, at, length) in self.slot_parts(slot) {
+        for (buffer, at, length) in kernels.slot_parts(slot) {
+            let length = usize::try_from(length.0).expect("a slot fits in memory");
             let (here, after) = rest.split_at_checked(length).ok_or_else(|| {
                 EngineError::Input(format!("{} bytes are too few for what a slot holds", bytes.len()))
             })?;
-            let swap = self.swap.as_mut().expect("this engine swaps");
-            swap.upload.upload(self.device, here, &buffer, at)?;
+            swap.upload.upload(self.device, here, buffer, at)?;
             rest = after;
         }
         Ok(())

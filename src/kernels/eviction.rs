@@ -247,14 +247,19 @@ impl EvictionKernels {
         if arena == PageId::WINDOW { self.arenas } else { usize::from(arena) }
     }
 
+    /// What a slot holds: buffers, first byte and bytes of its scores, and of its moments where these are kept.
+    pub fn slot_parts(&self, slot: u32) -> impl Iterator<Item = (&wgpu::Buffer, u64, Bytes)> {
+        let moments = if self.sizes.moments { self.sizes.slot_moments(&self.shape) } else { 0 };
+        let parts = [(&self.buffers.raw, self.sizes.slot_values()), (&self.buffers.moments, moments)];
+        parts.into_iter().filter(|(_, words)| *words > 0).map(move |(buffer, words)| {
+            let bytes = u64::from(words) * WORD_BYTES;
+            (buffer, u64::from(slot) * bytes, Bytes(bytes))
+        })
+    }
+
     /// Makes the scores and moments of a slot zero.
     pub fn clear(&self, encoder: &mut wgpu::CommandEncoder, slot: u32) {
-        let scores = u64::from(self.sizes.slot_values()) * WORD_BYTES;
-        encoder.clear_buffer(&self.buffers.raw, u64::from(slot) * scores, Some(scores));
-        if self.sizes.moments {
-            let moments = u64::from(self.sizes.slot_moments(&self.shape)) * WORD_BYTES;
-            encoder.clear_buffer(&self.buffers.moments, u64::from(slot) * moments, Some(moments));
-        }
+        self.slot_parts(slot).for_each(|(buffer, at, bytes)| encoder.clear_buffer(buffer, at, Some(bytes.0)));
     }
 
     /// Records what the cache of one layer receives from scored rows; their log-sum-exp is there.

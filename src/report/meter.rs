@@ -272,10 +272,8 @@ pub struct ContextSwitchMetric {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::compression::Compression;
     use crate::compression::hidden::HiddenCodec;
     use crate::geometry::PageGeometry;
-    use crate::kernels::sample::Sampling;
     use crate::pool::page_table::{TableShape, Window};
     use crate::pool::{PagePool, PoolLayout};
     use crate::schedule::simulation::Simulation;
@@ -314,18 +312,7 @@ mod tests {
         let mut scheduler = scheduler();
         let mut meter = Meter::default();
         for _ in 0..3 {
-            let (prompt, sampling, compression) = (vec![1; 8], Sampling::GREEDY, Compression::default());
-            let request = Request {
-                prompt,
-                max_new: 3,
-                sampling,
-                stop: Vec::new(),
-                compression,
-                document: None,
-                rounds: Vec::new(),
-                ladder: Vec::new(),
-                priority: 0,
-            };
+            let request = Request::new(vec![1; 8], 3);
             meter.session(&scheduler, &request);
             scheduler.submit(request).expect("a session of one page");
         }

@@ -8,10 +8,8 @@ mod world;
 use std::collections::{BTreeMap, BTreeSet};
 
 use backend::Watched;
-use concertina::compression::Compression;
 use concertina::compression::keep::Domain;
 use concertina::geometry::Bytes;
-use concertina::kernels::sample::Sampling;
 use concertina::pool::page_table::TableShape;
 use concertina::schedule::simulation::Simulation;
 use concertina::schedule::{
@@ -46,17 +44,7 @@ fn random_request(rng: &mut ChaCha8Rng) -> Request {
     // A question behind the document, no document at all, or one that is said to be longer than the prompt.
     let n = u32::try_from(prompt.len()).expect("short");
     let document = rng.random_bool(0.5).then(|| if rng.random_bool(0.1) { n + 9 } else { rng.random_range(0..=n) });
-    Request {
-        prompt,
-        max_new,
-        sampling: Sampling::GREEDY,
-        stop,
-        compression,
-        document,
-        rounds: Vec::new(),
-        ladder: Vec::new(),
-        priority: 0,
-    }
+    Request { stop, compression, document, ..Request::new(prompt, max_new) }
 }
 
 /// Runs one seed.
@@ -161,18 +149,7 @@ fn the_same_seed_gives_the_same_trace() {
 
 /// A request without compression.
 fn request(n: usize, max_new: u32) -> Request {
-    let (sampling, stop, compression) = (Sampling::GREEDY, Vec::new(), Compression::default());
-    Request {
-        prompt: vec![1; n],
-        max_new,
-        sampling,
-        stop,
-        compression,
-        document: None,
-        rounds: Vec::new(),
-        ladder: Vec::new(),
-        priority: 0,
-    }
+    Request::new(vec![1; n], max_new)
 }
 
 #[test]
