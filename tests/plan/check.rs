@@ -263,9 +263,10 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Every token that the last row of a segment sees gets what the scored rows give it, at its place in the list.
+    /// Every token that the last row of a segment sees gets what the scored rows give it, at its place in the list: in
+    /// the order of rows, which an item may hold only some of.
     fn score(&self, dispatches: &[(ScorePlace, Range<u32>)]) -> Result<(), String> {
-        // Score by score and list: rows, and how often each token was scored.
+        // Score by score and list: rows, and of each token the row that it is to be scored by next.
         let mut left = BTreeMap::new();
         let mut row_lo = 0;
         for (sequence, s) in self.setup.sequences.iter().enumerate() {
@@ -276,7 +277,8 @@ impl Checker<'_> {
                     let at = Sequence::scores_at(sequence, i) + s.list(self.layer, head) * CAPACITY;
                     let seen = s.seen(self.layer, head, s.cached + s.rows - 1);
                     let rows = row_lo + first..row_lo + s.rows;
-                    left.insert(at, (rows, head, *largest, vec![0_u32; seen as usize]));
+                    let next = vec![rows.start; seen as usize];
+                    left.insert(at, (rows, head, *largest, next));
                 }
             }
             row_lo += s.rows;
@@ -286,10 +288,11 @@ impl Checker<'_> {
             for item in &self.plan.score[range.start as usize..range.end as usize] {
                 ensure(item.n_tokens <= score::TOKENS, || format!("{item:?} is too long"))?;
                 let out = item.out + self.after * KV_HEADS * CAPACITY;
-                let (at, (rows, head, largest, counts)) =
+                let (at, (rows, head, largest, next)) =
                     left.range_mut(..=out).next_back().ok_or(format!("{item:?} is scored for nobody"))?;
-                let of_rows = (item.row_lo..item.row_lo + item.n_rows, item.kv_head, place.largest);
-                ensure(of_rows == (rows.clone(), *head, *largest), || format!("{item:?} for {rows:?}"))?;
+                let end = item.row_lo + item.n_rows;
+                let of_rows = (item.kv_head, place.largest) == (*head, *largest) && end <= rows.end;
+                ensure(of_rows, || format!("{item:?} for {rows:?}"))?;
                 let (_, s, row_place) = self.sequence(item.row_lo)?;
                 let index = s.start() + row_place;
                 ensure(item.first_index == index, || format!("{item:?} begins with the row at {index}"))?;
@@ -300,13 +303,14 @@ impl Checker<'_> {
                 ensure(item.first_token == position, || format!("{item:?} begins at position {position}"))?;
                 ensure(out == at + tokens.start, || format!("{item:?} scores token {} elsewhere", tokens.start))?;
                 for token in tokens {
-                    let n = counts.get_mut(token as usize).ok_or(format!("{item:?} scores what no row sees"))?;
-                    *n += 1;
+                    let next = next.get_mut(token as usize).ok_or(format!("{item:?} scores what no row sees"))?;
+                    ensure(*next == item.row_lo, || format!("{item:?} scores token {token}, due for {next}"))?;
+                    *next = end;
                 }
             }
         }
-        for (at, (rows, head, _, counts)) in &left {
-            let wrong = counts.iter().position(|n| *n != 1);
+        for (at, (rows, head, _, next)) in &left {
+            let wrong = next.iter().position(|next| *next != rows.end);
             ensure(wrong.is_none(), || format!("token {wrong:?} of head {head} for {rows:?} at {at}"))?;
         }
         Ok(())

@@ -13,6 +13,7 @@ use concertina::compression::hidden::HiddenCodec;
 use concertina::geometry::PageGeometry;
 use concertina::kernels::abi::ScoreItem;
 use concertina::kernels::plan::{AttentionPlan, Dispatch, ObservedRows, ScoredRows, Segment};
+use concertina::kernels::score;
 use concertina::pool::PageId;
 use concertina::pool::page_table::TableShape;
 use proptest::prelude::*;
@@ -179,6 +180,20 @@ fn lists_without_tokens_give_rows_nothing_to_merge() {
     let states: Vec<_> = plan.merge.iter().map(|item| (item.q_row % KV_HEADS, item.n_states)).collect();
     assert_eq!(states, [(0, 2), (1, 0), (0, 2), (1, 0)], "the second head of every layer is closed");
     assert!(plan.append.iter().all(|item| item.kv_head == 0), "and takes no rows");
+}
+
+/// More rows than one lane may loop over are scored one piece after another.
+#[test]
+fn many_rows_of_wide_groups_are_scored_in_pieces() {
+    let sequence = Sequence { scores: vec![(0, false), (16, true)], ..Sequence::full(295, 200, false) };
+    let setup = setup(&[sequence], 20, 64, 4096);
+    let rows_max = score::rows_max(&setup.shape);
+    assert!((1..184).contains(&rows_max), "{rows_max} rows leave several pieces of each score");
+    let plan = AttentionPlan::new(&setup.shape, LAYERS, &segments(&setup));
+    (0..LAYERS).for_each(|layer| check(&setup, &plan, layer).unwrap_or_else(|e| panic!("{e}")));
+    let mut wrong = plan.clone();
+    wrong.plans[0].score.rotate_left(1);
+    assert!(check(&setup, &wrong, 0).is_err(), "pieces in another order add in another order");
 }
 
 /// Segments of one session add to the same scores, which no two items of a dispatch may.
