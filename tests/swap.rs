@@ -17,7 +17,7 @@ use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
 use concertina::model::reference_model_path;
 use concertina::reference::compare::{agree_top1, kl_divergence, widen};
-use concertina::schedule::{Caches, HostConfig, Request, Round, ScheduleConfig, Scheduler, Session};
+use concertina::schedule::{Caches, HostConfig, Request, Round, ScheduleConfig, Scheduler, Session, Store};
 use concertina::weights::Weights;
 
 fn compression(text: &str) -> Compression {
@@ -96,7 +96,7 @@ fn run(device: &Device, weights: &Weights, config: &EngineConfig, host: HostConf
     assert_eq!(engine.host_bytes(), Bytes::ZERO, "nothing is left on the host");
     let report = s.report();
     assert_eq!((report.pages_in_use_bytes, report.committed_bytes), (Bytes::ZERO, Bytes::ZERO), "all bytes are back");
-    outcome.host_peak = s.host_bytes().1;
+    outcome.host_peak = s.away_bytes(Store::Host).1;
     outcome.sessions = s.sessions().map(|(_, session)| session.clone()).collect();
     outcome
 }

@@ -11,7 +11,7 @@ use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig};
 use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, Meter, Program, RoundReport, RunReport, RunSettings, SessionReport, Trace};
-use concertina::schedule::{Answer, HostConfig, Request, Round, ScheduleConfig, Scheduler, SessionId};
+use concertina::schedule::{Answer, HostConfig, Request, Round, ScheduleConfig, Scheduler, SessionId, Store};
 
 use super::args::{self, CacheArgs, CalibrateArg, Global, ModelArg, SamplingArgs, chooses};
 use super::documents::{self, Inquiry, Prompt};
@@ -167,7 +167,7 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         settings: job.settings,
         metrics: meter.metrics(&scheduler),
         pool: scheduler.report(),
-        host_peak_bytes: scheduler.host_bytes().1,
+        host_peak_bytes: scheduler.away_bytes(Store::Host).1,
         elapsed_s: scheduler.now().as_secs_f64(),
         interrupted,
     };
@@ -281,6 +281,7 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
             rounds: job.later.iter().map(|(_, tokens)| round(tokens)).collect(),
             ladder: job.ladder.clone(),
             priority: 0,
+            keep: false,
         };
         meter.session(scheduler, &request);
         ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);

@@ -14,6 +14,7 @@ mod merged;
 mod moves;
 pub mod paged_attention;
 mod parameters;
+pub mod saved;
 mod scores;
 mod scratch;
 mod step;
@@ -60,6 +61,9 @@ pub enum EngineError {
     /// The pool can not give what is asked.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// A cache can not be read from its file.
+    #[error("a cache can not be read from its file: {0}")]
+    File(#[from] std::io::Error),
     /// The caller's numbers do not fit together.
     #[error("{0}")]
     Input(String),
@@ -507,11 +511,12 @@ impl Backend for Engine<'_> {
         }
         if plan.segments.is_empty() {
             self.move_alone(plan, caches)?;
-            return Ok(StepResult { tokens: Vec::new(), elapsed: started.elapsed() });
+            return Ok(StepResult { elapsed: started.elapsed(), lost: self.take_lost(), ..StepResult::default() });
         }
         self.gather(plan)?;
         let bytes = self.submit(plan, caches, Want::Tokens)?;
-        Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&bytes), elapsed: started.elapsed() })
+        let tokens = bytemuck::pod_collect_to_vec(&bytes);
+        Ok(StepResult { tokens, elapsed: started.elapsed(), lost: self.take_lost() })
     }
 
     fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, EngineError> {

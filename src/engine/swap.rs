@@ -8,35 +8,97 @@
 //! A step carries at most one chunk in each direction, in the same submission as its rows, on buffers that live as long as the
 //! engine. A chunk that left is read while the device computes the next step.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Engine, EngineError, Evictions};
 use crate::device::Device;
 use crate::device::staging::{ReadBack, Uploader};
+use crate::disk::PagesFile;
 use crate::geometry::{Bytes, CELL_BYTES};
 use crate::kernels::abi::{MovePagesItem, MovePagesParams};
 use crate::kernels::pipeline::{Pipeline, PipelineCache, Slot};
 use crate::kernels::{KernelError, Recorder, flat_grid, move_pages};
 use crate::pool::PageId;
 use crate::pool::device::PoolBuffers;
-use crate::schedule::{Caches, Direction, Rates, SessionId, StepPlan, Transfer};
+use crate::schedule::{Caches, Direction, Rates, SessionId, StepPlan, Store, Transfer};
 
 /// Plain copies that are timed.
 const PLAIN_COPIES: usize = 8;
 /// Bytes of an item.
 const ITEM_BYTES: u64 = size_of::<MovePagesItem>() as u64;
 
-/// A session's cache in host memory.
-#[derive(Clone, Debug, Default)]
+/// A session's cache away from the device.
+#[derive(Debug)]
 pub struct HostCache {
     /// Its pages, as they are, in the order of its table.
-    pub pages: Vec<u8>,
+    pub pages: HostPages,
     /// What was observed of it for a coming eviction.
     pub slot: Vec<u8>,
     /// Bytes of pages that are back on the device.
-    returned: usize,
+    returned: u64,
+}
+
+/// Pages away from the device.
+#[derive(Debug)]
+pub enum HostPages {
+    /// In host memory.
+    Memory(Vec<u8>),
+    /// In a file.
+    File(PagesFile),
+}
+
+impl HostCache {
+    /// Of these pages, and what its slot held.
+    pub const fn new(pages: HostPages, slot: Vec<u8>) -> Self {
+        Self { pages, slot, returned: 0 }
+    }
+}
+
+impl HostPages {
+    /// Their bytes.
+    pub const fn bytes(&self) -> Bytes {
+        match self {
+            Self::Memory(pages) => Bytes(pages.len() as u64),
+            Self::File(file) => Bytes(file.len()),
+        }
+    }
+
+    /// `n` bytes from `at` on.
+    ///
+    /// # Errors
+    /// [`io::Error`] of the file, or where they are not there.
+    pub fn read(&self, at: u64, n: usize) -> io::Result<Cow<'_, [u8]>> {
+        match self {
+            Self::Memory(pages) => {
+                let at = usize::try_from(at).ok();
+                let found = at.and_then(|at| pages.get(at..at.checked_add(n)?));
+                found.map(Cow::Borrowed).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+            }
+            Self::File(file) => file.read(at, n).map(Cow::Owned),
+        }
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// [`io::Error`] of the file.
+    pub fn all(&self) -> io::Result<Vec<u8>> {
+        let length = usize::try_from(self.bytes().0).map_err(io::Error::other)?;
+        Ok(self.read(0, length)?.into_owned())
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Memory(pages) => pages.extend_from_slice(bytes),
+            Self::File(file) => file.append(bytes)?,
+        }
+        Ok(())
+    }
 }
 
 /// How large the buffers are.
@@ -83,6 +145,10 @@ pub(super) struct Swap {
     /// Chunks of the step before, which are still to be read, and from where.
     unread: Option<(usize, Leaving)>,
     caches: BTreeMap<SessionId, HostCache>,
+    /// Folder of caches that go to files.
+    folder: Option<PathBuf>,
+    /// Sessions whose caches could not be kept since the last step.
+    lost: Vec<SessionId>,
 }
 
 /// Whose chunks leave in a step, in order, and their bytes.
@@ -139,7 +205,26 @@ impl Swap {
             turn: 0,
             unread: None,
             caches: BTreeMap::new(),
+            folder: None,
+            lost: Vec::new(),
         })
+    }
+
+    /// Begins to keep a cache that leaves.
+    fn begin(&mut self, transfer: &Transfer, bytes: Bytes) {
+        let pages = match (transfer.store, &self.folder) {
+            (Store::Host, _) => {
+                Ok(HostPages::Memory(Vec::with_capacity(usize::try_from(bytes.0).expect("a cache fits in memory"))))
+            }
+            (Store::Disk, Some(folder)) => PagesFile::create(folder).map(HostPages::File),
+            (Store::Disk, None) => Err(io::ErrorKind::NotFound.into()),
+        };
+        match pages {
+            Ok(pages) => {
+                self.caches.insert(transfer.session, HostCache::new(pages, Vec::new()));
+            }
+            Err(_) => self.lost.push(transfer.session),
+        }
     }
 
     /// Bytes of its buffers.
@@ -164,12 +249,21 @@ impl Swap {
             self.drain(device)?;
         }
         let (mut coming, mut leaving) = (Moves::default(), Moves::default());
-        let mut chunks: Vec<&[u8]> = vec![&[]];
+        let mut chunks: Vec<Cow<'_, [u8]>> = Vec::new();
         for transfer in of(Direction::In) {
-            let length = coming.add(caches, transfer);
-            let cache = self.caches.get(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-            let chunk = cache.pages.get(cache.returned..cache.returned + length);
-            chunks.push(chunk.ok_or_else(|| not_here(transfer.session))?);
+            if self.lost.contains(&transfer.session) {
+                continue;
+            }
+            let length = usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
+            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
+            match cache.pages.read(cache.returned, length) {
+                Ok(chunk) => {
+                    chunks.push(Cow::Owned(chunk.into_owned()));
+                    cache.returned += transfer.bytes.0;
+                    coming.add(caches, transfer);
+                }
+                Err(_) => self.lose(transfer.session),
+            }
         }
         let left: Leaving = of(Direction::Out).map(|t| (t.session, leaving.add(caches, t))).collect();
         let mut items: Vec<MovePagesItem> = Vec::new();
@@ -185,12 +279,8 @@ impl Swap {
             return Ok(left);
         }
         let items: &[u8] = bytemuck::cast_slice(&items);
-        chunks[0] = items;
-        self.upload.write(device, &chunks)?;
-        for transfer in of(Direction::In) {
-            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-            cache.returned += usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
-        }
+        let all: Vec<&[u8]> = std::iter::once(items).chain(chunks.iter().map(|chunk| &**chunk)).collect();
+        self.upload.write(device, &all)?;
         encoder.copy_buffer_to_buffer(self.upload.source(), 0, &self.items, 0, items.len() as u64);
         if coming.bytes() > 0 {
             encoder.copy_buffer_to_buffer(self.upload.source(), items.len() as u64, &self.packed, 0, coming.bytes());
@@ -222,6 +312,11 @@ impl Swap {
         Ok(())
     }
 
+    fn lose(&mut self, session: SessionId) {
+        self.caches.remove(&session);
+        self.lost.push(session);
+    }
+
     /// Drops caches that nobody wants back.
     pub(super) fn forget(&mut self, sessions: &[SessionId]) {
         for session in sessions {
@@ -233,17 +328,19 @@ impl Swap {
     pub(super) fn drain(&mut self, device: &Device) -> Result<(), EngineError> {
         let Some((from, leaving)) = self.unread.take() else { return Ok(()) };
         let caches = &mut self.caches;
+        let mut failed = Vec::new();
         let keep = |bytes: &[u8]| {
             let mut at = 0;
             for (session, length) in &leaving {
                 // A session that ended on its way is not kept.
-                if let Some(cache) = caches.get_mut(session) {
-                    cache.pages.extend_from_slice(&bytes[at..at + length]);
-                }
+                let kept = caches.get_mut(session).map(|cache| cache.pages.append(&bytes[at..at + length]));
+                failed.extend(kept.and_then(Result::err).map(|_| *session));
                 at += length;
             }
         };
-        Ok(self.back[from].finish(device, keep)?)
+        self.back[from].finish(device, keep)?;
+        failed.into_iter().for_each(|session| self.lose(session));
+        Ok(())
     }
 }
 
@@ -272,9 +369,7 @@ impl Engine<'_> {
         }
         let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
         for transfer in plan.transfers.iter().filter(|t| t.direction == Direction::Out && t.pages.start == 0) {
-            let bytes = usize::try_from(caches.suspended_bytes(transfer.session).0).expect("a cache fits in memory");
-            let pages = Vec::with_capacity(bytes);
-            swap.caches.insert(transfer.session, HostCache { pages, ..HostCache::default() });
+            swap.begin(transfer, caches.suspended_bytes(transfer.session));
         }
         swap.record(self.device, encoder, plan, caches)
     }
@@ -289,7 +384,8 @@ impl Engine<'_> {
         let Some(swap) = &mut self.swap else { return Ok(()) };
         let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
         swap.submitted(self.device, left, moved)?;
-        for transfer in plan.transfers.iter().filter(|transfer| transfer.last) {
+        let lost = swap.lost.clone();
+        for transfer in plan.transfers.iter().filter(|t| t.last && !lost.contains(&t.session)) {
             let slot = caches.slot(transfer.session);
             match transfer.direction {
                 Direction::Out => {
@@ -373,7 +469,65 @@ impl Engine<'_> {
     /// Bytes of caches in host memory.
     pub fn host_bytes(&self) -> Bytes {
         let caches = self.swap.iter().flat_map(|swap| swap.caches.values());
-        Bytes(caches.map(|cache| (cache.pages.len() + cache.slot.len()) as u64).sum())
+        let in_memory = |cache: &HostCache| match &cache.pages {
+            HostPages::Memory(pages) => pages.len() as u64 + cache.slot.len() as u64,
+            HostPages::File(_) => 0,
+        };
+        Bytes(caches.map(in_memory).sum())
+    }
+
+    /// Lets caches go to files in a folder. What a session is scored into stays in memory meanwhile, which is little.
+    pub fn keep_in(&mut self, folder: PathBuf) {
+        if let Some(swap) = &mut self.swap {
+            swap.folder = Some(folder);
+        }
+    }
+
+    /// Gives a session that is away its cache, to be copied back when it is wanted.
+    ///
+    /// # Errors
+    /// [`EngineError::Input`] when this engine does not swap.
+    pub fn insert_cache(&mut self, session: SessionId, cache: HostCache) -> Result<(), EngineError> {
+        let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
+        swap.caches.insert(session, cache);
+        Ok(())
+    }
+
+    /// Sessions whose caches could not be kept, each once.
+    pub(super) fn take_lost(&mut self) -> Vec<SessionId> {
+        self.swap.as_mut().map(|swap| std::mem::take(&mut swap.lost)).unwrap_or_default()
+    }
+
+    /// Reads the cache of a session that is on the device, or on its way to the host: pages in order, and what its slot holds.
+    /// It stays as it is.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn read_cache(&mut self, session: SessionId, caches: &Caches) -> Result<(Vec<u8>, Vec<u8>), EngineError> {
+        let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
+        swap.drain(self.device)?;
+        let mut pages = Vec::new();
+        let mut from = 0;
+        loop {
+            let transfer = caches.transfer(session, Direction::Out, from, caches.abilities.swap_bytes);
+            let (last, end) = (transfer.last, transfer.pages.end);
+            let plan = StepPlan { transfers: vec![transfer], ..StepPlan::default() };
+            let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            let swap = self.swap.as_mut().expect("this engine swaps");
+            let left = swap.record(self.device, &mut encoder, &plan, caches)?;
+            self.device.queue.submit([encoder.finish()]);
+            let length = left.iter().map(|(_, length)| length).sum();
+            if length > 0 {
+                swap.upload.recycle();
+                swap.back[swap.turn].read(self.device, length, &mut pages)?;
+            }
+            from = end;
+            if last {
+                break;
+            }
+        }
+        let slot = caches.slot(session).map(|slot| self.read_slot(slot)).transpose()?;
+        Ok((pages, slot.unwrap_or_default()))
     }
 
     fn read_slot(&self, slot: u32) -> Result<Vec<u8>, EngineError> {

@@ -185,6 +185,13 @@ impl PageTable {
         layers: &Layers,
         capacity: Capacity,
     ) -> Result<Self, PoolError> {
+        let mut table = Self::empty(shape, layers, capacity);
+        table.reserve(pool, ranges)?;
+        Ok(table)
+    }
+
+    /// A table that holds nothing yet, with everything that it can need still to be committed.
+    pub(super) fn empty(shape: TableShape, layers: &Layers, capacity: Capacity) -> Self {
         let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
         let admitted = capacity;
         let bounds = shape.bounds_of_list(capacity.tail_tokens);
@@ -193,7 +200,7 @@ impl PageTable {
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
         let committed =
             [pages(open + bounds), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
-        let mut table = Self {
+        Self {
             shape,
             layers: layers.clone(),
             region: 0,
@@ -209,9 +216,7 @@ impl PageTable {
             merged_with: vec![None; shape.num_layers as usize],
             committed,
             dirty: false,
-        };
-        table.reserve(pool, ranges)?;
-        Ok(table)
+        }
     }
 
     /// Commits the pages that [`Self::committed`] counts and reserves table entries; nothing is held where that fails.

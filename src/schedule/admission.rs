@@ -33,6 +33,14 @@ pub enum SubmitError {
     /// Nothing here can carry out its compression.
     #[error("{0}")]
     NotServed(String),
+    /// On record, with nothing behind what was cached.
+    #[error("{cached} of {tokens} tokens are cached already: there is nothing to compute until another question comes")]
+    NothingToCompute {
+        /// Tokens of the sequence.
+        tokens: usize,
+        /// Of these, tokens that the cache has seen.
+        cached: u32,
+    },
     /// Larger than the whole pool.
     #[error(
         "a session of {tokens} tokens needs {needed} for pages, but the budget leaves {capacity} for pages; \
@@ -148,9 +156,9 @@ impl Scheduler {
         session.place = if hosted { Place::Coming(0) } else { Place::Device };
         if session.phase == Phase::Waiting {
             session.phase = Phase::Prefill(0);
-            session.times.admitted = Some(now - session.submitted);
             report.admitted.push(id);
         }
+        session.times.admitted.get_or_insert(now - session.submitted);
         Ok(true)
     }
 }

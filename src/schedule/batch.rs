@@ -53,6 +53,16 @@ pub enum Direction {
     In,
 }
 
+/// What keeps a cache that is away from the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Store {
+    /// Host memory.
+    #[default]
+    Host,
+    /// A file.
+    Disk,
+}
+
 /// Pages of one session that move between device and host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transfer {
@@ -60,6 +70,8 @@ pub struct Transfer {
     pub session: SessionId,
     /// Which way.
     pub direction: Direction,
+    /// Where to, or from.
+    pub store: Store,
     /// Of its pages, in the order of [`PageTable::page_ids`](crate::pool::page_table::PageTable::page_ids).
     pub pages: Range<u32>,
     /// Their bytes.

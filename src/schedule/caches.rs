@@ -108,7 +108,7 @@ impl Caches {
         Ok(TableShape { codec: compression.hidden, num_layers, ..self.full })
     }
 
-    fn layers(&self, compression: &Compression) -> Result<Layers, String> {
+    pub(super) fn layers(&self, compression: &Compression) -> Result<Layers, String> {
         Ok(Layers::new(&compression.layer.owners(self.full.num_layers)?))
     }
 
@@ -230,7 +230,7 @@ impl Caches {
 
     /// The same for evictions that follow each other, of lists of any lengths: those that compete may have become as long as
     /// all of them together.
-    fn capacity_of_turns(&self, compression: &Compression, every: u32) -> Result<Capacity, String> {
+    pub(super) fn capacity_of_turns(&self, compression: &Compression, every: u32) -> Result<Capacity, String> {
         let mut capacity = self.capacity(compression, u32::MAX, every)?;
         let allocation = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).allocation);
         if matches!(allocation, Some(Allocation::Pyramid { .. })) {

@@ -36,6 +36,7 @@ pub mod admission;
 pub mod batch;
 pub mod caches;
 pub mod preemption;
+pub mod record;
 pub mod selection;
 pub mod session;
 pub mod simulation;
@@ -49,12 +50,13 @@ use crate::geometry::Bytes;
 
 use crate::pool::{PoolError, PoolReport};
 pub use admission::SubmitError;
-pub use batch::{Direction, PlannedRows, StepPlan, Transfer};
+pub use batch::{Direction, PlannedRows, StepPlan, Store, Transfer};
 pub use caches::{Caches, REPEAT_ROOM};
 pub use preemption::{HostConfig, Method, Rates};
+pub use record::SessionRecord;
 pub use selection::{Abilities, Merging, Observation, Observed, Selection};
 pub use session::{Answer, Finish, Moves, Phase, Place, Request, Round, Session, SessionId, SessionTimes};
-pub use suspension::SuspendedCache;
+pub use suspension::{CacheRecord, SuspendedCache};
 
 /// What executes a plan: the engine on a device, or a simulation.
 pub trait Backend {
@@ -84,6 +86,8 @@ pub struct StepResult {
     pub tokens: Vec<u32>,
     /// How long it took.
     pub elapsed: Duration,
+    /// Sessions whose copies away from the device could not be kept.
+    pub lost: Vec<SessionId>,
 }
 
 /// Limits of the schedule.
@@ -138,6 +142,24 @@ pub struct StepReport {
     pub elapsed: Duration,
 }
 
+/// Bytes that a store holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    held: Bytes,
+    peak: Bytes,
+}
+
+impl Held {
+    fn take(&mut self, bytes: Bytes) {
+        self.held += bytes;
+        self.peak = self.peak.max(self.held);
+    }
+
+    const fn give_back(&mut self, bytes: Bytes) {
+        self.held = self.held.saturating_sub(bytes);
+    }
+}
+
 /// Sessions and their caches.
 #[derive(Clone, Debug)]
 pub struct Scheduler {
@@ -152,8 +174,10 @@ pub struct Scheduler {
     admitted: Vec<SessionId>,
     /// Caches in host memory.
     hosted: BTreeMap<SessionId, SuspendedCache>,
-    host_held: Bytes,
-    host_peak: Bytes,
+    /// Bytes of caches that are away, of each [`Store`].
+    away: [Held; 2],
+    /// Whether a file could not be written.
+    disk_full: bool,
     rates: Rates,
     /// Copies in host memory that the backend may drop.
     forgotten: Vec<SessionId>,
@@ -177,8 +201,8 @@ impl Scheduler {
             thinking: BTreeSet::new(),
             admitted: Vec::new(),
             hosted: BTreeMap::new(),
-            host_held: Bytes::ZERO,
-            host_peak: Bytes::ZERO,
+            away: Default::default(),
+            disk_full: false,
             rates: config.host.rates,
             forgotten: Vec::new(),
             next_id: 0,
@@ -224,13 +248,15 @@ impl Scheduler {
         self.admitted.iter().filter(|id| self.sessions[id].seated).count()
     }
 
-    /// Ends a session; every byte of it returns. An unknown or finished session stays as it is.
+    /// Ends a session; every byte of it returns. One that is over gives up the cache that it kept; an unknown one stays as it
+    /// is.
     ///
     /// # Errors
     /// [`PoolError`], which would be a defect.
     pub fn cancel(&mut self, id: SessionId) -> Result<(), PoolError> {
         match self.sessions.get(&id).map(|s| s.phase) {
-            None | Some(Phase::Finished(_)) => Ok(()),
+            None => Ok(()),
+            Some(Phase::Finished(_)) => self.let_go(id),
             Some(_) => self.finish(id, Finish::Cancelled),
         }
     }
@@ -240,32 +266,41 @@ impl Scheduler {
         if let Phase::Thinking(until) = self.sessions[&id].phase {
             self.thinking.remove(&(until, id));
         }
+        let now = self.now;
+        let session = self.session_mut(id);
+        session.phase = Phase::Finished(why);
+        session.seated = false;
+        session.idle_since = now;
+        session.times.finished = Some(now - session.submitted);
+        if session.request.keep && why != Finish::Cancelled { Ok(()) } else { self.let_go(id) }
+    }
+
+    /// Returns everything that a session holds.
+    fn let_go(&mut self, id: SessionId) -> Result<(), PoolError> {
         // What was copied to the host is not wanted any more.
         let (copied, held) = match (self.sessions[&id].place, self.hosted.remove(&id)) {
             (Place::Leaving(pages), _) => (pages > 0, self.caches.suspended_bytes(id)),
             (_, Some(suspended)) => (true, suspended.bytes()),
             (_, None) => (false, Bytes::ZERO),
         };
-        self.host_held = self.host_held.saturating_sub(held);
+        self.away[self.sessions[&id].store as usize].give_back(held);
         self.forgotten.extend(copied.then_some(id));
         self.admitted.retain(|a| *a != id);
-        self.caches.release(id)?;
-        let now = self.now;
-        let session = self.session_mut(id);
-        session.phase = Phase::Finished(why);
-        session.place = Place::Nowhere;
-        session.seated = false;
-        session.times.finished = Some(now - session.submitted);
-        Ok(())
+        self.session_mut(id).place = Place::Nowhere;
+        self.caches.release(id)
     }
 
     fn session_mut(&mut self, id: SessionId) -> &mut Session {
         self.sessions.get_mut(&id).expect("a scheduled session exists")
     }
 
-    /// Whether every session is over.
+    /// Whether every session is over, and no cache is on its way.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.admitted.is_empty() && self.thinking.is_empty()
+        let kept = |id: &SessionId| {
+            let session = &self.sessions[id];
+            session.is_finished() && session.place == Place::Device
+        };
+        self.waiting.is_empty() && self.thinking.is_empty() && self.admitted.iter().all(kept)
     }
 
     /// Tokens of a session's sequence that its cache has seen, wherever that is.
@@ -321,7 +356,8 @@ impl Scheduler {
         report.elapsed += result.elapsed;
         report.decode_rows = plan.decode_rows();
         report.prefill_rows = plan.n_rows() - plan.decode_rows();
-        self.moved(&plan, &mut report)?;
+        self.moved(&plan, &result.lost, &mut report)?;
+        self.lose(&result.lost, &mut report)?;
         self.learn(&report, result.elapsed);
         self.apply(&plan, &result, &mut report)?;
         Ok(report)
@@ -390,9 +426,10 @@ impl Scheduler {
         &self.caches
     }
 
-    /// Bytes of host memory that hold caches, those on their way included, and the most that ever did.
-    pub const fn host_bytes(&self) -> (Bytes, Bytes) {
-        (self.host_held, self.host_peak)
+    /// Bytes of caches that are in a store, those on their way included, and the most that ever were.
+    pub const fn away_bytes(&self, store: Store) -> (Bytes, Bytes) {
+        let Held { held, peak } = self.away[store as usize];
+        (held, peak)
     }
 
     /// What the pool holds.

@@ -20,7 +20,7 @@
 
 use std::time::Duration;
 
-use super::batch::{Direction, Transfer};
+use super::batch::{Direction, Store, Transfer};
 use super::{Backend, Place, Scheduler, SessionId, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
@@ -44,14 +44,19 @@ pub struct HostConfig {
     pub budget: Bytes,
     /// What swap and recompute are predicted from.
     pub rates: Rates,
+    /// Bytes of files for caches that host memory has no room for.
+    pub disk_budget: Bytes,
+    /// Bytes per second into files, and out of them; zero where nobody knows.
+    pub disk_rates: [f64; 2],
     /// How often a session may lose its place in the middle of one round.
     pub max_preemptions: u32,
 }
 
 impl Default for HostConfig {
-    /// No host memory: what does not fit is computed again.
+    /// Neither host memory nor files: what does not fit is computed again.
     fn default() -> Self {
-        Self { budget: Bytes::ZERO, rates: Rates::default(), max_preemptions: 2 }
+        let (budget, disk_budget) = (Bytes::ZERO, Bytes::ZERO);
+        Self { budget, rates: Rates::default(), disk_budget, disk_rates: [0.0; 2], max_preemptions: 2 }
     }
 }
 
@@ -125,10 +130,9 @@ impl Scheduler {
         }
         let Some(victim) = self.victim(waiting) else { return Ok(false) };
         let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
-        let swaps = self.caches.abilities.swap_bytes > Bytes::ZERO;
-        let free = if swaps { self.config.host.budget.saturating_sub(self.host_held) } else { Bytes::ZERO };
-        let rung = self.rates.choose(bytes, tokens, free, true) == Method::Compress && self.harden(victim)?;
-        match self.rates.choose(bytes, tokens, free, rung) {
+        let (store, free, rates) = self.store_for(bytes);
+        let rung = rates.choose(bytes, tokens, free, true) == Method::Compress && self.harden(victim)?;
+        match rates.choose(bytes, tokens, free, rung) {
             Method::Compress => {
                 let tokens = &self.sessions[&victim].tokens[..tokens as usize];
                 report.elapsed += backend.evict(victim, tokens, &mut self.caches)?;
@@ -137,9 +141,9 @@ impl Scheduler {
             }
             Method::Swap => {
                 self.unseat(victim, report);
-                self.host_held += bytes;
-                self.host_peak = self.host_peak.max(self.host_held);
-                self.session_mut(victim).place = Place::Leaving(0);
+                self.away[store as usize].take(bytes);
+                let session = self.session_mut(victim);
+                (session.place, session.store) = (Place::Leaving(0), store);
                 Ok(false)
             }
             Method::Recompute => {
@@ -154,6 +158,48 @@ impl Scheduler {
                 Ok(true)
             }
         }
+    }
+
+    /// What keeps so many bytes, how many more it has room for, and how fast they move: host memory as long as it has room,
+    /// then files.
+    fn store_for(&self, bytes: Bytes) -> (Store, Bytes, Rates) {
+        if self.caches.abilities.swap_bytes == Bytes::ZERO {
+            return (Store::Host, Bytes::ZERO, self.rates);
+        }
+        let HostConfig { budget, disk_budget, disk_rates: [out, back], .. } = self.config.host;
+        let free = |store: Store, budget: Bytes| budget.saturating_sub(self.away[store as usize].held);
+        let (host, disk) = (free(Store::Host, budget), free(Store::Disk, disk_budget));
+        if bytes <= host || bytes > disk || self.disk_full {
+            return (Store::Host, host, self.rates);
+        }
+        (Store::Disk, disk, Rates { out, back, ..self.rates })
+    }
+
+    /// Caches whose copies could not be kept, because a file could not be written or read: one that was on its way stays where it
+    /// is, others are computed again. Nothing is sent to files any more.
+    pub(super) fn lose(&mut self, lost: &[SessionId], report: &mut StepReport) -> Result<(), PoolError> {
+        for id in lost {
+            self.disk_full = true;
+            let (place, store) = (self.sessions[id].place, self.sessions[id].store);
+            let bytes = match place {
+                Place::Leaving(_) => self.caches.suspended_bytes(*id),
+                _ => self.hosted.remove(id).map_or(Bytes::ZERO, |suspended| suspended.bytes()),
+            };
+            self.away[store as usize].give_back(bytes);
+            match place {
+                Place::Leaving(_) => self.session_mut(*id).place = Place::Device,
+                Place::Host | Place::Coming(_) => {
+                    self.admitted.retain(|admitted| admitted != id);
+                    self.caches.release(*id)?;
+                    let session = self.session_mut(*id);
+                    session.moves.dropped += 1;
+                    session.forget();
+                    report.dropped.push(*id);
+                }
+                Place::Nowhere | Place::Device => {}
+            }
+        }
+        Ok(())
     }
 
     /// Puts a session that runs back in line.
@@ -221,7 +267,8 @@ impl Scheduler {
                 _ => continue,
             };
             let left = &mut left[direction as usize];
-            let transfer = self.caches.transfer(*id, direction, from, *left);
+            let store = self.sessions[id].store;
+            let transfer = Transfer { store, ..self.caches.transfer(*id, direction, from, *left) };
             *left = left.saturating_sub(transfer.bytes);
             if !transfer.pages.is_empty() || transfer.last {
                 transfers.push(transfer);
@@ -231,8 +278,14 @@ impl Scheduler {
     }
 
     /// Pages have moved.
-    pub(super) fn moved(&mut self, plan: &StepPlan, report: &mut StepReport) -> Result<(), PoolError> {
-        for Transfer { session: id, direction, pages, bytes, last } in &plan.transfers {
+    pub(super) fn moved(
+        &mut self,
+        plan: &StepPlan,
+        lost: &[SessionId],
+        report: &mut StepReport,
+    ) -> Result<(), PoolError> {
+        let kept = plan.transfers.iter().filter(|transfer| !lost.contains(&transfer.session));
+        for Transfer { session: id, direction, pages, bytes, last, .. } in kept {
             match direction {
                 Direction::Out => report.out_bytes += *bytes,
                 Direction::In => report.in_bytes += *bytes,
@@ -252,7 +305,7 @@ impl Scheduler {
                 (Direction::In, true) => {
                     session.moves.swapped_in += 1;
                     let suspended = self.hosted.remove(id).expect("what comes back was kept");
-                    self.host_held = self.host_held.saturating_sub(suspended.bytes());
+                    self.away[session.store as usize].give_back(suspended.bytes());
                     report.swapped_in.push(*id);
                     Place::Device
                 }

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::ops::Range;
 use std::time::Duration;
 
+use super::batch::Store;
 use crate::compression::Compression;
 use crate::kernels::sample::Sampling;
 
@@ -33,6 +34,8 @@ pub struct Request {
     pub document: Option<u32>,
     /// Sessions of a higher priority come first, and take the place of lower ones.
     pub priority: i32,
+    /// Whether its cache stays after its last answer, as that of a session that thinks does, until it is cancelled.
+    pub keep: bool,
 }
 
 /// A question after an answer.
@@ -59,6 +62,7 @@ impl Request {
             ladder: Vec::new(),
             document: None,
             priority: 0,
+            keep: false,
         }
     }
 
@@ -113,7 +117,7 @@ pub enum Place {
     Device,
     /// On its way to the host; this many pages have been copied.
     Leaving(u32),
-    /// In host memory.
+    /// Away, in the session's store.
     Host,
     /// On its way back; this many pages have been copied.
     Coming(u32),
@@ -196,6 +200,8 @@ pub struct Session {
     pub(super) ticket: u64,
     /// How often it lost its place in this round.
     pub(super) preempted_in_round: u32,
+    /// Where its cache is kept while it is away.
+    pub(super) store: Store,
     /// Since when nobody has needed its cache, on the clock of the schedule.
     pub(super) idle_since: Duration,
     /// Submission on the clock of the schedule.
@@ -218,6 +224,7 @@ impl Session {
             rungs: 0,
             ticket: 0,
             preempted_in_round: 0,
+            store: Store::Host,
             idle_since: now,
             submitted: now,
             times: SessionTimes::default(),

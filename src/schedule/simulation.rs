@@ -7,7 +7,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Backend, Caches, Direction, Rates, SessionId, StepPlan, StepResult, Transfer};
+use super::{Backend, Caches, Direction, Rates, SessionId, StepPlan, StepResult, Store, Transfer};
+use crate::geometry::Bytes;
 use crate::pool::PoolError;
 use crate::pool::page_table::KeptTokens;
 
@@ -26,8 +27,12 @@ pub struct Simulation {
     /// How fast pages move; at once where zero.
     pub rates: Rates,
     device: BTreeMap<SessionId, Content>,
-    /// Copies in host memory, with the pages that are whole.
+    /// Copies away from the device, with the pages that are whole.
     host: BTreeMap<SessionId, (u32, Content)>,
+    /// Bytes that files hold, and for whom.
+    files: BTreeMap<SessionId, u64>,
+    /// Bytes that files can hold: a write beyond them fails.
+    pub disk: Bytes,
     trace: u64,
     steps: u64,
 }
@@ -51,6 +56,8 @@ impl Simulation {
             rates: Rates::default(),
             device: BTreeMap::new(),
             host: BTreeMap::new(),
+            files: BTreeMap::new(),
+            disk: Bytes(u64::MAX),
             trace: EMPTY,
             steps: 0,
         }
@@ -66,7 +73,17 @@ impl Simulation {
         self.steps
     }
 
-    /// Copies in host memory.
+    /// What a session's cache holds, wherever it is: tokens, and their hash.
+    pub fn content(&self, session: SessionId) -> Option<(u32, u64)> {
+        self.device.get(&session).or_else(|| self.host.get(&session).map(|(_, content)| content)).copied()
+    }
+
+    /// Gives a session that is away its cache of `pages` pages, as it was in another simulation.
+    pub fn insert(&mut self, session: SessionId, pages: u32, content: (u32, u64)) {
+        self.host.insert(session, (pages, content));
+    }
+
+    /// Copies away from the device.
     pub fn hosted(&self) -> impl ExactSizeIterator<Item = SessionId> + '_ {
         self.host.keys().copied()
     }
@@ -88,9 +105,25 @@ impl Simulation {
         content.1
     }
 
+    /// Whether a chunk that leaves finds room; a copy that does not is lost.
+    fn has_room(&mut self, transfer: &Transfer) -> bool {
+        if (transfer.store, transfer.direction) != (Store::Disk, Direction::Out) {
+            return true;
+        }
+        let all: u64 = self.files.values().sum();
+        let fits = all + transfer.bytes.0 <= self.disk.0;
+        if fits {
+            *self.files.entry(transfer.session).or_default() += transfer.bytes.0;
+        } else {
+            self.files.remove(&transfer.session);
+            self.host.remove(&transfer.session);
+        }
+        fits
+    }
+
     /// The time that pages take to move.
     fn transfer(&mut self, transfer: &Transfer, caches: &Caches) -> Duration {
-        let Transfer { session, direction, pages, bytes, last } = transfer;
+        let Transfer { session, direction, pages, bytes, last, .. } = transfer;
         let all = caches.tables[session].page_ids().count();
         assert_eq!(*last, pages.end as usize == all, "{session:?}: the last of {all} pages end a move");
         self.record(session.0);
@@ -110,6 +143,7 @@ impl Simulation {
                 let (whole, content) = self.host[session];
                 assert_eq!(whole as usize, all, "{session:?} should come back whole");
                 if *last {
+                    self.files.remove(session);
                     self.host.remove(session);
                     self.device.insert(*session, content);
                 }
@@ -142,13 +176,19 @@ impl Backend for Simulation {
             }
         }
         let mut elapsed = self.per_step + self.per_row * plan.n_rows();
+        let mut lost = Vec::new();
         for transfer in &plan.transfers {
-            elapsed += self.transfer(transfer, caches);
+            if self.has_room(transfer) {
+                elapsed += self.transfer(transfer, caches);
+            } else {
+                lost.push(transfer.session);
+            }
         }
         for session in &plan.forgotten {
+            self.files.remove(session);
             assert!(self.host.remove(session).is_some(), "{session:?} is forgotten and was not there");
         }
-        Ok(StepResult { tokens: sampling.into_values().collect(), elapsed })
+        Ok(StepResult { tokens: sampling.into_values().collect(), elapsed, lost })
     }
 
     /// Keeps as many tokens as the policy says; which ones is of no account here. Lists that share a total keep equally many.
