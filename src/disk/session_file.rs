@@ -174,6 +174,7 @@ struct Description {
     answered: bool,
     max_new_tokens: u32,
     document_tokens: u32,
+    cached_tokens: u32,
     cache: Option<CacheDescription>,
 }
 
@@ -197,7 +198,7 @@ impl SavedSession {
         let small = self.small_tensors()?;
         let mut tensors: Vec<(&str, Dtype, usize, &[u8])> = small
             .iter()
-            .map(|(name, dtype, bytes)| (*name, *dtype, bytes.len() / dtype.bitsize() * 8, &**bytes))
+            .map(|(name, dtype, bytes)| (*name, *dtype, bytes.len() * 8 / dtype.bitsize(), &**bytes))
             .collect();
         tensors.push(("slot", Dtype::U8, self.slot.len(), &self.slot));
         tensors.push(("pages", Dtype::U8, self.pages.len(), &self.pages));
@@ -234,7 +235,7 @@ impl SavedSession {
 
     /// Everything but the pages.
     fn small_tensors(&self) -> Result<Vec<(&'static str, Dtype, Vec<u8>)>, SessionFileError> {
-        let SessionRecord { prompt, produced, answered, max_new, compression, document, cache } = &self.record;
+        let SessionRecord { prompt, produced, answered, max_new, compression, document, cached, cache } = &self.record;
         let (name, origin, turns) = (self.name.clone(), self.origin.clone(), self.turns.clone());
         let empty = TableRecord::default();
         let table = cache.as_ref().map_or(&empty, |cache| &cache.table);
@@ -255,6 +256,7 @@ impl SavedSession {
             answered: *answered,
             max_new_tokens: *max_new,
             document_tokens: *document,
+            cached_tokens: *cached,
             cache,
         };
         let words = |words: &mut dyn Iterator<Item = u32>| words.flat_map(u32::to_le_bytes).collect::<Vec<u8>>();
@@ -514,6 +516,7 @@ impl Tensors<'_> {
             max_new: description.max_new_tokens,
             compression,
             document: description.document_tokens,
+            cached: description.cached_tokens,
             cache,
         })
     }

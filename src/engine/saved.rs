@@ -76,13 +76,13 @@ impl Engine<'_> {
         let (compression, document) = (record.compression, Some(record.document));
         let request = Request { prompt, compression, document, ..request };
         let Some(cache) = record.cache else {
-            return Ok(scheduler.restore(request, &produced, None)?);
+            return Ok(scheduler.restore(request, &produced, 0, None)?);
         };
         if request.all_tokens() > u64::from(u32::MAX) {
             return Err(SessionFileError::Inconsistent(format!("{} tokens", request.all_tokens())).into());
         }
         let caches = scheduler.caches();
-        let suspended = caches.restore(&request.compression, cache, request.max_tokens());
+        let suspended = caches.restore(&request.compression, cache, record.cached, request.max_tokens());
         let suspended = suspended.map_err(SessionFileError::Inconsistent)?;
         let found = file.page_bytes();
         if suspended.page_bytes() != found {
@@ -92,7 +92,7 @@ impl Engine<'_> {
             );
         }
         let (slot, pages) = file.into_pages()?;
-        let id = scheduler.restore(request, &produced, Some((suspended, Store::Disk)))?;
+        let id = scheduler.restore(request, &produced, record.cached, Some((suspended, Store::Disk)))?;
         if let Err(error) = self.insert_cache(id, HostCache::new(HostPages::File(pages), slot)) {
             scheduler.cancel(id).map_err(EngineError::from)?;
             return Err(error.into());

@@ -136,7 +136,7 @@ impl Scheduler {
             let taken = match self.hosted.get(&id) {
                 Some(suspended) => self.caches.resume(id, suspended),
                 None => {
-                    let (document, max_tokens) = (request.document_tokens(), request.max_tokens());
+                    let (document, max_tokens) = (request.document_tokens(), request.cache_tokens());
                     self.caches.admit(id, &request.compression, document, max_tokens)
                 }
             };

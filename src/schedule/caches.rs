@@ -268,7 +268,7 @@ impl Caches {
     /// # Errors
     /// As [`Self::domains`].
     pub fn pages_needed(&self, request: &Request) -> Result<Vec<(Bytes, u32)>, String> {
-        let needs = self.needs(&request.compression, request.document_tokens(), request.max_tokens())?;
+        let needs = self.needs(&request.compression, request.document_tokens(), request.cache_tokens())?;
         let mut pages = Vec::new();
         for (shape, capacity) in std::iter::once(&needs.first).chain(&needs.targets) {
             let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);

@@ -303,19 +303,12 @@ impl Scheduler {
         self.waiting.is_empty() && self.thinking.is_empty() && self.admitted.iter().all(kept)
     }
 
-    /// Tokens of a session's sequence that its cache has seen, wherever that is.
-    pub fn cached_tokens(&self, id: SessionId) -> u32 {
-        let hosted = || self.hosted.get(&id).map_or(0, SuspendedCache::n_tokens);
-        self.caches.tables.get(&id).map_or_else(hosted, |table| table.n_tokens())
-    }
-
     /// Sessions whose time to think is over ask their next question.
     fn wake(&mut self) -> Vec<SessionId> {
         let mut asked = Vec::new();
         while let Some((until, id)) = self.thinking.first().copied().filter(|(until, _)| *until <= self.now) {
             self.thinking.remove(&(until, id));
-            let cached = self.cached_tokens(id);
-            self.session_mut(id).ask(cached, until);
+            self.session_mut(id).ask(until);
             self.stand_in_line(id);
             asked.push(id);
         }
@@ -333,7 +326,8 @@ impl Scheduler {
         let here = |id: &SessionId| self.sessions[id].place == Place::Device && self.caches.is_due(*id);
         let due: Vec<_> = self.admitted.iter().copied().filter(here).collect();
         for id in due {
-            let tokens = &self.sessions[&id].tokens[..self.cached_tokens(id) as usize];
+            let session = &self.sessions[&id];
+            let tokens = &session.tokens[..session.cached() as usize];
             report.elapsed += backend.evict(id, tokens, &mut self.caches)?;
             report.evicted.push(id);
         }

@@ -129,7 +129,7 @@ impl Scheduler {
             return Ok(false);
         }
         let Some(victim) = self.victim(waiting) else { return Ok(false) };
-        let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
+        let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.sessions[&victim].cached());
         let (store, free, rates) = self.store_for(bytes);
         let rung = rates.choose(bytes, tokens, free, true) == Method::Compress && self.harden(victim)?;
         match rates.choose(bytes, tokens, free, rung) {
@@ -218,10 +218,10 @@ impl Scheduler {
     fn harden(&mut self, id: SessionId) -> Result<bool, PoolError> {
         let session = &self.sessions[&id];
         // A document is compressed whole.
-        if self.cached_tokens(id) < session.request.document_tokens() {
+        if session.cached() < session.request.document_tokens() {
             return Ok(false);
         }
-        let tail = session.request.max_tokens() - self.cached_tokens(id);
+        let tail = session.request.max_tokens() - session.cached();
         for at in session.rungs..session.request.ladder.len() {
             let rung = self.sessions[&id].request.ladder[at].clone();
             if self.caches.harden(id, &rung, tail)? {

@@ -29,6 +29,8 @@ pub struct SessionRecord {
     pub compression: Compression,
     /// Tokens of the document, which are compressed.
     pub document: u32,
+    /// Tokens of the sequence that the cache has seen.
+    pub cached: u32,
     /// What its cache holds.
     pub cache: Option<CacheRecord>,
 }
@@ -53,6 +55,7 @@ impl SessionRecord {
             max_new: session.request.max_new_of(session.round()),
             compression: session.request.compression.clone(),
             document: session.request.document_tokens(),
+            cached: if cache.is_some() { session.cached() } else { 0 },
             cache,
         }
     }
@@ -73,9 +76,9 @@ impl Scheduler {
         SessionRecord::of(session, cache)
     }
 
-    /// Queues a session that was on record: `request.prompt` goes on after the tokens that `cache` has seen, and `produced` is
-    /// the part of the first answer that is there already. The backend has to hold the pages of the cache before the next
-    /// step; `store` says where.
+    /// Queues a session that was on record: `request.prompt` goes on behind the first `cached` tokens, which `cache` has seen, and
+    /// `produced` is the part of the first answer that is there already. The backend has to hold the pages of the cache
+    /// before the next step; `store` says where.
     ///
     /// # Errors
     /// [`SubmitError`] as for any other session, and when the sequence does not go on behind the cache.
@@ -83,6 +86,7 @@ impl Scheduler {
         &mut self,
         request: Request,
         produced: &[u32],
+        cached: u32,
         cache: Option<(SuspendedCache, Store)>,
     ) -> Result<SessionId, SubmitError> {
         admission::check(&request, &self.config, &self.caches)?;
@@ -91,7 +95,6 @@ impl Scheduler {
         session.produced = produced.to_vec();
         session.prompt_end = session.tokens.len();
         session.answers[0].produced.end = produced.len();
-        let cached = cache.as_ref().map_or(0, |(cache, _)| cache.n_tokens());
         let all = session.tokens.len();
         if cached as usize >= all || produced.len() >= session.request.max_new as usize {
             return Err(SubmitError::NothingToCompute { tokens: all, cached });

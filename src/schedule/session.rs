@@ -86,6 +86,16 @@ impl Request {
         u32::try_from(self.all_tokens().saturating_sub(1)).expect("sessions are counted in 32 bits")
     }
 
+    /// Tokens that the cache is made for. That of a session that is kept may go on later, so that one which is evicted from
+    /// again and again stands ready for that.
+    ///
+    /// # Panics
+    /// As [`Self::max_tokens`].
+    pub fn cache_tokens(&self) -> u32 {
+        let every = self.compression.token.eviction().and_then(|eviction| eviction.every).filter(|_| self.keep);
+        every.map_or(self.max_tokens(), |every| self.max_tokens().max(self.document_tokens() + every + 1))
+    }
+
     /// Tokens that a round, counted from 0, may produce.
     pub fn max_new_of(&self, round: usize) -> u32 {
         round.checked_sub(1).map_or(self.max_new, |later| self.rounds[later].max_new)
@@ -288,8 +298,23 @@ impl Session {
         self.request.rounds.get(self.round())
     }
 
-    /// Begins the next round: its question follows the answer. `cached` tokens of the sequence are cached.
-    pub(super) fn ask(&mut self, cached: u32, now: Duration) {
+    /// Tokens of its sequence that its cache has seen, wherever that is. Positions can be fewer, where an eviction turns kept
+    /// keys to their places in the cache.
+    ///
+    /// # Panics
+    /// For more than are counted in 32 bits, which [`Scheduler::submit`](super::Scheduler::submit) refuses.
+    pub fn cached(&self) -> u32 {
+        match (self.place, self.phase) {
+            (Place::Nowhere, _) | (_, Phase::Waiting) => 0,
+            (_, Phase::Prefill(done)) => done,
+            // The last token that was produced is not fed back until there is another question.
+            _ => u32::try_from(self.tokens.len() - 1).expect("sessions are counted in 32 bits"),
+        }
+    }
+
+    /// Begins the next round: its question follows the answer.
+    pub(super) fn ask(&mut self, now: Duration) {
+        let cached = self.cached();
         let round = self.next_round().expect("a session that thinks has a round to come").clone();
         // The end of a turn is the template's business, and its question begins with it.
         if self.tokens.last().is_some_and(|last| self.request.stop.contains(last)) {

@@ -209,6 +209,13 @@ impl Backend for Simulation {
                 kept[*list as usize].own = Some((0..tokens).collect());
             }
         }
+        let longest = || kept.iter().filter_map(|tokens| tokens.own.as_ref()).map(Vec::len).max().unwrap_or(0);
+        // Positions begin anew where kept keys are turned to their places in the cache.
+        let n_tokens =
+            if selection.rerotates { u32::try_from(longest()).expect("counted in 32 bits") } else { n_tokens };
+        if let Some(content) = self.device.get_mut(&session) {
+            content.0 = n_tokens;
+        }
         target.keep(&mut caches.pool, kept, &[], n_tokens)?;
         caches.swap(session, target)?;
         Ok(self.per_step)

@@ -143,7 +143,7 @@ impl Caches {
         SuspendedCache { table: self.tables[&id].suspended(), slot: self.slot_bytes(id), plan }
     }
 
-    /// The cache of a record, with room for a sequence of `max_tokens` tokens.
+    /// The cache of a record, which has seen `cached` tokens, with room for a sequence of `max_tokens`.
     ///
     /// # Errors
     /// A sentence when this engine does not serve its compression, or the record can not be of such a cache.
@@ -151,6 +151,7 @@ impl Caches {
         &self,
         compression: &Compression,
         record: CacheRecord,
+        cached: u32,
         max_tokens: u32,
     ) -> Result<SuspendedCache, String> {
         self.serves(compression)?;
@@ -164,11 +165,16 @@ impl Caches {
         if table.tail_start == 0 && Self::evicts(compression) {
             return Err(format!("nothing was evicted from a cache of {}", compression.short()));
         }
+        // Positions are fewer than tokens where kept keys were turned to their places in the cache.
+        let rerotates = compression.token.eviction().is_some_and(|eviction| eviction.rerotate);
+        let positions = u64::from(table.tail_start) + u64::from(table.tail);
+        if positions > u64::from(cached) || (positions < u64::from(cached) && !rerotates) {
+            return Err(format!("a cache of {positions} positions has seen {cached} tokens"));
+        }
         let layers = self.layers(compression)?;
         let every = compression.token.eviction().and_then(|eviction| eviction.every);
         let Some(due) = due else {
-            let rest = max_tokens.saturating_sub(table.tail_start);
-            let capacity = table.capacity(&shape, rest);
+            let capacity = table.capacity(&shape, table.tail.saturating_add(max_tokens.saturating_sub(cached)));
             let table = SuspendedTable::restore(shape, &layers, table, capacity)?;
             return Ok(SuspendedCache { table, slot: Bytes::ZERO, plan: None });
         };

@@ -59,7 +59,7 @@ fn restart(seed: u64, spoil: bool) -> Outcome {
         };
         let content = backend.content(id);
         let cache = record.cache.clone().map(|cache| {
-            let restored = after.caches().restore(&record.compression, cache, request.max_tokens());
+            let restored = after.caches().restore(&record.compression, cache, record.cached, request.max_tokens());
             restored.unwrap_or_else(|e| panic!("seed {seed}: {id:?} of {}: {e}", record.compression.short()))
         });
         outcome.with_cache += usize::from(cache.is_some());
@@ -67,7 +67,7 @@ fn restart(seed: u64, spoil: bool) -> Outcome {
         outcome.answering += usize::from(cache.is_some() && session.phase == Phase::Decode);
         outcome.evicted += usize::from(record.cache.iter().any(|cache| cache.table.tail_start > 0));
         let pages = cache.as_ref().map(|cache| (cache.n_pages(), cache.n_tokens()));
-        let new = after.restore(request, &produced, cache.map(|cache| (cache, Store::Disk)));
+        let new = after.restore(request, &produced, record.cached, cache.map(|cache| (cache, Store::Disk)));
         let new = new.unwrap_or_else(|e| panic!("seed {seed}: {id:?}: {e}"));
         if let Some((pages, tokens)) = pages {
             // A cache that nothing was read into yet holds the hash of nothing.
