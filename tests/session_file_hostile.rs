@@ -90,14 +90,17 @@ fn parts(file: &[u8]) -> Tensors {
 
 /// A file of these tensors, with a checksum that is right.
 fn signed(tensors: &Tensors) -> Vec<u8> {
-    let (mut at, mut header, mut hash) = (0, Vec::new(), Sha256::new());
+    let (mut at, mut header, mut said) = (0, Vec::new(), Vec::new());
     for (name, dtype, bytes) in tensors {
         let length = bytes.len() * 8 / dtype.bitsize();
-        hash.update(format!("{name} {dtype:?} [{length}]\n"));
         let (from, end) = (at, at + bytes.len());
+        said.push(format!("{name} {dtype:?} [{length}] ({from}, {end})\n"));
         header.push(format!(r#""{name}":{{"dtype":"{dtype:?}","shape":[{length}],"data_offsets":[{from},{end}]}}"#));
         at = end;
     }
+    said.sort();
+    let mut hash = Sha256::new();
+    said.iter().for_each(|line| hash.update(line));
     tensors.iter().for_each(|(.., bytes)| hash.update(bytes));
     let checksum: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let about = format!(r#""format":"concertina session","version":"1","checksum":"{checksum}""#);
@@ -211,7 +214,8 @@ fn files_that_lie_are_refused_or_harmless() {
     let weights = common::tiny_model(4);
     let (_, caches) = Engine::new(&device, &weights, &engine_config(&weights)).expect("ample memory");
     let geometry = &weights.geometry;
-    let origin = Origin::new("a small random model".to_owned(), geometry.num_layers, geometry.heads, 32);
+    let origin =
+        Origin::new("a small random model".to_owned(), "1 byte".to_owned(), geometry.num_layers, geometry.heads, 32);
     let folder = tempfile::tempdir().expect("a folder");
     let files = files(&caches, &origin, folder.path());
     let path = folder.path().join("lie.session");
@@ -239,6 +243,28 @@ fn files_that_lie_are_refused_or_harmless() {
     println!("{} lies: {reached:?}", reached.values().sum::<u64>());
     assert!(reached[&Reached::Refused] > 100 && reached[&Reached::Opened] > 100, "{reached:?}");
     assert!(reached[&Reached::Ran] > 0, "some changes do no harm: {reached:?}");
+}
+
+/// Most of its tensors have no bytes, so that they begin at the same place.
+#[test]
+fn a_session_without_a_cache_comes_back_as_it_was() {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let weights = common::tiny_model(4);
+    let (_, caches) = Engine::new(&device, &weights, &engine_config(&weights)).expect("ample memory");
+    let mut s = schedule(&caches);
+    let id = s.submit(request(1, 50, 4, 200, "full")).expect("it fits");
+    let geometry = &weights.geometry;
+    let origin = Origin::new("a model".to_owned(), "1 byte".to_owned(), geometry.num_layers, geometry.heads, 32);
+    let (name, turns, record) = ("one".to_owned(), Vec::new(), s.record(id));
+    assert_eq!(record.cache, None, "nothing was read yet");
+    let saved = SavedSession { name, origin, turns, record, pages: Vec::new(), slot: Vec::new() };
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("one.session");
+    saved.write(&path).expect("room on the disk");
+    for _ in 0..8 {
+        let file = SessionFile::open(&path).expect("it is whole");
+        assert_eq!(file.record(), &saved.record, "what was on record");
+    }
 }
 
 #[test]

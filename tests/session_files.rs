@@ -14,7 +14,7 @@ use concertina::weights::Weights;
 
 fn origin(weights: &Weights) -> Origin {
     let geometry = &weights.geometry;
-    Origin::new("a small random model".to_owned(), geometry.num_layers, geometry.heads, 32)
+    Origin::new("a small random model".to_owned(), "1 byte".to_owned(), geometry.num_layers, geometry.heads, 32)
 }
 
 /// An engine with its schedule, as one process has it.
@@ -154,11 +154,11 @@ fn what_does_not_belong_here_is_refused_with_the_reason_gpu() {
     let file = SessionFile::open(&path).expect("it is whole");
     assert_eq!((file.name(), file.turns().len()), ("a session", 1), "what it is");
     let weights = common::tiny_model(4);
-    let other = Origin { model: "another model".to_owned(), ..origin(&weights) };
+    let other = Origin { model: "another".to_owned(), fingerprint: "2 bytes".to_owned(), ..origin(&weights) };
     let error = file.origin().serves(&other).expect_err("another model");
     assert_eq!(
         error.to_string(),
-        "the session is of the model a small random model, and this run has another model",
+        "the session is of the model a small random model (1 byte), and this run has another (2 bytes)",
         "both are named"
     );
     let other = Origin { page_tokens: 64, ..origin(&weights) };

@@ -33,9 +33,21 @@ struct Outcome {
 }
 
 fn run(device: &Device, weights: &Weights, config: &EngineConfig, host: HostConfig, all: &[Request]) -> Outcome {
-    let (mut engine, caches) = Engine::new(device, weights, config).expect("the budget suffices");
     let folder = tempfile::tempdir().expect("a folder");
-    engine.keep_in(folder.path().to_owned());
+    run_in(folder.path(), device, weights, config, host, all)
+}
+
+/// With a folder for caches that go to files.
+fn run_in(
+    folder: &Path,
+    device: &Device,
+    weights: &Weights,
+    config: &EngineConfig,
+    host: HostConfig,
+    all: &[Request],
+) -> Outcome {
+    let (mut engine, caches) = Engine::new(device, weights, config).expect("the budget suffices");
+    engine.keep_in(folder.to_owned());
     assert_eq!(caches.pool.report().allocated_bytes, engine.held_bytes(), "the pool says what the device holds");
     let &EngineConfig { max_rows, max_sessions, context_length, .. } = config;
     let mut s = Scheduler::new(ScheduleConfig { max_rows, max_sessions, context_length, host }, caches);
@@ -167,6 +179,26 @@ fn without_host_memory_caches_are_computed_again_gpu() {
     assert!(got.dropped >= 5 && got.swapped == 0, "{} caches were dropped", got.dropped);
     // Rows of a prompt add in another order than those of decode, so that a sampled token could differ; in these it does not.
     compare(&ample, &got, "computed again");
+}
+
+/// No file can be made in a folder that is gone.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn where_files_can_not_be_written_caches_are_computed_again_gpu() {
+    let (device, weights) = (common::device(), common::tiny_model(4));
+    let all: Vec<_> = (0..5).map(|seed| request(seed, 150, 12, 200, "full")).collect();
+    let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..config(&weights, &["full"]) };
+    let ample = run(device, &weights, &config, HostConfig::default(), &all);
+    let config = tight(&weights, &config, &all[0], 26);
+    let host = HostConfig { disk_budget: Bytes::mib(64), ..HostConfig::default() };
+    let gone = tempfile::tempdir().expect("a folder").path().to_owned();
+    let got = run_in(&gone, device, &weights, &config, host, &all);
+    assert!(got.dropped >= 5 && got.swapped == 0, "{} caches were dropped", got.dropped);
+    compare(&ample, &got, "computed again");
+    let folder = tempfile::tempdir().expect("a folder");
+    let got = run_in(folder.path(), device, &weights, &config, host, &all);
+    assert!(got.dropped == 0 && got.swapped >= 5, "{} caches went to files where there is a folder", got.swapped);
+    compare(&ample, &got, "from files");
 }
 
 #[test]

@@ -213,6 +213,14 @@ impl CalibrateArg {
     }
 }
 
+/// What a step copies at most, of which five times as much is held: at most a twelfth of the budget. A power of two, so that
+/// a budget that a message advises is one that its advice was made for.
+pub(super) fn swap_chunk(kv_budget: Bytes) -> Bytes {
+    const SMALLEST: u64 = 256 << 10;
+    const LARGEST: u64 = 64 << 20;
+    Bytes(((kv_budget.0 / 64 + 1).next_power_of_two() / 2).clamp(SMALLEST, LARGEST))
+}
+
 /// What is done to a cache.
 #[derive(Args, Clone, Debug)]
 pub(super) struct CompressArg {

@@ -8,7 +8,7 @@
 //! | 0 | done |
 //! | 1 | something failed: no adapter, an unreadable file, a failed check |
 //! | 2 | the command line can not be carried out as it is written |
-//! | 130 | interrupted; `run` and `generate` print what there is |
+//! | 130 | interrupted; `run` and `generate` print what there is. 0 where sessions were saved |
 //! | 141 | the reader of the standard output has closed it |
 
 mod args;
@@ -32,6 +32,8 @@ mod progress;
 mod resume;
 mod run;
 mod run_progress;
+mod session;
+mod session_dir;
 mod tokenize;
 mod verify;
 
@@ -70,6 +72,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
 enum Command {
     Devices(devices::DevicesArgs),
     Run(run::RunArgs),
+    Session(session::SessionArgs),
     Generate(generate::GenerateArgs),
     Tokenize(tokenize::TokenizeArgs),
     Codecs(codecs::CodecsArgs),
@@ -90,6 +93,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Devices(_) => devices::run(global),
         Command::Run(args) => run::run(args, global),
+        Command::Session(args) => session::run(args, global),
         Command::Generate(args) => generate::run(args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Codecs(args) => codecs::run(args, global),

@@ -8,6 +8,7 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::compression::Compression;
 use concertina::device::Device;
+use concertina::disk::session_file::Origin;
 use concertina::engine::{Engine, EngineConfig};
 use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, Meter, Program, RoundReport, RunReport, RunSettings, SessionReport, Trace};
@@ -20,6 +21,7 @@ use super::interrupt;
 use super::load::{self, Model};
 use super::output::{Output, OutputFile};
 use super::run_progress::SessionBars;
+use super::session_dir::{self, SessionDir};
 
 /// Ask questions about many documents at once, within one byte budget
 ///
@@ -38,6 +40,7 @@ Examples:
   concertina run --model model.gguf --document a.txt b.txt --ask 'Why?' --compress full k:kivi2,v:rot4
   concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' 'Why?' --host-budget 1GiB
   concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' --ladder kivi4 token=keydiff:0.5,hidden=kivi4
+  concertina run --model model.gguf --document *.txt --ask 'Who?' --session-dir sessions
   concertina run --model model.gguf --document a.txt --ask 'Why?' --json - | jq .metrics")]
 pub(super) struct RunArgs {
     #[command(flatten)]
@@ -72,6 +75,15 @@ pub(super) struct RunArgs {
     /// its next question. Without it, its cache is dropped and computed again
     #[arg(long, value_name = "SIZE", default_value = "0", value_parser = args::budget)]
     host_budget: Bytes,
+
+    /// Keep sessions in files in this folder: caches that host memory has no room for, and every session at the end, or when the
+    /// run is interrupted; `concertina session load` goes on with them
+    #[arg(long, value_name = "FOLDER")]
+    session_dir: Option<PathBuf>,
+
+    /// Bytes of files for caches that fit neither on the device nor in host memory
+    #[arg(long, value_name = "SIZE", default_value = "16GiB", requires = "session_dir", value_parser = args::budget)]
+    disk_budget: Bytes,
 
     /// Tokens to produce per answer at most
     #[arg(long, value_name = "TOKENS", default_value = "64", value_parser = args::token_count)]
@@ -128,6 +140,13 @@ struct Job {
     think: Duration,
     settings: RunSettings,
     config: EngineConfig,
+    sessions: Option<Sessions>,
+}
+
+/// Where sessions are kept, and what they belong to.
+struct Sessions {
+    folder: SessionDir,
+    origin: Origin,
 }
 
 /// Runs sessions.
@@ -143,15 +162,25 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     load::calibrate(&mut engine, &mut caches, &model, &job.config, args.calibration.calibrate.as_deref())?;
     let device_report = DeviceReport::new(&device, Some(engine.clock()));
     let model_report = model.report(Some(engine.weight_bytes()));
+    interrupt::install()?;
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
 
     let rates = engine.link_rates()?;
-    let host = HostConfig { budget: job.settings.host_budget_bytes, rates, ..HostConfig::default() };
+    let disk_rates = job.sessions.as_ref().map(|sessions| sessions.folder.rates()).transpose()?;
+    if let Some(sessions) = &job.sessions {
+        engine.keep_in(sessions.folder.path().to_owned());
+    }
+    let host = HostConfig {
+        budget: job.settings.host_budget_bytes,
+        rates,
+        disk_budget: job.settings.disk_budget_bytes,
+        disk_rates: disk_rates.unwrap_or_default(),
+        ..HostConfig::default()
+    };
     let config = ScheduleConfig { host, ..load::schedule_config(&job.config) };
     let mut scheduler = Scheduler::new(config, caches);
     let mut meter = Meter::default();
     let ids = submit(&job, &model, &mut scheduler, &mut meter)?;
-    interrupt::install()?;
     let mut trace = trace_file.is_some().then(Trace::default);
     let cached = steps(&job, &ids, &mut engine, &mut scheduler, (&mut meter, trace.as_mut()))?;
     if let (Some(file), Some(trace)) = (trace_file, trace) {
@@ -159,15 +188,20 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     }
 
     let interrupted = interrupt::requested();
+    let (saved, failed) = save(&job, &model, &ids, &mut engine, &scheduler)?;
+    for id in &ids {
+        scheduler.cancel(*id)?;
+    }
     let report = RunReport {
         program: Program::THIS,
         device: device_report,
         model: model_report,
-        sessions: session_reports(&job, &model, &ids, &scheduler, &cached),
+        sessions: session_reports(&job, &model, &ids, &scheduler, (&cached, saved)),
         settings: job.settings,
         metrics: meter.metrics(&scheduler),
         pool: scheduler.report(),
         host_peak_bytes: scheduler.away_bytes(Store::Host).1,
+        disk_peak_bytes: scheduler.away_bytes(Store::Disk).1,
         elapsed_s: scheduler.now().as_secs_f64(),
         interrupted,
     };
@@ -178,6 +212,18 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         return Err(anyhow!("{held} of pages are in use and {promised} promised after the last session: a defect"));
     }
     output.json(&report)?;
+    if let Some(error) = failed {
+        return Err(error);
+    }
+    if interrupted && job.sessions.is_some() {
+        let names: Vec<_> = report.sessions.iter().filter_map(|s| s.saved_as.as_deref()).collect();
+        eprintln!(
+            "interrupted: {} sessions were saved; concertina session load goes on with {}",
+            names.len(),
+            names.join(" ")
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
     if interrupted {
         let cancelled = report.sessions.iter().filter(|s| s.ended_by == "cancelled").count();
         eprintln!("interrupted: {cancelled} of {} sessions were cancelled", report.sessions.len());
@@ -209,6 +255,11 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         documents::check_length(inquiry, &prompt, &later, args.max_new, context_length)?;
         prompts.push(prompt);
     }
+    let open = |path: &PathBuf| -> Result<Sessions> {
+        let origin = session_dir::origin(&model, &args.cache, &args.calibration)?;
+        Ok(Sessions { folder: SessionDir::open(path)?, origin })
+    };
+    let sessions = args.session_dir.as_ref().map(open).transpose()?;
     let all: Vec<Compression> = compressions.iter().chain(&args.ladder).cloned().collect();
     let evictions = args.cache.evictions(&all, &model, max_sessions.min(args.observed))?;
     let config = EngineConfig {
@@ -222,12 +273,17 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         chooses: chooses(&all),
         // A cache that gets smaller is an eviction, if only of bits.
         evictions: if args.ladder.is_empty() { evictions } else { Some(evictions.unwrap_or_default()) },
-        swap_chunk: swap_chunk(args.host_budget, args.kv_budget),
+        swap_chunk: if sessions.is_some() || args.host_budget > Bytes::ZERO {
+            args::swap_chunk(args.kv_budget)
+        } else {
+            Bytes::ZERO
+        },
         max_arena: None,
     };
     let settings = RunSettings {
         kv_budget_bytes: args.kv_budget,
         host_budget_bytes: args.host_budget,
+        disk_budget_bytes: if sessions.is_some() { args.disk_budget } else { Bytes::ZERO },
         think_s: args.think.as_secs_f64(),
         max_new_tokens: args.max_new,
         context_tokens: context_length,
@@ -238,18 +294,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         sampling,
     };
     let (ladder, think) = (args.ladder.clone(), args.think);
-    Ok((Job { compressions, inquiries, prompts, later, ladder, think, settings, config }, model))
-}
-
-/// What a step copies at most, of which five times as much is held: at most a twelfth of the budget. A power of two, so that
-/// a budget that a message advises is one that its advice was made for.
-fn swap_chunk(host_budget: Bytes, kv_budget: Bytes) -> Bytes {
-    const SMALLEST: u64 = 256 << 10;
-    const LARGEST: u64 = 64 << 20;
-    if host_budget == Bytes::ZERO {
-        return Bytes::ZERO;
-    }
-    Bytes(((kv_budget.0 / 64 + 1).next_power_of_two() / 2).clamp(SMALLEST, LARGEST))
+    Ok((Job { compressions, inquiries, prompts, later, ladder, think, settings, config, sessions }, model))
 }
 
 /// A compression per document: as many as there are documents, or one for all.
@@ -281,7 +326,7 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
             rounds: job.later.iter().map(|(_, tokens)| round(tokens)).collect(),
             ladder: job.ladder.clone(),
             priority: 0,
-            keep: false,
+            keep: job.sessions.is_some(),
         };
         meter.session(scheduler, &request);
         ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);
@@ -308,7 +353,7 @@ fn steps(
         bars.update(scheduler);
         let step = scheduler.step(engine)?;
         let moved = step.out_bytes + step.in_bytes > Bytes::ZERO;
-        let moved = moved || !step.compressed.is_empty();
+        let moved = moved || !step.compressed.is_empty() || !step.evicted.is_empty();
         if step.prefill_rows + step.decode_rows == 0 && !moved && step.idle.is_zero() && step.asked.is_empty() {
             return Err(anyhow!("no session can take a step, though {} wait: a defect", scheduler.waiting().len()));
         }
@@ -322,11 +367,38 @@ fn steps(
             }
         }
     }
-    for id in ids {
-        scheduler.cancel(*id)?;
-    }
     bars.clear();
     Ok(cached)
+}
+
+/// A session in a file: its name, and the file's bytes.
+type SavedAs = (String, Bytes);
+
+/// Saves every session, where there is a folder for them, each to a file of its own; what was saved, and the first that could not
+/// be. Those after it are tried all the same.
+fn save(
+    job: &Job,
+    model: &Model,
+    ids: &[SessionId],
+    engine: &mut Engine<'_>,
+    scheduler: &Scheduler,
+) -> Result<(Vec<Option<SavedAs>>, Option<anyhow::Error>)> {
+    let Some(Sessions { folder, origin }) = &job.sessions else { return Ok((vec![None; ids.len()], None)) };
+    let (mut all, mut failed) = (Vec::new(), None);
+    for (id, inquiry) in ids.iter().zip(&job.inquiries) {
+        let session = scheduler.session(*id).expect("a submitted session is known");
+        let questions = std::iter::once(&inquiry.question).chain(job.later.iter().map(|(question, _)| question));
+        let turns = session_dir::turns(model, session, questions);
+        let saved = session_dir::saved(engine, scheduler, *id, origin, turns);
+        match saved.and_then(|saved| folder.save_new(&inquiry.document, saved)) {
+            Ok(saved) => all.push(Some(saved)),
+            Err(error) => {
+                all.push(None);
+                failed.get_or_insert(error);
+            }
+        }
+    }
+    Ok((all, failed))
 }
 
 fn session_reports(
@@ -334,10 +406,11 @@ fn session_reports(
     model: &Model,
     ids: &[SessionId],
     scheduler: &Scheduler,
-    cached: &[Bytes],
+    (cached, saved): (&[Bytes], Vec<Option<SavedAs>>),
 ) -> Vec<SessionReport> {
-    let all = ids.iter().zip(cached).zip(job.inquiries.iter().zip(&job.prompts));
-    all.map(|((id, cached), (inquiry, prompt))| {
+    let all = ids.iter().zip(cached.iter().zip(saved)).zip(job.inquiries.iter().zip(&job.prompts));
+    all.map(|((id, (cached, saved)), (inquiry, prompt))| {
+        let (saved_as, saved_bytes) = saved.unzip();
         let session = scheduler.session(*id).expect("a submitted session is known");
         let questions = std::iter::once(&inquiry.question).chain(job.later.iter().map(|(question, _)| question));
         let round = |(question, round): (&String, &Answer)| {
@@ -348,6 +421,8 @@ fn session_reports(
             rounds: questions.zip(&session.answers).map(round).collect(),
             document_tokens: prompt.document_tokens,
             used_tokens: prompt.used_tokens,
+            saved_as,
+            saved_bytes,
             ..SessionReport::new(inquiry.document.clone(), session, *cached)
         }
     })

@@ -12,7 +12,7 @@
 //! pages     u8   [n]         pages of the cache, list after list, as they are on the device
 //! ```
 //!
-//! The checksum is SHA-256 of all names, types and shapes in the order of their places, and of all bytes behind the header. A
+//! The checksum is SHA-256 of all names, types, shapes and places in the order of names, and of all bytes behind the header. A
 //! file is written beside its place and takes its name when it is whole.
 //!
 //! Nothing in a file is believed: lengths are compared with the file's before anything is allocated, the checksum before
@@ -90,8 +90,10 @@ pub enum SessionFileError {
 /// What a session belongs to: it goes on only where all of this is the same.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
-    /// The model's name and size.
+    /// What the model is called.
     pub model: String,
+    /// What tells its file from others.
+    pub fingerprint: String,
     /// Layers of the model.
     pub num_layers: u32,
     /// Query heads.
@@ -108,9 +110,16 @@ pub struct Origin {
 
 impl Origin {
     /// Of a model's shape.
-    pub const fn new(model: String, num_layers: u32, heads: HeadGeometry, page_tokens: u32) -> Self {
+    pub const fn new(
+        model: String,
+        fingerprint: String,
+        num_layers: u32,
+        heads: HeadGeometry,
+        page_tokens: u32,
+    ) -> Self {
         let HeadGeometry { num_qo_heads, num_kv_heads, head_dim } = heads;
-        Self { model, num_layers, num_qo_heads, num_kv_heads, head_dim, page_tokens, calibration: None }
+        let calibration = None;
+        Self { model, fingerprint, num_layers, num_qo_heads, num_kv_heads, head_dim, page_tokens, calibration }
     }
 
     /// Whether a session of `self` can go on in a run of `run`.
@@ -124,9 +133,12 @@ impl Origin {
                 o.num_layers, o.num_qo_heads, o.num_kv_heads, o.head_dim
             )
         };
+        // Under another name it is the same file.
+        let named = self.fingerprint != run.fingerprint;
+        let model = |o: &Self| if named { format!("{} ({})", o.model, o.fingerprint) } else { String::new() };
         let calibration = |o: &Self| o.calibration.clone().unwrap_or_else(|| "no text".to_owned());
         let all = [
-            ("the model", self.model.clone(), run.model.clone()),
+            ("the model", model(self), model(run)),
             ("a model with", shape(self), shape(run)),
             ("pages of so many tokens:", self.page_tokens.to_string(), run.page_tokens.to_string()),
             ("codecs calibrated with", calibration(self), calibration(run)),
@@ -189,6 +201,9 @@ struct CacheDescription {
     slot_bytes: Option<u64>,
 }
 
+/// Name, type and bytes.
+type SmallTensor = (&'static str, Dtype, Vec<u8>);
+
 impl SavedSession {
     /// Writes the file, whole or not at all; its bytes.
     ///
@@ -204,14 +219,13 @@ impl SavedSession {
         tensors.push(("pages", Dtype::U8, self.pages.len(), &self.pages));
         let mut at = 0;
         let mut infos = Vec::new();
-        let mut hash = Sha256::new();
         for (name, dtype, length, bytes) in &tensors {
             let (dtype, shape, data_offsets) = (*dtype, vec![*length], (at, at + bytes.len()));
             let info = TensorInfo { dtype, shape, data_offsets };
-            hash.update(signature(name, &info));
             infos.push(((*name).to_owned(), info));
             at += bytes.len();
         }
+        let mut hash = signed(infos.iter().map(|(name, info)| (name.as_str(), info)));
         tensors.iter().for_each(|(.., bytes)| hash.update(bytes));
         let about = [("format", FORMAT.to_owned()), ("version", VERSION.to_string()), ("checksum", digest(hash))];
         let about = about.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
@@ -234,7 +248,7 @@ impl SavedSession {
     }
 
     /// Everything but the pages.
-    fn small_tensors(&self) -> Result<Vec<(&'static str, Dtype, Vec<u8>)>, SessionFileError> {
+    fn small_tensors(&self) -> Result<[SmallTensor; 7], SessionFileError> {
         let SessionRecord { prompt, produced, answered, max_new, compression, document, cached, cache } = &self.record;
         let (name, origin, turns) = (self.name.clone(), self.origin.clone(), self.turns.clone());
         let empty = TableRecord::default();
@@ -266,7 +280,7 @@ impl SavedSession {
             )
         };
         // Numbers of four bytes come first, so that each begins at a multiple of four.
-        Ok(vec![
+        Ok([
             ("tokens", Dtype::U32, words(&mut prompt.iter().chain(produced).copied())),
             ("kept_counts", Dtype::U32, counts(&|list| list.kept.len())),
             ("kept", Dtype::U32, words(&mut table.lists.iter().flat_map(|list| list.kept.iter().copied()))),
@@ -278,9 +292,16 @@ impl SavedSession {
     }
 }
 
-/// What the checksum says of a tensor besides its bytes.
-fn signature(name: &str, info: &TensorInfo) -> String {
-    format!("{name} {:?} {:?}\n", info.dtype, info.shape)
+/// The hash of what a header says of its tensors.
+fn signed<'t>(tensors: impl Iterator<Item = (&'t str, &'t TensorInfo)>) -> Sha256 {
+    // Tensors without bytes have no order of places.
+    let mut tensors: Vec<_> = tensors.collect();
+    tensors.sort_by_key(|(name, _)| *name);
+    let mut hash = Sha256::new();
+    for (name, TensorInfo { dtype, shape, data_offsets }) in tensors {
+        hash.update(format!("{name} {dtype:?} {shape:?} {data_offsets:?}\n"));
+    }
+    hash
 }
 
 fn digest(hash: Sha256) -> String {
@@ -401,11 +422,8 @@ fn header(file: &mut File) -> Result<(Metadata, u64), SessionFileError> {
 
 /// Reads everything behind the header once; its checksum, when that is the one that was written.
 fn checksum(file: &mut File, metadata: &Metadata) -> Result<String, SessionFileError> {
-    let mut hash = Sha256::new();
-    for name in metadata.offset_keys() {
-        let info = metadata.info(&name).expect("a tensor is in its metadata");
-        hash.update(signature(&name, info));
-    }
+    let tensors = metadata.tensors();
+    let mut hash = signed(tensors.iter().map(|(name, info)| (name.as_str(), *info)));
     let mut block = vec![0; BLOCK];
     loop {
         match file.read(&mut block)? {

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `devices` | [`DevicesReport`] |
 //! | `run` | [`RunReport`], collected from the steps by a [`Meter`]; a [`Trace`] where asked for |
+//! | `session` | [`SaveReport`], [`LoadReport`], [`SessionList`], [`SessionDetails`] |
 //! | `generate` | [`GenerateReport`] |
 //! | `tokenize` | [`TokenizeReport`] |
 //! | `codecs` | [`CodecsReport`] |
@@ -31,6 +32,7 @@ mod plot;
 mod policies;
 mod run;
 mod run_tables;
+mod session;
 mod switch;
 mod table;
 mod text;
@@ -49,6 +51,7 @@ pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
+pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
 pub use switch::{SwitchReport, SwitchRow};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;

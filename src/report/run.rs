@@ -27,6 +27,8 @@ pub struct RunReport {
     pub pool: PoolReport,
     /// Most bytes of caches that host memory held at once.
     pub host_peak_bytes: Bytes,
+    /// Most bytes of caches that files held at once.
+    pub disk_peak_bytes: Bytes,
     /// Time of all steps on the clock of the schedule: host time from planning a step to having its tokens.
     pub elapsed_s: f64,
     /// Whether the run was interrupted; the sessions that had not ended are cancelled.
@@ -40,6 +42,8 @@ pub struct RunSettings {
     pub kv_budget_bytes: Bytes,
     /// Bytes of host memory for caches that do not fit on the device.
     pub host_budget_bytes: Bytes,
+    /// Bytes of files for caches that fit neither on the device nor in host memory.
+    pub disk_budget_bytes: Bytes,
     /// Time between an answer and the next question, on the clock of the schedule.
     pub think_s: f64,
     /// Tokens to produce per answer at most.
@@ -95,6 +99,10 @@ pub struct SessionReport {
     pub kv_bytes: Bytes,
     /// `stop` (it produced a stop token), `length` (it produced as many tokens as it may), `cancelled`, or `running`.
     pub ended_by: &'static str,
+    /// What it is called in the folder of sessions; `null` where it was not saved.
+    pub saved_as: Option<String>,
+    /// Bytes of its file.
+    pub saved_bytes: Option<Bytes>,
 }
 
 /// A question and its answer.
@@ -166,6 +174,8 @@ impl SessionReport {
             preempted: session.moves.preempted,
             kv_bytes: cached,
             ended_by: finish_name(session.phase),
+            saved_as: None,
+            saved_bytes: None,
         }
     }
 }

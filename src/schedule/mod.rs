@@ -294,11 +294,11 @@ impl Scheduler {
         self.sessions.get_mut(&id).expect("a scheduled session exists")
     }
 
-    /// Whether every session is over, and no cache is on its way.
+    /// Whether every session is over, and no cache is on its way or due to be evicted from.
     pub fn is_idle(&self) -> bool {
         let kept = |id: &SessionId| {
             let session = &self.sessions[id];
-            session.is_finished() && session.place == Place::Device
+            session.is_finished() && session.place == Place::Device && !self.caches.is_due(*id)
         };
         self.waiting.is_empty() && self.thinking.is_empty() && self.admitted.iter().all(kept)
     }
