@@ -243,7 +243,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
 
 /// What a step copies at most, of which five times as much is held: at most a twelfth of the budget. A power of two, so that
 /// a budget that a message advises is one that its advice was made for.
-fn swap_chunk(host_budget: Bytes, kv_budget: Bytes) -> Bytes {
+pub(super) fn swap_chunk(host_budget: Bytes, kv_budget: Bytes) -> Bytes {
     const SMALLEST: u64 = 256 << 10;
     const LARGEST: u64 = 64 << 20;
     if host_budget == Bytes::ZERO {

@@ -17,6 +17,7 @@
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
 mod checks;
@@ -31,6 +32,8 @@ mod plot;
 mod policies;
 mod run;
 mod run_tables;
+mod simulate;
+mod simulate_tables;
 mod switch;
 mod table;
 mod text;
@@ -49,6 +52,7 @@ pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
+pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};
 pub use switch::{SwitchReport, SwitchRow};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;
