@@ -6,6 +6,7 @@ use super::Percentiles;
 use super::run_tables::cache;
 use super::simulate::{SimulateReport, SimulateRow};
 use super::table::{Align, block, count, counted, number, table};
+use crate::compression::Compression;
 use crate::geometry::Bytes;
 
 /// A line of the table: a name, and a value for each compression.
@@ -62,6 +63,14 @@ const MACHINE: [Line; 7] = [
     ("trace hash", |row| row.trace_hash.clone()),
 ];
 
+const SECTIONS: [(&str, &[Line]); 5] = [
+    ("concurrency", &CONCURRENCY),
+    ("prefill", &PREFILL),
+    ("decode", &DECODE),
+    ("context switch", &SWITCH),
+    ("the machine", &MACHINE),
+];
+
 fn spread(values: &Option<Percentiles>, of: fn(&Percentiles) -> f64) -> String {
     number(values.as_ref().map(of))
 }
@@ -77,20 +86,16 @@ fn percent(part: f64) -> String {
 impl fmt::Display for SimulateReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<String> = self.results.iter().map(|row| cache(&row.compression)).collect();
-        for (title, lines) in [
-            ("concurrency", &CONCURRENCY[..]),
-            ("prefill", &PREFILL[..]),
-            ("decode", &DECODE[..]),
-            ("context switch", &SWITCH[..]),
-            ("the machine", &MACHINE[..]),
-        ] {
-            let columns: Vec<(&str, Align)> =
-                std::iter::once((title, Align::Left)).chain(names.iter().map(|n| (n.as_str(), Align::Right))).collect();
-            let rows = lines.iter().map(|(name, value)| {
-                std::iter::once((*name).to_owned()).chain(self.results.iter().map(value)).collect::<Vec<_>>()
-            });
-            writeln!(f, "{}", table(&columns, rows))?;
-        }
+        let columns: Vec<(&str, Align)> =
+            std::iter::once(("", Align::Left)).chain(names.iter().map(|name| (name.as_str(), Align::Right))).collect();
+        let row = |(name, value): &Line| {
+            std::iter::once(format!("  {name}")).chain(self.results.iter().map(value)).collect::<Vec<_>>()
+        };
+        let title = |title: &str| {
+            std::iter::once(title.to_owned()).chain(self.results.iter().map(|_| String::new())).collect::<Vec<_>>()
+        };
+        let rows = SECTIONS.iter().flat_map(|(name, lines)| std::iter::once(title(name)).chain(lines.iter().map(row)));
+        writeln!(f, "{}", table(&columns, rows))?;
         for (row, name) in self.results.iter().zip(&names) {
             for refused in &row.refused {
                 let sessions = counted(u64::from(refused.sessions), "session");
@@ -118,5 +123,5 @@ impl fmt::Display for SimulateReport {
 
 /// A compression as it is written shortest.
 fn short(compression: &str) -> String {
-    compression.parse().map_or_else(|_| compression.to_owned(), |c: crate::compression::Compression| c.short())
+    compression.parse::<Compression>().map_or_else(|_| compression.to_owned(), |compression| compression.short())
 }

@@ -5,8 +5,10 @@
 //! as one list's share, makes the same decisions as over all: pages, commitments, slabs and chunks are each the same number
 //! of times smaller. [`OneList`] says how many times, and bytes times [`OneList::lists`] are those of the whole.
 //!
-//! Exact up to two things. The share is rounded down to whole bytes. And a swapped chunk takes pages of all lists at once, so
-//! that where pages differ in size it may carry a few pages less than one that takes list after list.
+//! Exact up to three things. The share is rounded down to whole bytes. A swapped chunk takes pages of all lists at once, so that
+//! where pages differ in size it may carry a few pages less than one that takes list after list. And a slab holds pages of all
+//! lists at once, where single pages scatter over slabs as they return; that matters where caches of several page sizes
+//! compete for the last slabs.
 
 use crate::compression::Compression;
 use crate::compression::head::HeadPattern;
