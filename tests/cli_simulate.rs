@@ -120,6 +120,24 @@ fn the_command_line_that_it_prints_repeats_it() {
 }
 
 #[test]
+fn sessions_that_can_never_run_are_counted_with_the_reason() {
+    let report = report(&with(&["--context", "uniform:30k..1000M", "--sessions", "200"]));
+    let refused = report["results"][0]["refused"].as_array().expect("a list").clone();
+    let kinds: Vec<&str> = refused.iter().filter_map(|refused| refused["kind"].as_str()).collect();
+    assert!(kinds.contains(&"too long"), "hundreds of millions of tokens are beyond the context: {refused:?}");
+    let all: u64 = refused.iter().filter_map(|refused| refused["sessions"].as_u64()).sum();
+    let finished = report["results"][0]["metrics"]["service"]["sessions_finished"].as_u64().expect("a count");
+    assert_eq!(all + finished, 200, "each is accounted for");
+    let told = refused[0]["first"].as_str().expect("a sentence");
+    assert!(told.contains("the context is 200000 tokens"), "{told}");
+    let fixed = with(&["--context", "fixed:60k"]);
+    let output = concertina(&fixed.iter().map(String::as_str).collect::<Vec<_>>());
+    let shown = text(&output.stdout);
+    assert!(output.status.success() && shown.contains("12 sessions refused (never fits)"), "{shown}");
+    assert!(shown.contains("beside weights of 64.05 GiB"), "{shown}");
+}
+
+#[test]
 fn a_file_is_a_model_too() {
     let path = reference_model_path();
     let path = path.to_str().expect("UTF-8");
@@ -141,6 +159,8 @@ fn what_can_not_be_simulated_is_wrong_usage_with_the_reason() {
     refused(&["--compress", "full", "pyramidkv:512"], &["share a budget"]);
     refused(&["--memory", "40GB"], &["weights take", "37.25 GiB"]);
     refused(&["--memory", "68.9GB"], &["too small"]);
+    refused(&["--sessions", "2000000"], &["from 1 to 1000000"]);
+    refused(&["--rounds", "0"], &["from 1 to 1000"]);
     refused(&["--chunk", "32"], &["no row for each of 64"]);
     refused(&["--host-budget", "10GB", "--swap-chunk", "1MiB"], &["page of each of 480 lists", "--swap-chunk"]);
     refused(&["--ladder", "snapkv:0.5"], &["not known any more"]);

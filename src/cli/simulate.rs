@@ -55,7 +55,7 @@ pub(super) struct SimulateArgs {
     weights: Option<Bytes>,
 
     /// Sessions that come
-    #[arg(long, value_name = "N", default_value = "1000", value_parser = args::token_count)]
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = session_count)]
     sessions: u32,
 
     /// When they come: all, or poisson:RATE with a rate such as 2/s, 30/min or 500/h
@@ -68,7 +68,7 @@ pub(super) struct SimulateArgs {
     context: Distribution,
 
     /// Questions that each asks
-    #[arg(long, value_name = "N", default_value = "3", value_parser = args::small_count)]
+    #[arg(long, value_name = "N", default_value = "3", value_parser = round_count)]
     rounds: u32,
 
     /// Tokens of a question
@@ -145,6 +145,18 @@ pub(super) struct SimulateArgs {
 fn part(text: &str) -> Result<f64, String> {
     let part = text.parse().ok().filter(|part| *part > 0.0 && *part <= 1.0);
     part.ok_or_else(|| "expected a part of the peak, above 0 and at most 1".to_owned())
+}
+
+/// Reads a number of sessions: each keeps its times until the end, about a kilobyte.
+fn session_count(text: &str) -> Result<u32, String> {
+    const MAX: u32 = 1_000_000;
+    text.parse().ok().filter(|n| (1..=MAX).contains(n)).ok_or_else(|| format!("expected a number from 1 to {MAX}"))
+}
+
+/// Reads a number of questions.
+fn round_count(text: &str) -> Result<u32, String> {
+    const MAX: u32 = 1_000;
+    text.parse().ok().filter(|n| (1..=MAX).contains(n)).ok_or_else(|| format!("expected a number from 1 to {MAX}"))
 }
 
 /// Reads a number of tokens, where `k` stands for thousands.

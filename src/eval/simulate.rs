@@ -133,6 +133,7 @@ pub struct Simulation {
     compression: Compression,
     ladder: Vec<Compression>,
     vocab: u32,
+    context_length: u32,
     /// Sessions that wait without a request.
     line: VecDeque<(PlaceInLine, Visit)>,
     /// Sessions in the schedule that have not begun.
@@ -266,6 +267,7 @@ impl SimulatedMachine {
             compression,
             ladder: all[1..].to_vec(),
             vocab: self.model.geometry.vocab_size,
+            context_length,
             line: VecDeque::new(),
             fresh: 0,
             fresh_max: max_sessions as usize + 1,
@@ -354,6 +356,12 @@ impl Simulation {
     fn submit(&mut self, listener: &mut dyn Listener) {
         while self.fresh < self.fresh_max {
             let Some((place, visit)) = self.line.pop_front() else { return };
+            let ((prompt, max_new), context_length) = (visit.lengths(), self.context_length);
+            if prompt + max_new > u64::from(context_length) {
+                // Before its prompt takes memory.
+                self.refuse(SubmitError::TooLong { prompt, max_new, context_length });
+                continue;
+            }
             let request = visit.request(self.vocab, &self.compression, &self.ladder);
             match self.scheduler.submit_in(place, request) {
                 Ok(id) => {

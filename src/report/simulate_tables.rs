@@ -103,6 +103,9 @@ impl fmt::Display for SimulateReport {
             }
         }
         let settings = &self.settings;
+        if self.results.iter().any(|row| !row.refused.is_empty()) {
+            writeln!(f, "budgets are what the memory leaves beside weights of {}\n", settings.weights_bytes)?;
+        }
         let compressions: Vec<String> = self.results.iter().map(|row| short(&row.compression)).collect();
         let compressions: Vec<&str> = compressions.iter().map(String::as_str).collect();
         let steps = counted(self.results.iter().map(|row| row.steps).sum(), "step");

@@ -289,10 +289,16 @@ impl Workload {
 }
 
 impl Visit {
+    /// Tokens of its document and its questions, and of its answers.
+    pub fn lengths(&self) -> (u64, u64) {
+        let sum = |of: fn(&Turn) -> u32| self.turns.iter().map(|turn| u64::from(of(turn))).sum::<u64>();
+        (u64::from(self.document) + sum(|turn| turn.question), sum(|turn| turn.answer))
+    }
+
     /// What it asks for, in tokens below `vocab` that no other session has in this order.
     ///
     /// # Panics
-    /// When it has no turn.
+    /// When it has no turn, or more tokens in front of its first answer than are counted in 32 bits.
     pub fn request(&self, vocab: u32, compression: &Compression, ladder: &[Compression]) -> Request {
         let mut state = u64::from(self.index).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut tokens = |n: u32| -> Vec<u32> {
@@ -304,7 +310,8 @@ impl Visit {
             (0..n).map(|_| next()).collect()
         };
         let (first, later) = self.turns.split_first().expect("a session asks at least once");
-        let prompt = tokens(self.document.saturating_add(first.question));
+        let prompt = self.document.checked_add(first.question).expect("a prompt is counted in 32 bits");
+        let prompt = tokens(prompt);
         let round = |turn: &Turn| Round { tokens: tokens(turn.question), max_new: turn.answer, think: turn.think };
         Request {
             rounds: later.iter().map(round).collect(),
@@ -416,6 +423,8 @@ mod tests {
         let request = visit.request(100, &Compression::default(), &[]);
         assert_eq!(request.prompt.len(), (visit.document + visit.turns[0].question) as usize, "document and question");
         assert_eq!((request.document, request.rounds.len()), (Some(visit.document), 2), "two more questions");
+        let (prompts, answers) = visit.lengths();
+        assert_eq!((answers, prompts + answers), (750, request.all_tokens()), "all lengths");
         assert!(request.prompt.iter().all(|token| *token < 100), "tokens of the vocabulary");
         let other = Visit { index: 0, ..visit }.request(100, &Compression::default(), &[]);
         assert_ne!(request.prompt[..64], other.prompt[..64], "no two documents begin alike");
