@@ -12,7 +12,8 @@ use concertina::pool::{PagePool, PoolLayout};
 use concertina::schedule::virtual_device::VirtualDevice;
 use concertina::schedule::workload::{Arrivals, Distribution, Workload};
 use concertina::schedule::{
-    Abilities, Caches, Finish, HostConfig, OneList, Phase, Rates, ScheduleConfig, Scheduler, SessionId, StepReport,
+    Abilities, Caches, Finish, HostConfig, OneList, Phase, Rates, Request, Round, ScheduleConfig, Scheduler, SessionId,
+    StepReport,
 };
 use concertina::theory::presets;
 use concertina::theory::step::{Achieved, Decoder, Machine, Parameters};
@@ -382,6 +383,56 @@ fn sessions_that_wait_as_numbers_are_served_as_those_whose_prompts_are_there() {
     assert!(most > 60, "{most} waited with their prompts");
     assert_eq!(hash, simulation.device.trace_hash(), "the same schedule");
     assert_ne!(eager(true).0, hash, "another order is another schedule");
+}
+
+/// A session of two questions, the second a while after the first answer, just after that answer.
+fn between_questions(think: Duration) -> (Scheduler, VirtualDevice, SessionId) {
+    let one = OneList::new(&small_model(), &Compression::default()).expect("full");
+    let budget = (Bytes::mib(8), Bytes::ZERO);
+    let caches = one.caches(PAGE, MAX_ROWS, budget, Abilities::default()).expect("room");
+    let host = HostConfig::default();
+    let config = ScheduleConfig { max_rows: MAX_ROWS, max_sessions: 1, context_length: 2_000, host };
+    let model = Decoder::new(small_model(), Parameters::of(&small_model(), true), None);
+    let mut device = VirtualDevice::new(1, model, slow_machine(), one);
+    let mut scheduler = Scheduler::new(config, caches);
+    let rounds = vec![Round { tokens: vec![2; 5], max_new: 1, think }];
+    let first = scheduler.submit(Request { rounds, ..Request::new(vec![1; 10], 1) }).expect("it fits");
+    scheduler.step(&mut device).expect("a simulation does not fail");
+    (scheduler, device, first)
+}
+
+#[test]
+fn who_asked_before_a_session_came_stands_before_it() {
+    let think = Duration::from_millis(1);
+    let line = |came: Duration| {
+        let (mut scheduler, mut device, first) = between_questions(think);
+        let answered = scheduler.now();
+        scheduler.submit(Request::new(vec![3; 90], 1)).expect("it fits");
+        scheduler.step(&mut device).expect("a simulation does not fail");
+        assert!(scheduler.now() > answered + 2 * think, "a long step: {:?}", scheduler.now() - answered);
+        let place = scheduler.take_place(answered + came);
+        let last = scheduler.submit_in(place, Request::new(vec![4; 10], 1)).expect("it fits");
+        assert_eq!(scheduler.session(last).map(|session| session.submitted), Some(answered + came), "when it came");
+        (scheduler.waiting().collect::<Vec<_>>(), first, last)
+    };
+    let (waiting, first, last) = line(think * 2);
+    assert_eq!(waiting, [first, last], "the question came before");
+    let (waiting, _, last) = line(think / 2);
+    assert_eq!(waiting, [last], "the question has not been heard when the session takes its place");
+}
+
+#[test]
+fn time_passes_no_further_than_the_session_that_is_expected() {
+    let (mut scheduler, mut device, _) = between_questions(Duration::from_secs(10));
+    let answered = scheduler.now();
+    scheduler.expect(Some(answered + Duration::from_secs(3)));
+    let idle = |scheduler: &mut Scheduler, device: &mut VirtualDevice| {
+        scheduler.step(device).expect("a simulation does not fail").idle.as_secs()
+    };
+    assert_eq!(idle(&mut scheduler, &mut device), 3, "until it comes");
+    scheduler.expect(Some(answered + Duration::from_secs(30)));
+    assert_eq!(idle(&mut scheduler, &mut device), 7, "until the question, which is before the next");
+    assert!(scheduler.step(&mut device).expect("a simulation does not fail").prefill_rows > 0, "it is read");
 }
 
 #[test]

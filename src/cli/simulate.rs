@@ -147,7 +147,7 @@ fn part(text: &str) -> Result<f64, String> {
     part.ok_or_else(|| "expected a part of the peak, above 0 and at most 1".to_owned())
 }
 
-/// Reads a number of sessions: each keeps its times until the end, about a kilobyte.
+/// Reads a number of sessions: each keeps its times until the end, about a kilobyte; its tokens only until it is over.
 fn session_count(text: &str) -> Result<u32, String> {
     const MAX: u32 = 1_000_000;
     text.parse().ok().filter(|n| (1..=MAX).contains(n)).ok_or_else(|| format!("expected a number from 1 to {MAX}"))

@@ -28,7 +28,8 @@
 //!   in order: a short session does not overtake a long one, so none starves.
 //!
 //! The scheduler has no clock: time is the sum of what the backend says its steps took, and jumps to the next question, or to
-//! the next session that is expected ([`arrivals`]), where nobody has anything to compute. With the same requests and the same backend it makes the same plans.
+//! the next session that is expected ([`arrivals`]), where nobody has anything to compute. With the same requests and the same
+//! backend it makes the same plans.
 //!
 //! Accepted downside: committing the worst case keeps bytes idle that a session may never use.
 
