@@ -260,7 +260,7 @@ impl SamplingArgs {
 }
 
 /// Reads a page size that there are kernels for.
-fn page_size(text: &str) -> Result<u32, String> {
+pub(super) fn page_size(text: &str) -> Result<u32, String> {
     let size = text.parse().ok().filter(|size| PAGE_SIZES.contains(size));
     size.ok_or_else(|| format!("there are pages of {} tokens", PAGE_SIZES.map(|size| size.to_string()).join(", ")))
 }

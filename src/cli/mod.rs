@@ -34,6 +34,7 @@ mod run;
 mod run_progress;
 mod session;
 mod session_dir;
+mod simulate;
 mod tokenize;
 mod verify;
 
@@ -64,6 +65,7 @@ Examples:
   concertina generate --model model.gguf --prompt 'Write a haiku about rivers.'
   concertina codecs --model model.gguf
   concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 kivi2
+  concertina simulate --model yi-34b --gpu h100 --sessions 1000 --compress kivi4 kivi2
   concertina verify --quick
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
@@ -80,6 +82,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Simulate(simulate::SimulateArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -101,6 +104,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),
+        Command::Simulate(args) => simulate::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };
     result.unwrap_or_else(|error| failure::report(&error))

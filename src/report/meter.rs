@@ -165,7 +165,7 @@ pub struct Percentiles {
 
 impl Percentiles {
     /// Of some values, by the nearest rank.
-    fn of(mut values: Vec<f64>) -> Option<Self> {
+    pub(super) fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let at = |percent: usize| values.get((values.len() * percent).div_ceil(100).saturating_sub(1)).copied();
         Some(Self { p50: at(50)?, p95: at(95)?, p99: at(99)? })

@@ -18,6 +18,7 @@
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
 mod checks;
@@ -33,6 +34,8 @@ mod policies;
 mod run;
 mod run_tables;
 mod session;
+mod simulate;
+mod simulate_tables;
 mod switch;
 mod table;
 mod text;
@@ -52,6 +55,7 @@ pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
+pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};
 pub use switch::{SwitchReport, SwitchRow};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;

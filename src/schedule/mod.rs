@@ -27,20 +27,25 @@
 //!   could never fit is refused when it is submitted, with the numbers; one that does not fit now waits. The line is strictly
 //!   in order: a short session does not overtake a long one, so none starves.
 //!
-//! The scheduler has no clock: time is the sum of what the backend says its steps took, and jumps to the next question where
-//! nobody has anything to compute. With the same requests and the same backend it makes the same plans.
+//! The scheduler has no clock: time is the sum of what the backend says its steps took, and jumps to the next question, or to
+//! the next session that is expected ([`arrivals`]), where nobody has anything to compute. With the same requests and the same
+//! backend it makes the same plans.
 //!
 //! Accepted downside: committing the worst case keeps bytes idle that a session may never use.
 
 pub mod admission;
+pub mod arrivals;
 pub mod batch;
 pub mod caches;
+pub mod one_list;
 pub mod preemption;
 pub mod record;
 pub mod selection;
 pub mod session;
 pub mod simulation;
 pub mod suspension;
+pub mod virtual_device;
+pub mod workload;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -50,8 +55,10 @@ use crate::geometry::Bytes;
 
 use crate::pool::{PoolError, PoolReport};
 pub use admission::SubmitError;
+pub use arrivals::PlaceInLine;
 pub use batch::{Direction, PlannedRows, StepPlan, Store, Transfer};
 pub use caches::{Caches, REPEAT_ROOM};
+pub use one_list::OneList;
 pub use preemption::{HostConfig, Method, Rates};
 pub use record::SessionRecord;
 pub use selection::{Abilities, Merging, Observation, Observed, Selection};
@@ -183,6 +190,10 @@ pub struct Scheduler {
     forgotten: Vec<SessionId>,
     next_id: u32,
     next_ticket: u64,
+    /// When the next session comes, where that is known.
+    next_arrival: Option<Duration>,
+    /// Sessions that asked since the last step.
+    asked: Vec<SessionId>,
     now: Duration,
 }
 
@@ -207,6 +218,8 @@ impl Scheduler {
             forgotten: Vec::new(),
             next_id: 0,
             next_ticket: 0,
+            next_arrival: None,
+            asked: Vec::new(),
             now: Duration::ZERO,
         }
     }
@@ -216,19 +229,18 @@ impl Scheduler {
     /// # Errors
     /// [`SubmitError`] when it is empty, longer than the context, or larger than the pool will ever be.
     pub fn submit(&mut self, request: Request) -> Result<SessionId, SubmitError> {
-        admission::check(&request, &self.config, &self.caches)?;
-        let id = SessionId(self.next_id);
-        self.next_id += 1;
-        self.sessions.insert(id, Session::new(request, self.now));
-        self.stand_in_line(id);
-        Ok(id)
+        let place = self.take_place(self.now);
+        self.submit_in(place, request)
+    }
+
+    const fn draw_ticket(&mut self) -> u64 {
+        self.next_ticket += 1;
+        self.next_ticket - 1
     }
 
     /// Puts a session behind those of its priority.
     fn stand_in_line(&mut self, id: SessionId) {
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.session_mut(id).ticket = ticket;
+        self.session_mut(id).ticket = self.draw_ticket();
         self.enqueue(id);
     }
 
@@ -303,10 +315,10 @@ impl Scheduler {
         self.waiting.is_empty() && self.thinking.is_empty() && self.admitted.iter().all(kept)
     }
 
-    /// Sessions whose time to think is over ask their next question.
-    fn wake(&mut self) -> Vec<SessionId> {
+    /// Sessions whose time to think was over by then ask their next question.
+    fn wake(&mut self, by: Duration) -> Vec<SessionId> {
         let mut asked = Vec::new();
-        while let Some((until, id)) = self.thinking.first().copied().filter(|(until, _)| *until <= self.now) {
+        while let Some((until, id)) = self.thinking.first().copied().filter(|(until, _)| *until <= by) {
             self.thinking.remove(&(until, id));
             self.session_mut(id).ask(until);
             self.stand_in_line(id);
@@ -316,12 +328,13 @@ impl Scheduler {
     }
 
     /// One step: wake, admit, evict, plan, execute, apply. Where nobody has anything to compute, time passes until the next
-    /// question; where there is none, nothing happens.
+    /// question or the next session that is expected; where there is none, nothing happens.
     ///
     /// # Errors
     /// The backend's.
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
-        let mut report = StepReport { asked: self.wake(), ..StepReport::default() };
+        let mut report = StepReport { asked: std::mem::take(&mut self.asked), ..StepReport::default() };
+        report.asked.extend(self.wake(self.now));
         self.admit(backend, &mut report)?;
         let here = |id: &SessionId| self.sessions[id].place == Place::Device && self.caches.is_due(*id);
         let due: Vec<_> = self.admitted.iter().copied().filter(here).collect();
@@ -337,7 +350,7 @@ impl Scheduler {
         plan.transfers = self.plan_transfers();
         plan.forgotten = std::mem::take(&mut self.forgotten);
         if plan.is_empty() {
-            if let Some((until, _)) = self.thinking.first() {
+            if let Some(until) = self.next_event() {
                 report.idle = until.saturating_sub(self.now);
                 self.now += report.idle;
             }
