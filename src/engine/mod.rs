@@ -37,7 +37,7 @@ use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
 use crate::pool::{PagePool, PoolError, PoolLayout};
-use crate::schedule::{Abilities, Backend, Caches, SessionId, StepPlan, StepResult};
+use crate::schedule::{Abilities, Backend, BackendError, Caches, Fault, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
 pub use config::{EngineConfig, EvictionConfig};
 use layers::{Layers, RowCounts};
@@ -63,6 +63,19 @@ pub enum EngineError {
     /// The caller's numbers do not fit together.
     #[error("{0}")]
     Input(String),
+}
+
+impl BackendError for EngineError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Device(error) | Self::Kernel(KernelError::Device(error)) => match error {
+                DeviceError::OutOfMemory { .. } | DeviceError::NoMemory(_) => Fault::OutOfMemory,
+                DeviceError::Lost(_) => Fault::DeviceLost,
+                _ => Fault::Other,
+            },
+            _ => Fault::Other,
+        }
+    }
 }
 
 /// Figures of the last step.
@@ -355,7 +368,7 @@ impl<'d> Engine<'d> {
         }
         let moves = self.record_moves(&mut encoder, plan, caches)?;
         let host = started.elapsed();
-        self.device.queue.submit([encoder.finish()]);
+        self.device.submit(encoder)?;
         self.uploader.recycle();
         self.moves_submitted(plan, caches, moves)?;
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
@@ -505,13 +518,15 @@ impl Backend for Engine<'_> {
         if let Some(swap) = &mut self.swap {
             swap.forget(&plan.forgotten);
         }
-        if plan.segments.is_empty() {
-            self.move_alone(plan, caches)?;
-            return Ok(StepResult { tokens: Vec::new(), elapsed: started.elapsed() });
+        let done = if plan.segments.is_empty() {
+            self.move_alone(plan, caches).map(|()| Vec::new())
+        } else {
+            self.gather(plan).and_then(|()| self.submit(plan, caches, Want::Tokens))
+        };
+        if let Some(swap) = &mut self.swap {
+            swap.settle(plan, done.is_ok());
         }
-        self.gather(plan)?;
-        let bytes = self.submit(plan, caches, Want::Tokens)?;
-        Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&bytes), elapsed: started.elapsed() })
+        Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&done?), elapsed: started.elapsed() })
     }
 
     fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, EngineError> {

@@ -8,7 +8,7 @@
 //! A step carries at most one chunk in each direction, in the same submission as its rows, on buffers that live as long as the
 //! engine. A chunk that left is read while the device computes the next step.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,6 +37,19 @@ pub struct HostCache {
     pub slot: Vec<u8>,
     /// Bytes of pages that are back on the device.
     returned: usize,
+    /// Bytes of pages that it has when it is whole.
+    all: usize,
+}
+
+/// Whole caches in host memory, which outlive their engine.
+#[derive(Debug, Default)]
+pub struct HostCopies(BTreeMap<SessionId, HostCache>);
+
+impl HostCopies {
+    /// Whose caches they are.
+    pub fn sessions(&self) -> BTreeSet<SessionId> {
+        self.0.keys().copied().collect()
+    }
 }
 
 /// How large the buffers are.
@@ -187,10 +200,6 @@ impl Swap {
         let items: &[u8] = bytemuck::cast_slice(&items);
         chunks[0] = items;
         self.upload.write(device, &chunks)?;
-        for transfer in of(Direction::In) {
-            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-            cache.returned += usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
-        }
         encoder.copy_buffer_to_buffer(self.upload.source(), 0, &self.items, 0, items.len() as u64);
         if coming.bytes() > 0 {
             encoder.copy_buffer_to_buffer(self.upload.source(), items.len() as u64, &self.packed, 0, coming.bytes());
@@ -220,6 +229,21 @@ impl Swap {
             self.drain(device)?;
         }
         Ok(())
+    }
+
+    /// After a step: what came back is not needed any more if it went well, and what was to leave has not begun to if not.
+    pub(super) fn settle(&mut self, plan: &StepPlan, went_well: bool) {
+        for Transfer { session, direction, pages, bytes, last } in &plan.transfers {
+            match direction {
+                Direction::In if went_well && !last => {
+                    let bytes = usize::try_from(bytes.0).expect("a chunk fits in memory");
+                    self.caches.entry(*session).and_modify(|cache| cache.returned += bytes);
+                }
+                Direction::In if went_well => drop(self.caches.remove(session)),
+                Direction::Out if !went_well && pages.start == 0 => drop(self.caches.remove(session)),
+                _ => {}
+            }
+        }
     }
 
     /// Drops caches that nobody wants back.
@@ -252,7 +276,7 @@ impl Engine<'_> {
     pub(super) fn move_alone(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let moves = self.record_moves(&mut encoder, plan, caches)?;
-        self.device.queue.submit([encoder.finish()]);
+        self.device.submit(encoder)?;
         self.moves_submitted(plan, caches, moves)?;
         if let Some(swap) = &mut self.swap {
             swap.drain(self.device)?;
@@ -272,9 +296,10 @@ impl Engine<'_> {
         }
         let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
         for transfer in plan.transfers.iter().filter(|t| t.direction == Direction::Out && t.pages.start == 0) {
-            let bytes = usize::try_from(caches.suspended_bytes(transfer.session).0).expect("a cache fits in memory");
-            let pages = Vec::with_capacity(bytes);
-            swap.caches.insert(transfer.session, HostCache { pages, ..HostCache::default() });
+            let held = caches.tables[&transfer.session].held_bytes();
+            let all = usize::try_from(held.0).expect("a cache fits in memory");
+            let pages = Vec::with_capacity(all);
+            swap.caches.insert(transfer.session, HostCache { pages, all, ..HostCache::default() });
         }
         swap.record(self.device, encoder, plan, caches)
     }
@@ -300,10 +325,8 @@ impl Engine<'_> {
                     }
                 }
                 Direction::In => {
-                    let swap = self.swap.as_mut().expect("this engine swaps");
-                    let cache = swap.caches.remove(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
                     if let Some(slot) = slot {
-                        self.write_slot(slot, &cache.slot)?;
+                        self.write_slot(slot, transfer.session)?;
                     }
                 }
             }
@@ -327,7 +350,7 @@ impl Engine<'_> {
             let back = &swap.back[swap.turn];
             let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             encoder.copy_buffer_to_buffer(&swap.packed, 0, back.target(), 0, length);
-            self.device.queue.submit([encoder.finish()]);
+            self.device.submit(encoder)?;
             bytes.clear();
             back.read(self.device, usize::try_from(length).expect("a chunk fits in memory"), &mut bytes)?;
             fastest[0] = fastest[0].min(started.elapsed());
@@ -359,6 +382,25 @@ impl Engine<'_> {
         Ok(swap.caches.get(&session))
     }
 
+    /// Takes the whole caches out of host memory, for an engine that follows this one: after a loss of the device, those of
+    /// which nothing was still on it.
+    pub fn take_copies(&mut self) -> HostCopies {
+        let caches = self.swap.as_mut().map(|swap| std::mem::take(&mut swap.caches)).unwrap_or_default();
+        let whole = caches.into_iter().filter(|(_, cache)| cache.pages.len() == cache.all);
+        HostCopies(whole.map(|(id, cache)| (id, HostCache { returned: 0, ..cache })).collect())
+    }
+
+    /// Puts caches into host memory that another engine had there, of the same model and configuration.
+    ///
+    /// # Panics
+    /// When there are some and this engine was made without moving any.
+    pub fn keep_copies(&mut self, copies: HostCopies) {
+        assert!(self.swap.is_some() || copies.0.is_empty(), "an engine that has copies should swap");
+        if let Some(swap) = &mut self.swap {
+            swap.caches.extend(copies.0);
+        }
+    }
+
     /// Waits for what is on its way to host memory.
     ///
     /// # Errors
@@ -386,15 +428,16 @@ impl Engine<'_> {
                 let n = back.capacity().0.min(length.0 - from);
                 let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
                 encoder.copy_buffer_to_buffer(buffer, at + from, back.target(), 0, n);
-                self.device.queue.submit([encoder.finish()]);
+                self.device.submit(encoder)?;
                 back.read(self.device, usize::try_from(n).expect("a chunk fits in memory"), &mut read)?;
             }
         }
         Ok(read)
     }
 
-    fn write_slot(&mut self, slot: u32, bytes: &[u8]) -> Result<(), EngineError> {
+    fn write_slot(&mut self, slot: u32, session: SessionId) -> Result<(), EngineError> {
         let (Some(swap), Some(Evictions { kernels, .. })) = (&mut self.swap, &self.evictions) else { return Ok(()) };
+        let bytes = &swap.caches.get(&session).ok_or_else(|| not_here(session))?.slot[..];
         let mut rest = bytes;
         for (buffer, at, length) in kernels.slot_parts(slot) {
             let length = usize::try_from(length.0).expect("a slot fits in memory");

@@ -21,7 +21,7 @@
 use std::time::Duration;
 
 use super::batch::{Direction, Transfer};
-use super::{Backend, Place, Scheduler, SessionId, StepPlan, StepReport};
+use super::{Backend, Place, Scheduler, Session, SessionId, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -124,36 +124,39 @@ impl Scheduler {
             return Ok(false);
         }
         let Some(victim) = self.victim(waiting) else { return Ok(false) };
-        let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
-        let swaps = self.caches.abilities.swap_bytes > Bytes::ZERO;
-        let free = if swaps { self.config.host.budget.saturating_sub(self.host_held) } else { Bytes::ZERO };
-        let rung = self.rates.choose(bytes, tokens, free, true) == Method::Compress && self.harden(victim)?;
-        match self.rates.choose(bytes, tokens, free, rung) {
-            Method::Compress => {
-                let tokens = &self.sessions[&victim].tokens[..tokens as usize];
-                report.elapsed += backend.evict(victim, tokens, &mut self.caches)?;
-                report.compressed.push(victim);
-                Ok(true)
-            }
-            Method::Swap => {
-                self.unseat(victim, report);
-                self.host_held += bytes;
-                self.host_peak = self.host_peak.max(self.host_held);
-                self.session_mut(victim).place = Place::Leaving(0);
-                Ok(false)
-            }
-            Method::Recompute => {
-                self.unseat(victim, report);
-                self.admitted.retain(|id| *id != victim);
-                self.caches.release(victim)?;
-                self.session_mut(victim).forget();
-                if tokens > 0 {
-                    self.session_mut(victim).moves.dropped += 1;
-                    report.dropped.push(victim);
-                }
-                Ok(true)
-            }
+        let rung = self.way_out(victim, true) == Method::Compress && self.harden(victim)?;
+        let method = self.way_out(victim, rung);
+        if method != Method::Compress {
+            self.give_up(victim, method, report)?;
+            return Ok(method == Method::Recompute);
         }
+        // Where it fails, it is due.
+        report.compressed.push(victim);
+        let tokens = &self.sessions[&victim].tokens[..self.cached_tokens(victim) as usize];
+        let elapsed = backend.evict(victim, tokens, &mut self.caches)?;
+        self.spend(elapsed, report);
+        Ok(true)
+    }
+
+    /// A session gives up its place: its cache sets out for the host, or is dropped at once.
+    pub(super) fn give_up(&mut self, id: SessionId, method: Method, report: &mut StepReport) -> Result<(), PoolError> {
+        self.unseat(id, report);
+        if method == Method::Swap {
+            self.host_held += self.caches.suspended_bytes(id);
+            self.host_peak = self.host_peak.max(self.host_held);
+            self.session_mut(id).place = Place::Leaving(0);
+            return Ok(());
+        }
+        let tokens = self.cached_tokens(id);
+        self.admitted.retain(|admitted| *admitted != id);
+        self.caches.release(id)?;
+        let session = self.session_mut(id);
+        session.forget();
+        if tokens > 0 {
+            session.moves.dropped += 1;
+            report.dropped.push(id);
+        }
+        Ok(())
     }
 
     /// Puts a session that runs back in line.
@@ -202,12 +205,16 @@ impl Scheduler {
             return Some(*id);
         }
         let priority = self.sessions[&waiting].request.priority;
-        let lower = here.filter(|id| {
+        self.last_seated(|session| session.request.priority < priority)
+    }
+
+    /// The last in line of the sessions that run and may lose their place in this round.
+    pub(super) fn last_seated(&self, of: impl Fn(&Session) -> bool) -> Option<SessionId> {
+        let may = |id: &&SessionId| {
             let session = &self.sessions[id];
-            let again = session.preempted_in_round < self.config.host.max_preemptions;
-            session.seated && session.request.priority < priority && again
-        });
-        lower.max_by_key(|id| line(id)).copied()
+            session.runs() && session.preempted_in_round < self.config.host.max_preemptions && of(session)
+        };
+        self.admitted.iter().filter(may).max_by_key(|id| self.sessions[id].line()).copied()
     }
 
     /// Pages that move in the next step: of the sessions on their way, in order, one chunk in each direction.
