@@ -17,6 +17,21 @@ struct Heard {
     lost: Option<String>,
     /// The first error that no scope has caught.
     error: Option<wgpu::Error>,
+    /// How many submissions go well before one is to find no memory, in tests.
+    short_after: Option<u32>,
+}
+
+impl Heard {
+    /// Counts a submission.
+    fn count_down(&mut self) {
+        self.short_after = match self.short_after {
+            Some(0) => {
+                self.error.get_or_insert(wgpu::Error::OutOfMemory { source: "a test wants it so".into() });
+                None
+            }
+            left => left.map(|n| n - 1),
+        };
+    }
 }
 
 /// What a device's callbacks have heard.
@@ -49,12 +64,15 @@ impl Trouble {
 }
 
 impl Device {
-    /// Submits what was recorded.
+    /// Submits what was recorded, unless something went wrong before.
     ///
     /// # Errors
     /// As [`Self::check`].
     pub(crate) fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<(), DeviceError> {
-        self.queue.submit([encoder.finish()]);
+        let commands = encoder.finish();
+        self.trouble.lock().count_down();
+        self.check()?;
+        self.queue.submit([commands]);
         self.check()
     }
 
@@ -93,6 +111,12 @@ impl Device {
             Ok(Err(error)) => Err(DeviceError::Lost(error.to_string())),
             Err(panic) => resume_unwind(panic),
         }
+    }
+
+    /// Lets a submission find no memory after so many that go well, for tests.
+    #[doc(hidden)]
+    pub fn run_short_after(&self, submissions: u32) {
+        self.trouble.lock().short_after = Some(submissions);
     }
 
     /// Gives the device up at once, as a driver does that resets it, for tests: everything on it is gone.

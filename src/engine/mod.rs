@@ -370,7 +370,7 @@ impl<'d> Engine<'d> {
         let host = started.elapsed();
         self.device.submit(encoder)?;
         self.uploader.recycle();
-        self.moves_submitted(plan, caches, moves)?;
+        self.moves_submitted(plan, moves)?;
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
         let mut bytes = Vec::with_capacity(length);
         self.back.read(self.device, length, &mut bytes)?;

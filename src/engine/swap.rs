@@ -277,7 +277,7 @@ impl Engine<'_> {
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let moves = self.record_moves(&mut encoder, plan, caches)?;
         self.device.submit(encoder)?;
-        self.moves_submitted(plan, caches, moves)?;
+        self.moves_submitted(plan, moves)?;
         if let Some(swap) = &mut self.swap {
             swap.drain(self.device)?;
         }
@@ -301,37 +301,33 @@ impl Engine<'_> {
             let pages = Vec::with_capacity(all);
             swap.caches.insert(transfer.session, HostCache { pages, all, ..HostCache::default() });
         }
+        self.move_slots(plan, caches)?;
+        let swap = self.swap.as_mut().expect("this engine swaps");
         swap.record(self.device, encoder, plan, caches)
     }
 
-    /// After the submission of a step: reads what left before, and moves what slots hold of sessions whose last pages moved.
-    pub(super) fn moves_submitted(
-        &mut self,
-        plan: &StepPlan,
-        caches: &Caches,
-        left: Leaving,
-    ) -> Result<(), EngineError> {
-        let Some(swap) = &mut self.swap else { return Ok(()) };
-        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
-        swap.submitted(self.device, left, moved)?;
+    /// Moves what slots hold of sessions whose last pages move. They have no rows in this step, so that it can be done before it;
+    /// after its submission nothing is to fail but for a lost device.
+    fn move_slots(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
         for transfer in plan.transfers.iter().filter(|transfer| transfer.last) {
-            let slot = caches.slot(transfer.session);
+            let Some(slot) = caches.slot(transfer.session) else { continue };
             match transfer.direction {
                 Direction::Out => {
-                    let read = slot.map(|slot| self.read_slot(slot)).transpose()?;
+                    let read = self.read_slot(slot)?;
                     let swap = self.swap.as_mut().expect("this engine swaps");
-                    if let (Some(cache), Some(read)) = (swap.caches.get_mut(&transfer.session), read) {
-                        cache.slot = read;
-                    }
+                    swap.caches.entry(transfer.session).and_modify(|cache| cache.slot = read);
                 }
-                Direction::In => {
-                    if let Some(slot) = slot {
-                        self.write_slot(slot, transfer.session)?;
-                    }
-                }
+                Direction::In => self.write_slot(slot, transfer.session)?,
             }
         }
         Ok(())
+    }
+
+    /// After the submission of a step: reads what left before.
+    pub(super) fn moves_submitted(&mut self, plan: &StepPlan, left: Leaving) -> Result<(), EngineError> {
+        let Some(swap) = &mut self.swap else { return Ok(()) };
+        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
+        swap.submitted(self.device, left, moved)
     }
 
     /// Time of moving a chunk's bytes through plain mapped copies, out and in: what the link does at best, pages or not. The

@@ -12,9 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::Duration;
 
-use super::{
-    Backend, BackendError, Caches, Direction, Fault, Rates, SessionId, StepPlan, StepResult, Transfer,
-};
+use super::{Backend, BackendError, Caches, Direction, Fault, Rates, SessionId, StepPlan, StepResult, Transfer};
 use crate::pool::PoolError;
 use crate::pool::page_table::KeptTokens;
 
@@ -187,6 +185,11 @@ impl Simulation {
         let whole: BTreeSet<_> = self.whole.keys().copied().collect();
         self.host.retain(|session, _| whole.contains(session));
         whole
+    }
+
+    /// Calls so far, steps and evictions alike.
+    pub const fn calls(&self) -> u64 {
+        self.calls
     }
 
     /// What the pages of a session hold, without the rubbish that may stand behind it.
