@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use concertina::compression::Compression;
+use concertina::device::loss::Failure;
 use concertina::device::staging::{Uploader, download};
 use concertina::device::{AdapterRequest, Device, DeviceError};
 use concertina::engine::swap::HostCopies;
@@ -188,7 +189,7 @@ fn submissions_that_find_no_memory_change_no_answer_gpu() {
         step += 1;
         if step % 3 == 0 {
             // Steps are one submission where nothing is evicted, and evictions a few.
-            device.run_short_after(step / 3 % 5);
+            device.fail_after(step / 3 % 5, Failure::NoMemory);
         }
         let report = s.step(&mut engine).expect("there is memory for the next try");
         shortages += u32::from(report.shortage.is_some());
@@ -200,7 +201,7 @@ fn submissions_that_find_no_memory_change_no_answer_gpu() {
         assert_eq!(session.moves.dropped, 0, "{id:?}: nothing was lost");
         assert_eq!(session.produced, expected.produced, "{id:?} answers as undisturbed");
     }
-    device.run_short_after(u32::MAX);
+    device.fail_after(u32::MAX, Failure::NoMemory);
     s.step(&mut engine).expect("nothing is left to do");
     all_back(&s, &engine);
 }

@@ -17,20 +17,25 @@ struct Heard {
     lost: Option<String>,
     /// The first error that no scope has caught.
     error: Option<wgpu::Error>,
-    /// How many submissions go well before one is to find no memory, in tests.
-    short_after: Option<u32>,
+    /// How many submissions go well before one is to fail in a test, and how.
+    fails_after: Option<(u32, Failure)>,
+}
+
+/// What a test can wish for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// A submission finds no memory, and is not made.
+    NoMemory,
+    /// The device is lost before a submission.
+    Loss,
 }
 
 impl Heard {
-    /// Counts a submission.
-    fn count_down(&mut self) {
-        self.short_after = match self.short_after {
-            Some(0) => {
-                self.error.get_or_insert(wgpu::Error::OutOfMemory { source: "a test wants it so".into() });
-                None
-            }
-            left => left.map(|n| n - 1),
-        };
+    /// Counts a submission; how it is to fail.
+    fn count_down(&mut self) -> Option<Failure> {
+        let (left, failure) = self.fails_after?;
+        self.fails_after = left.checked_sub(1).map(|left| (left, failure));
+        (left == 0).then_some(failure)
     }
 }
 
@@ -70,7 +75,15 @@ impl Device {
     /// As [`Self::check`].
     pub(crate) fn submit(&self, encoder: wgpu::CommandEncoder) -> Result<(), DeviceError> {
         let commands = encoder.finish();
-        self.trouble.lock().count_down();
+        let failure = self.trouble.lock().count_down();
+        match failure {
+            Some(Failure::Loss) => self.destroy(),
+            Some(Failure::NoMemory) => {
+                let error = wgpu::Error::OutOfMemory { source: "a test wants it so".into() };
+                self.trouble.lock().error.get_or_insert(error);
+            }
+            None => {}
+        }
         self.check()?;
         self.queue.submit([commands]);
         self.check()
@@ -113,10 +126,10 @@ impl Device {
         }
     }
 
-    /// Lets a submission find no memory after so many that go well, for tests.
+    /// Lets a submission fail after so many that go well, for tests.
     #[doc(hidden)]
-    pub fn run_short_after(&self, submissions: u32) {
-        self.trouble.lock().short_after = Some(submissions);
+    pub fn fail_after(&self, submissions: u32, failure: Failure) {
+        self.trouble.lock().fails_after = Some((submissions, failure));
     }
 
     /// Gives the device up at once, as a driver does that resets it, for tests: everything on it is gone.

@@ -281,6 +281,11 @@ impl<'d> Engine<'d> {
         if config.max_logit_rows > config.max_sessions { sizes.logits } else { sizes.tokens }
     }
 
+    /// The device that it is on.
+    pub const fn device(&self) -> &'d Device {
+        self.device
+    }
+
     /// The model's shape.
     pub const fn geometry(&self) -> &ModelGeometry {
         &self.geometry

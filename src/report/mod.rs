@@ -48,7 +48,7 @@ pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow}
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
-pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
+pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use switch::{SwitchReport, SwitchRow};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;
