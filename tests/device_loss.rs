@@ -175,6 +175,41 @@ fn sessions_survive_devices_that_are_lost_gpu() {
 
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn a_copy_that_is_not_handed_over_is_missed_gpu() {
+    let weights = common::tiny_model(4);
+    let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed, "full")).collect();
+    let config = tight(&weights, &config(&["full"]), &all[7], 26);
+    let device = common::device();
+    let (mut engine, caches) = Engine::new(device, &weights, &config).expect("the budget suffices");
+    let mut s = schedule(&config, caches, &all);
+    while !s.sessions().any(|(_, session)| session.place == Place::Host) {
+        s.step(&mut engine).expect("the step runs");
+    }
+    engine.settle().expect("nothing is lost");
+    let copies = engine.take_copies();
+    assert_eq!(copies.sessions().len(), 1, "one is whole");
+    s.device_lost(&copies.sessions()).expect("the pool agrees");
+    let (mut engine, _) = Engine::new(device, &weights, &config).expect("the budget suffices");
+    let error = loop {
+        match s.step(&mut engine) {
+            Ok(_) => assert!(!s.is_idle(), "nobody can answer without its cache"),
+            Err(error) => break error,
+        }
+    };
+    assert!(error.to_string().contains("is not in host memory"), "{error}");
+    // As the first try of a step that fails: once it is there, all goes on.
+    engine.keep_copies(copies);
+    while !s.is_idle() {
+        s.step(&mut engine).expect("it is there");
+    }
+    let expected = undisturbed(&weights, &EngineConfig { budget: Bytes::mib(64), ..config }, &all);
+    for ((id, session), expected) in s.sessions().zip(&expected) {
+        assert_eq!(session.produced, expected.produced, "{id:?} answers as undisturbed");
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn submissions_that_find_no_memory_change_no_answer_gpu() {
     let weights = common::tiny_model(4);
     let device = own_device();

@@ -1,6 +1,7 @@
 //! Runs that outlive their device.
 
 use anyhow::{Result, anyhow};
+use concertina::device::{AdapterRequest, Device};
 use concertina::engine::swap::HostCopies;
 use concertina::engine::{Engine, EngineError};
 use concertina::report::FaultsReport;
@@ -38,7 +39,7 @@ impl Losses {
             return Err(error.into());
         }
         if self.report.device_losses == MOST {
-            return Err(anyhow!("{error}, after {MOST} devices before it; give a smaller --chunk"));
+            return Err(anyhow!("{error}, as {MOST} before it were; give a smaller --chunk"));
         }
         self.copies = engine.take_copies();
         let loss = scheduler.device_lost(&self.copies.sessions())?;
@@ -54,6 +55,15 @@ impl Losses {
         self.report.caches_restored += loss.restored.len();
         self.report.caches_recomputed += loss.recomputed.len();
         Ok(())
+    }
+
+    /// Opens a device: the first one, or one in place of another.
+    pub(super) fn open(&self, request: &AdapterRequest) -> Result<Device> {
+        let opened = Device::open(request);
+        if self.report.device_losses == 0 {
+            return Ok(opened?);
+        }
+        opened.map_err(|error| anyhow!("no other device in place of the one that was lost: {error}"))
     }
 
     /// Gives an engine that was made anew what the one before it had in host memory. `caches` are its own, which nobody needs.

@@ -21,7 +21,7 @@
 use std::time::Duration;
 
 use super::batch::{Direction, Transfer};
-use super::{Backend, Place, Scheduler, Session, SessionId, StepPlan, StepReport};
+use super::{Backend, Place, Request, Scheduler, Session, SessionId, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -181,6 +181,12 @@ impl Scheduler {
         let tail = session.request.max_tokens() - self.cached_tokens(id);
         for at in session.rungs..session.request.ladder.len() {
             let rung = self.sessions[&id].request.ladder[at].clone();
+            // A cache that is dropped later begins with its document in f16 where the rung evicts: an empty pool has to hold that.
+            let again = Request { compression: rung.clone(), ..self.sessions[&id].request.clone() };
+            let fits = |pages: Vec<_>| self.caches.pool.slabs_for(&pages) <= self.caches.pool.capacity();
+            if !self.caches.pages_needed(&again).is_ok_and(fits) {
+                continue;
+            }
             if self.caches.harden(id, &rung, tail)? {
                 let session = self.session_mut(id);
                 session.rungs = at + 1;

@@ -22,7 +22,7 @@ type Content = Vec<u64>;
 /// What goes wrong in a simulation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SimulatedFault {
-    /// The first and the last call of the backend that it is for, counted from 0: steps and evictions alike.
+    /// Calls of the backend that it is for, counted from 0: steps and evictions alike.
     pub calls: Range<u64>,
     /// Of these, steps of more rows than this; an eviction counts as one row.
     pub above_rows: u32,

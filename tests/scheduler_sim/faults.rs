@@ -298,6 +298,33 @@ fn smaller_steps_grow_again_after_so_many_that_went_well() {
     assert_eq!((at(8), at(16), at(32)), (well, 1 + well, 1 + well), "twice as many after each {GOOD_STEPS} good steps");
 }
 
+/// Codes of 520 tokens fit, and so do the tokens that an eviction keeps of them; the f16 document that such a cache begins with
+/// does not, so that one which was dropped could never be made again.
+#[test]
+fn a_cache_moves_to_no_rung_that_could_not_be_computed_again() {
+    let shape = full(2, 2, 16);
+    let config = ScheduleConfig { max_rows: 64, max_sessions: 8, context_length: 600, host: HostConfig::default() };
+    let mut s = Scheduler::new(config, caches(shape, abilities(&shape, &["kivi4"], 4), 64, 9, 9));
+    let ladder = vec![compressed("token=keydiff:0.3,hidden=kivi4")];
+    let round = Round { tokens: vec![3; 4], max_new: 4, think: Duration::from_millis(20) };
+    for _ in 0..8 {
+        let (compression, rounds) = (compressed("kivi4"), vec![round.clone(); 2]);
+        let request = Request { compression, rounds, ladder: ladder.clone(), ..Request::new(vec![1; 520], 4) };
+        let rung = Request { compression: ladder[0].clone(), ..request.clone() };
+        let pages = s.caches().pages_needed(&rung).expect("it is served");
+        assert!(s.caches().pool.slabs_for(&pages) > s.caches().pool.capacity(), "the rung does not fit from the start");
+        s.submit(request).expect("codes fit");
+    }
+    let mut backend = Simulation::new(1, 40);
+    let mut steps = 0;
+    while !s.is_idle() {
+        s.step(&mut backend).expect("nothing fails");
+        steps += 1;
+        assert!(steps < 5_000, "{} wait for ever", s.waiting().len());
+    }
+    assert!(s.sessions().any(|(_, session)| session.moves.dropped > 0), "caches were dropped");
+}
+
 /// A device that clears slots in steps that go well.
 struct Slots {
     simulation: Simulation,
