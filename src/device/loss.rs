@@ -110,7 +110,10 @@ impl Device {
     /// Waits until all submitted work is done and mapped buffers are ready.
     ///
     /// # Errors
-    /// As [`Self::check`].
+    /// [`DeviceError::Lost`], [`DeviceError::NoMemory`].
+    ///
+    /// # Panics
+    /// When wgpu has refused a call on a device that is there: a defect.
     pub fn wait(&self) -> Result<(), DeviceError> {
         self.poll()?;
         self.check()
