@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use concertina::compression::hidden::HiddenCodec;
 use concertina::geometry::{Bytes, PageGeometry};
 use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
-use concertina::pool::{PageId, PagePool, PoolError, PoolLayout};
+use concertina::pool::{PageId, PagePool, PoolError, PoolLayout, PoolReport};
 use model::{KIB, Model, layout};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -71,6 +71,55 @@ proptest! {
         prop_assert_eq!(now.committed_bytes, Bytes::ZERO);
         prop_assert_eq!(now.slack_bytes, untouched.0.slack_bytes);
         prop_assert_eq!(format!("{ranges:?}"), untouched.1, "the table entries should be whole again");
+    }
+}
+
+proptest! {
+    #![proptest_config(cases())]
+
+    /// Whatever a step took that failed, the next one finds what it would have found.
+    #[test]
+    fn rows_that_are_taken_back_leave_no_trace(
+        (num_layers, num_kv_heads) in (1u32..4, 1u32..3),
+        growth in prop::collection::vec((0u32..40, 0u32..40), 1..12),
+        codec in prop::sample::select(vec!["f16", "rot3", "f32"]),
+        closed in any::<bool>(),
+    ) {
+        let (mut pool, mut ranges) = roomy();
+        let shape = TableShape { num_layers, num_kv_heads, codec: codec.parse().expect("a codec"), ..SHAPE };
+        let mut window = Window::new(shape.page, num_kv_heads, 40, true);
+        let mut table = admit(&mut pool, &mut ranges, shape, 1_000).expect("the pool is roomy");
+        if closed {
+            // A list that keeps nothing does not grow.
+            let kept = (0..shape.num_lists()).map(|list| (list != 0).then(Vec::new).into()).collect();
+            table.keep(&mut pool, kept, &[], 7).expect("nothing is kept");
+        }
+        for (failing, n) in growth {
+            let (before, mut clone) = (pool.report(), (pool.clone(), table.clone()));
+            window.clear();
+            let failing = table.cut(failing);
+            table.grow(&mut pool, &mut window, failing).expect("growth within the admission");
+            let after = pool.report();
+            let grown = after.pages_in_use_bytes > before.pages_in_use_bytes;
+            table.ungrow(&mut pool).expect("the pool should agree");
+            let exact = PoolReport { peak_bytes: after.peak_bytes, pages_peak_bytes: after.pages_peak_bytes, ..before };
+            prop_assert_eq!(pool.report(), exact, "all but the peak, after {} rows", failing);
+            prop_assert!(!grown || after != pool.report(), "a page that was taken shows in this comparison");
+            prop_assert_eq!((table.n_tokens(), table.promised_bytes()), (clone.1.n_tokens(), clone.1.promised_bytes()));
+            prop_assert!(table.sealing_pages().is_empty() && (failing == 0 || table.is_dirty()), "the device may not know");
+            let n = table.cut(n);
+            for (pool, table) in [(&mut pool, &mut table), (&mut clone.0, &mut clone.1)] {
+                window.clear();
+                table.grow(pool, &mut window, n).expect("growth within the admission");
+            }
+            let pages = |table: &PageTable| table.page_ids().collect::<Vec<_>>();
+            prop_assert_eq!(pages(&table), pages(&clone.1), "the same pages as if nothing had failed");
+            table.retire();
+            table.ungrow(&mut pool).expect("nothing to take back");
+            prop_assert_eq!(pages(&table), pages(&clone.1), "a step that is over stays");
+        }
+        table.release(&mut pool, &mut ranges).expect("the pool should agree");
+        prop_assert_eq!((pool.report().pages_in_use_bytes, pool.report().committed_bytes), (Bytes::ZERO, Bytes::ZERO));
     }
 }
 

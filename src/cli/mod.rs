@@ -24,6 +24,7 @@ mod interrupt;
 mod kl;
 mod kl_job;
 mod load;
+mod losses;
 mod needle;
 mod output;
 mod perplexity;

@@ -7,18 +7,22 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::compression::Compression;
-use concertina::device::Device;
 use concertina::disk::session_file::Origin;
-use concertina::engine::{Engine, EngineConfig};
+use concertina::engine::{Engine, EngineConfig, EngineError};
 use concertina::geometry::Bytes;
-use concertina::report::{DeviceReport, Meter, Program, RoundReport, RunReport, RunSettings, SessionReport, Trace};
-use concertina::schedule::{Answer, HostConfig, Request, Round, ScheduleConfig, Scheduler, SessionId, Store};
+use concertina::report::{
+    DeviceReport, FaultsReport, Meter, Program, RoundReport, RunReport, RunSettings, SessionReport, Trace,
+};
+use concertina::schedule::{
+    Answer, Caches, HostConfig, Rates, Request, Round, ScheduleConfig, Scheduler, SessionId, StepReport, Store,
+};
 
 use super::args::{self, CacheArgs, CalibrateArg, Global, ModelArg, SamplingArgs, chooses};
 use super::documents::{self, Inquiry, Prompt};
 use super::failure::{INTERRUPTED, usage};
 use super::interrupt;
 use super::load::{self, Model};
+use super::losses::Losses;
 use super::output::{Output, OutputFile};
 use super::run_progress::SessionBars;
 use super::session_dir::{self, SessionDir};
@@ -30,6 +34,9 @@ use super::session_dir::{self, SessionDir};
 /// need, and those that hold pages compute together, their prompts cut into chunks that fit beside the decode rows. The
 /// others wait in the order given; one that has answered gives up its pages to them. At the end every page is back; if not,
 /// the command fails.
+///
+/// Where the device has no memory for a step, the step is made smaller. Where the device is lost, another one is opened, three
+/// times at most; caches in host memory come back from there, and the others are computed again.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -149,46 +156,71 @@ struct Sessions {
     origin: Origin,
 }
 
+/// What a run has come to, whatever device it is on.
+struct Running {
+    scheduler: Scheduler,
+    ids: Vec<SessionId>,
+    meter: Meter,
+    trace: Option<Trace>,
+    /// Bytes of pages that each session held last.
+    cached: Vec<Bytes>,
+}
+
 /// Runs sessions.
 pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
+    run_by(&mut |scheduler, engine| scheduler.step(engine), args, global)
+}
+
+/// How a step is taken: in tests, not always well.
+type Step<'s> = &'s mut dyn FnMut(&mut Scheduler, &mut Engine<'_>) -> Result<StepReport, EngineError>;
+
+/// Runs sessions on a device, and on another one where that is lost.
+fn run_by(step: Step<'_>, args: &RunArgs, global: &Global) -> Result<ExitCode> {
     let output = Output::open(global.json.as_deref())?;
     let trace_file = args.trace.as_deref().map(|path| OutputFile::open("the trace", path)).transpose()?;
     let request = global.adapter()?;
     let (job, model) = prepare(args)?;
-    let device = Device::open(&request)?;
-    let weights = model.weights()?;
-    let (mut engine, mut caches) = load::engine(&device, &weights, &job.config)?;
-    drop(weights);
-    load::calibrate(&mut engine, &mut caches, &model, &job.config, args.calibration.calibrate.as_deref())?;
-    let device_report = DeviceReport::new(&device, Some(engine.clock()));
-    let model_report = model.report(Some(engine.weight_bytes()));
-    interrupt::install()?;
-    output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
-
-    let rates = engine.link_rates()?;
-    let disk_rates = job.sessions.as_ref().map(|sessions| sessions.folder.rates()).transpose()?;
-    if let Some(sessions) = &job.sessions {
-        engine.keep_in(sessions.folder.path().to_owned());
-    }
-    let host = HostConfig {
-        budget: job.settings.host_budget_bytes,
-        rates,
-        disk_budget: job.settings.disk_budget_bytes,
-        disk_rates: disk_rates.unwrap_or_default(),
-        ..HostConfig::default()
+    let mut losses = Losses::default();
+    let mut running: Option<Running> = None;
+    let (device_report, model_report, saved) = loop {
+        let device = losses.open(&request)?;
+        // Their copy on the host is gone while the run goes on; another device gets them from the file.
+        let weights = model.weights()?;
+        let (mut engine, mut caches) = load::engine(&device, &weights, &job.config)?;
+        drop(weights);
+        load::calibrate(&mut engine, &mut caches, &model, &job.config, args.calibration.calibrate.as_deref())?;
+        if let Some(sessions) = &job.sessions {
+            engine.keep_in(sessions.folder.path().to_owned());
+        }
+        let device_report = DeviceReport::new(&device, Some(engine.clock()));
+        let model_report = model.report(Some(engine.weight_bytes()));
+        let running = match &mut running {
+            Some(running) => {
+                losses.hand_over(&mut engine, &caches, &running.scheduler)?;
+                running
+            }
+            None => {
+                interrupt::install()?;
+                output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
+                let trace = trace_file.is_some().then(Trace::default);
+                running.insert(begin(&job, &model, engine.link_rates()?, caches, trace)?)
+            }
+        };
+        match steps(&job, step, &mut engine, running)? {
+            Ok(()) => {
+                let saved = save(&job, &model, &running.ids, &mut engine, &running.scheduler)?;
+                break (device_report, model_report, saved);
+            }
+            Err(error) => losses.take(error, &mut engine, &mut running.scheduler)?,
+        }
     };
-    let config = ScheduleConfig { host, ..load::schedule_config(&job.config) };
-    let mut scheduler = Scheduler::new(config, caches);
-    let mut meter = Meter::default();
-    let ids = submit(&job, &model, &mut scheduler, &mut meter)?;
-    let mut trace = trace_file.is_some().then(Trace::default);
-    let cached = steps(&job, &ids, &mut engine, &mut scheduler, (&mut meter, trace.as_mut()))?;
+    let Running { mut scheduler, ids, meter, trace, cached } = running.expect("it ran");
     if let (Some(file), Some(trace)) = (trace_file, trace) {
         file.write(trace.json(scheduler.now()).as_bytes())?;
     }
 
     let interrupted = interrupt::requested();
-    let (saved, failed) = save(&job, &model, &ids, &mut engine, &scheduler)?;
+    let (saved, failed) = saved;
     for id in &ids {
         scheduler.cancel(*id)?;
     }
@@ -203,6 +235,7 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         host_peak_bytes: scheduler.away_bytes(Store::Host).1,
         disk_peak_bytes: scheduler.away_bytes(Store::Disk).1,
         elapsed_s: scheduler.now().as_secs_f64(),
+        faults: FaultsReport { steps_shrunk: meter.steps_shrunk(), ..losses.report },
         interrupted,
     };
     output.text(&report)?;
@@ -310,7 +343,17 @@ fn one_each(compressions: &[Compression], documents: usize) -> Result<Vec<Compre
 }
 
 /// Queues every session.
-fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter) -> Result<Vec<SessionId>> {
+fn begin(job: &Job, model: &Model, rates: Rates, caches: Caches, trace: Option<Trace>) -> Result<Running> {
+    let disk_rates = job.sessions.as_ref().map(|sessions| sessions.folder.rates()).transpose()?;
+    let host = HostConfig {
+        budget: job.settings.host_budget_bytes,
+        rates,
+        disk_budget: job.settings.disk_budget_bytes,
+        disk_rates: disk_rates.unwrap_or_default(),
+        ..HostConfig::default()
+    };
+    let config = ScheduleConfig { host, ..load::schedule_config(&job.config) };
+    let (mut scheduler, mut meter) = (Scheduler::new(config, caches), Meter::default());
     let mut ids = Vec::new();
     let all = job.inquiries.iter().zip(&job.prompts).zip(&job.compressions);
     let round =
@@ -328,47 +371,47 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
             priority: 0,
             keep: job.sessions.is_some(),
         };
-        meter.session(scheduler, &request);
+        meter.session(&scheduler, &request);
         ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);
     }
-    Ok(ids)
+    let mut running = Running { scheduler, meter, trace, cached: vec![Bytes::ZERO; ids.len()], ids };
+    if let Some(trace) = &mut running.trace {
+        running.ids.iter().zip(&job.inquiries).for_each(|(id, inquiry)| trace.name(*id, &inquiry.document));
+        trace.step(&running.scheduler);
+    }
+    Ok(running)
 }
 
-/// Steps until every session has ended, or an interrupt cancels those that have not; the bytes of pages that each held
-/// last.
-fn steps(
-    job: &Job,
-    ids: &[SessionId],
-    engine: &mut Engine<'_>,
-    scheduler: &mut Scheduler,
-    (meter, mut trace): (&mut Meter, Option<&mut Trace>),
-) -> Result<Vec<Bytes>> {
-    if let Some(trace) = &mut trace {
-        ids.iter().zip(&job.inquiries).for_each(|(id, inquiry)| trace.name(*id, &inquiry.document));
-        trace.step(scheduler);
-    }
+/// Steps until every session has ended, or an interrupt cancels those that have not, or the engine fails.
+fn steps(job: &Job, step: Step<'_>, engine: &mut Engine<'_>, running: &mut Running) -> Result<Result<(), EngineError>> {
+    let Running { scheduler, ids, meter, trace, cached } = running;
     let bars = SessionBars::new(ids.iter().copied().zip(job.inquiries.iter().map(|i| i.document.as_str())));
-    let mut cached = vec![Bytes::ZERO; ids.len()];
     while !scheduler.is_idle() && !interrupt::requested() {
         bars.update(scheduler);
-        let step = scheduler.step(engine)?;
+        let step = match step(scheduler, engine) {
+            Ok(step) => step,
+            Err(error) => {
+                bars.clear();
+                return Ok(Err(error));
+            }
+        };
         let moved = step.out_bytes + step.in_bytes > Bytes::ZERO;
-        let moved = moved || !step.compressed.is_empty() || !step.evicted.is_empty();
+        let moved = moved || !step.compressed.is_empty() || !step.evicted.is_empty() || step.shortage.is_some();
         if step.prefill_rows + step.decode_rows == 0 && !moved && step.idle.is_zero() && step.asked.is_empty() {
             return Err(anyhow!("no session can take a step, though {} wait: a defect", scheduler.waiting().len()));
         }
         meter.step(scheduler, &step, engine.last_step().device);
-        if let Some(trace) = &mut trace {
+        if let Some(trace) = trace {
             trace.step(scheduler);
         }
-        for (id, cached) in ids.iter().zip(&mut cached) {
+        for (id, cached) in ids.iter().zip(&mut *cached) {
             if let Some(table) = scheduler.caches().tables.get(id) {
                 *cached = table.held_bytes();
             }
         }
     }
     bars.clear();
-    Ok(cached)
+    Ok(Ok(()))
 }
 
 /// A session in a file: its name, and the file's bytes.
@@ -427,4 +470,87 @@ fn session_reports(
         }
     })
     .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use concertina::device::loss::Failure;
+    use concertina::model::reference_model_path;
+    use concertina::schedule::Place;
+    use serde_json::Value;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        run: RunArgs,
+        #[command(flatten)]
+        global: Global,
+    }
+
+    /// What a run of two documents, of which one fits, reports, where some steps fail.
+    fn report(step: Step<'_>) -> Value {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        std::fs::write(path("a.txt"), "The town lies by the sea. ".repeat(4)).expect("written");
+        std::fs::write(path("b.txt"), "The mill stands on the hill. ".repeat(4)).expect("written");
+        let (a, b, json, model) =
+            (path("a.txt"), path("b.txt"), path("report.json"), reference_model_path().display().to_string());
+        let line = ["run", "--model", &model, "--document", &a, &b, "--ask", "Where is it?", "--then", "Say it again."];
+        let sizes = ["--max-new", "4", "--context", "256", "--kv-budget", "11MiB", "--host-budget", "64MiB"];
+        let line = Line::parse_from(line.iter().chain(&sizes).chain(&["--json", &json]));
+        run_by(step, &line.run, &line.global).expect("it goes on");
+        serde_json::from_slice(&std::fs::read(json).expect("written")).expect("JSON")
+    }
+
+    fn answers(report: &Value) -> Vec<&Value> {
+        let sessions = report["sessions"].as_array().expect("a list").iter();
+        sessions
+            .flat_map(|session| session["rounds"].as_array().expect("a list"))
+            .map(|round| &round["answer"])
+            .collect()
+    }
+
+    #[test]
+    #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+    fn a_run_goes_on_when_memory_is_short_and_the_device_is_lost_gpu() {
+        let undisturbed = report(&mut |scheduler, engine| scheduler.step(engine));
+        assert_eq!(undisturbed["faults"]["device_losses"], 0, "nothing went wrong");
+        assert_eq!(undisturbed["metrics"]["concurrency"]["resident_max"], 1, "there is room for one");
+        let (mut steps, mut lost) = (0, false);
+        let disturbed = report(&mut |scheduler, engine| {
+            steps += 1;
+            let somewhere = |place: Place| scheduler.sessions().any(|(_, session)| session.place == place);
+            if steps == 2 {
+                engine.device().fail_after(0, Failure::NoMemory);
+            } else if !lost && somewhere(Place::Host) && somewhere(Place::Device) {
+                lost = true;
+                // Not in the step that follows: until then the last pages are on the device.
+                engine.device().fail_after(1, Failure::Loss);
+            }
+            scheduler.step(engine)
+        });
+        let faults = &disturbed["faults"];
+        assert_eq!((&faults["device_losses"], &faults["steps_shrunk"]), (&1.into(), &1.into()), "{faults}");
+        let caches = ["caches_restored", "caches_recomputed"].map(|name| faults[name].as_u64().expect("a number"));
+        assert_eq!(caches, [1, 1], "one was on the host and one on the device: {faults}");
+        assert_eq!(answers(&disturbed), answers(&undisturbed), "the answers are the same");
+        assert_eq!(answers(&disturbed).len(), 4, "two documents, two questions");
+        assert_eq!(disturbed["pool"]["pages_in_use_bytes"], 0, "all bytes are back");
+    }
+
+    #[test]
+    #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+    fn a_device_that_is_lost_again_and_again_is_an_error_gpu() {
+        let error = std::panic::catch_unwind(|| {
+            report(&mut |scheduler, engine| {
+                engine.device().fail_after(0, Failure::Loss);
+                scheduler.step(engine)
+            })
+        });
+        let message = error.expect_err("it gives up").downcast::<String>().expect("a message");
+        assert!(message.contains("as 3 before it were; give a smaller --chunk"), "{message}");
+    }
 }

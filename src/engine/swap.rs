@@ -9,7 +9,7 @@
 //! engine. A chunk that left is read while the device computes the next step.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -41,6 +41,19 @@ pub struct HostCache {
     pub slot: Vec<u8>,
     /// Bytes of pages that are back on the device.
     returned: u64,
+    /// Bytes of pages that it has when it is whole.
+    all: Bytes,
+}
+
+/// Whole caches away from the device, which outlive their engine.
+#[derive(Debug, Default)]
+pub struct HostCopies(BTreeMap<SessionId, HostCache>);
+
+impl HostCopies {
+    /// Whose caches they are.
+    pub fn sessions(&self) -> BTreeSet<SessionId> {
+        self.0.keys().copied().collect()
+    }
 }
 
 /// Pages away from the device.
@@ -53,9 +66,10 @@ pub enum HostPages {
 }
 
 impl HostCache {
-    /// Of these pages, and what its slot held.
+    /// A whole one: its pages, and what its slot held.
     pub const fn new(pages: HostPages, slot: Vec<u8>) -> Self {
-        Self { pages, slot, returned: 0 }
+        let all = pages.bytes();
+        Self { pages, slot, returned: 0, all }
     }
 }
 
@@ -211,17 +225,17 @@ impl Swap {
     }
 
     /// Begins to keep a cache that leaves.
-    fn begin(&mut self, transfer: &Transfer, bytes: Bytes) {
+    fn begin(&mut self, transfer: &Transfer, all: Bytes) {
         let pages = match (transfer.store, &self.folder) {
             (Store::Host, _) => {
-                Ok(HostPages::Memory(Vec::with_capacity(usize::try_from(bytes.0).expect("a cache fits in memory"))))
+                Ok(HostPages::Memory(Vec::with_capacity(usize::try_from(all.0).expect("a cache fits in memory"))))
             }
             (Store::Disk, Some(folder)) => PagesFile::create(folder).map(HostPages::File),
             (Store::Disk, None) => Err(io::ErrorKind::NotFound.into()),
         };
         match pages {
             Ok(pages) => {
-                self.caches.insert(transfer.session, HostCache::new(pages, Vec::new()));
+                self.caches.insert(transfer.session, HostCache { pages, slot: Vec::new(), returned: 0, all });
             }
             Err(_) => self.lost.push(transfer.session),
         }
@@ -255,11 +269,10 @@ impl Swap {
                 continue;
             }
             let length = usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
-            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
+            let cache = self.caches.get(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
             match cache.pages.read(cache.returned, length) {
                 Ok(chunk) => {
                     chunks.push(Cow::Owned(chunk.into_owned()));
-                    cache.returned += transfer.bytes.0;
                     coming.add(caches, transfer);
                 }
                 Err(_) => self.lose(transfer.session),
@@ -312,6 +325,20 @@ impl Swap {
         Ok(())
     }
 
+    /// After a step: what came back is not needed any more if it went well, and what was to leave has not begun to if not.
+    pub(super) fn settle(&mut self, plan: &StepPlan, went_well: bool) {
+        for Transfer { session, direction, pages, bytes, last, .. } in &plan.transfers {
+            match direction {
+                Direction::In if went_well && !last => {
+                    self.caches.entry(*session).and_modify(|cache| cache.returned += bytes.0);
+                }
+                Direction::In if went_well => drop(self.caches.remove(session)),
+                Direction::Out if !went_well && pages.start == 0 => drop(self.caches.remove(session)),
+                _ => {}
+            }
+        }
+    }
+
     fn lose(&mut self, session: SessionId) {
         self.caches.remove(&session);
         self.lost.push(session);
@@ -349,8 +376,8 @@ impl Engine<'_> {
     pub(super) fn move_alone(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let moves = self.record_moves(&mut encoder, plan, caches)?;
-        self.device.queue.submit([encoder.finish()]);
-        self.moves_submitted(plan, caches, moves)?;
+        self.device.submit(encoder)?;
+        self.moves_submitted(plan, moves)?;
         if let Some(swap) = &mut self.swap {
             swap.drain(self.device)?;
         }
@@ -369,42 +396,35 @@ impl Engine<'_> {
         }
         let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
         for transfer in plan.transfers.iter().filter(|t| t.direction == Direction::Out && t.pages.start == 0) {
-            swap.begin(transfer, caches.suspended_bytes(transfer.session));
+            swap.begin(transfer, caches.tables[&transfer.session].held_bytes());
         }
+        self.move_slots(plan, caches)?;
+        let swap = self.swap.as_mut().expect("this engine swaps");
         swap.record(self.device, encoder, plan, caches)
     }
 
-    /// After the submission of a step: reads what left before, and moves what slots hold of sessions whose last pages moved.
-    pub(super) fn moves_submitted(
-        &mut self,
-        plan: &StepPlan,
-        caches: &Caches,
-        left: Leaving,
-    ) -> Result<(), EngineError> {
-        let Some(swap) = &mut self.swap else { return Ok(()) };
-        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
-        swap.submitted(self.device, left, moved)?;
-        let lost = swap.lost.clone();
-        for transfer in plan.transfers.iter().filter(|t| t.last && !lost.contains(&t.session)) {
-            let slot = caches.slot(transfer.session);
+    /// Moves what slots hold of sessions whose last pages move. They have no rows in this step, so that it can be done before it;
+    /// after its submission nothing is to fail but for a lost device.
+    fn move_slots(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
+        for transfer in plan.transfers.iter().filter(|transfer| transfer.last) {
+            let Some(slot) = caches.slot(transfer.session) else { continue };
             match transfer.direction {
                 Direction::Out => {
-                    let read = slot.map(|slot| self.read_slot(slot)).transpose()?;
+                    let read = self.read_slot(slot)?;
                     let swap = self.swap.as_mut().expect("this engine swaps");
-                    if let (Some(cache), Some(read)) = (swap.caches.get_mut(&transfer.session), read) {
-                        cache.slot = read;
-                    }
+                    swap.caches.entry(transfer.session).and_modify(|cache| cache.slot = read);
                 }
-                Direction::In => {
-                    let swap = self.swap.as_mut().expect("this engine swaps");
-                    let cache = swap.caches.remove(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-                    if let Some(slot) = slot {
-                        self.write_slot(slot, &cache.slot)?;
-                    }
-                }
+                Direction::In => self.write_slot(slot, transfer.session)?,
             }
         }
         Ok(())
+    }
+
+    /// After the submission of a step: reads what left before.
+    pub(super) fn moves_submitted(&mut self, plan: &StepPlan, left: Leaving) -> Result<(), EngineError> {
+        let Some(swap) = &mut self.swap else { return Ok(()) };
+        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
+        swap.submitted(self.device, left, moved)
     }
 
     /// Time of moving a chunk's bytes through plain mapped copies, out and in: what the link does at best, pages or not. The
@@ -423,7 +443,7 @@ impl Engine<'_> {
             let back = &swap.back[swap.turn];
             let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             encoder.copy_buffer_to_buffer(&swap.packed, 0, back.target(), 0, length);
-            self.device.queue.submit([encoder.finish()]);
+            self.device.submit(encoder)?;
             bytes.clear();
             back.read(self.device, usize::try_from(length).expect("a chunk fits in memory"), &mut bytes)?;
             fastest[0] = fastest[0].min(started.elapsed());
@@ -453,6 +473,25 @@ impl Engine<'_> {
         let Some(swap) = &mut self.swap else { return Ok(None) };
         swap.drain(self.device)?;
         Ok(swap.caches.get(&session))
+    }
+
+    /// Takes the whole caches out of host memory, for an engine that follows this one: after a loss of the device, those of
+    /// which nothing was still on it.
+    pub fn take_copies(&mut self) -> HostCopies {
+        let caches = self.swap.as_mut().map(|swap| std::mem::take(&mut swap.caches)).unwrap_or_default();
+        let whole = caches.into_iter().filter(|(_, cache)| cache.pages.bytes() == cache.all);
+        HostCopies(whole.map(|(id, cache)| (id, HostCache { returned: 0, ..cache })).collect())
+    }
+
+    /// Puts caches into host memory that another engine had there, of the same model and configuration.
+    ///
+    /// # Panics
+    /// When there are some and this engine was made without moving any.
+    pub fn keep_copies(&mut self, copies: HostCopies) {
+        assert!(self.swap.is_some() || copies.0.is_empty(), "an engine that has copies should swap");
+        if let Some(swap) = &mut self.swap {
+            swap.caches.extend(copies.0);
+        }
     }
 
     /// Waits for what is on its way to host memory.
@@ -515,7 +554,7 @@ impl Engine<'_> {
             let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             let swap = self.swap.as_mut().expect("this engine swaps");
             let left = swap.record(self.device, &mut encoder, &plan, caches)?;
-            self.device.queue.submit([encoder.finish()]);
+            self.device.submit(encoder)?;
             let length = left.iter().map(|(_, length)| length).sum();
             if length > 0 {
                 swap.upload.recycle();
@@ -540,15 +579,16 @@ impl Engine<'_> {
                 let n = back.capacity().0.min(length.0 - from);
                 let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
                 encoder.copy_buffer_to_buffer(buffer, at + from, back.target(), 0, n);
-                self.device.queue.submit([encoder.finish()]);
+                self.device.submit(encoder)?;
                 back.read(self.device, usize::try_from(n).expect("a chunk fits in memory"), &mut read)?;
             }
         }
         Ok(read)
     }
 
-    fn write_slot(&mut self, slot: u32, bytes: &[u8]) -> Result<(), EngineError> {
+    fn write_slot(&mut self, slot: u32, session: SessionId) -> Result<(), EngineError> {
         let (Some(swap), Some(Evictions { kernels, .. })) = (&mut self.swap, &self.evictions) else { return Ok(()) };
+        let bytes = &swap.caches.get(&session).ok_or_else(|| not_here(session))?.slot[..];
         let mut rest = bytes;
         for (buffer, at, length) in kernels.slot_parts(slot) {
             let length = usize::try_from(length.0).expect("a slot fits in memory");

@@ -21,6 +21,7 @@ use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::EvictionSizes;
 use crate::pool::PoolError;
 use crate::pool::page_table::{TableShape, Window};
+use crate::schedule::simulation::SimulationError;
 use crate::schedule::virtual_device::VirtualDevice;
 use crate::schedule::workload::{Visit, Workload};
 use crate::schedule::{
@@ -88,6 +89,9 @@ pub enum SimulateError {
     /// The pool.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// A step.
+    #[error(transparent)]
+    Step(#[from] SimulationError),
     /// The schedule makes no progress, which would be a defect.
     #[error("no session can take a step, though {waiting} wait: a defect")]
     Stuck {

@@ -357,6 +357,16 @@ impl PagePool {
         Ok(PageId { arena: u16::try_from(chosen).expect("arenas are few"), cell })
     }
 
+    /// Takes back what [`Self::take`] gave last, where it was not used: the page is free and its commitment there again.
+    ///
+    /// # Errors
+    /// [`PoolError::NotInUse`].
+    pub fn untake(&mut self, page: PageId) -> Result<(), PoolError> {
+        let class = self.free(page)?;
+        self.classes[class].committed += 1;
+        Ok(())
+    }
+
     /// Pages that one slab gives class `c`.
     fn pages_per_slab(&self, c: &PageClass) -> u32 {
         u32::try_from(self.slab.0 / c.page.0).expect("pages of a slab fit in 32 bits")
@@ -384,13 +394,19 @@ impl PagePool {
     /// # Errors
     /// [`PoolError::NotInUse`].
     pub fn release(&mut self, page: PageId) -> Result<(), PoolError> {
+        self.free(page)?;
+        self.released_pages += 1;
+        Ok(())
+    }
+
+    /// Makes a page free; its class.
+    fn free(&mut self, page: PageId) -> Result<usize, PoolError> {
         let not_in_use = PoolError::NotInUse { page };
         let arena = self.arenas.get_mut(usize::from(page.arena)).ok_or(not_in_use.clone())?;
         let class = arena.release(page.cell).ok_or(not_in_use)?;
         self.classes[class].in_use -= 1;
         self.budget.release_pages(self.classes[class].page);
-        self.released_pages += 1;
-        Ok(())
+        Ok(class)
     }
 
     /// What the pool holds now.

@@ -53,7 +53,7 @@ pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow}
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
-pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
+pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
 pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};
 pub use switch::{SwitchReport, SwitchRow};

@@ -31,8 +31,23 @@ pub struct RunReport {
     pub disk_peak_bytes: Bytes,
     /// Time of all steps on the clock of the schedule: host time from planning a step to having its tokens.
     pub elapsed_s: f64,
+    /// What went wrong on the way, and how the run went on.
+    pub faults: FaultsReport,
     /// Whether the run was interrupted; the sessions that had not ended are cancelled.
     pub interrupted: bool,
+}
+
+/// Faults of the device that a run went on after.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FaultsReport {
+    /// Times that the device was lost, and another one opened.
+    pub device_losses: usize,
+    /// Caches that came back from host memory then.
+    pub caches_restored: usize,
+    /// Caches that were computed again then.
+    pub caches_recomputed: usize,
+    /// Steps that found no memory on the device, and were taken back and made smaller.
+    pub steps_shrunk: usize,
 }
 
 /// The arguments of `run` that decide what happens.

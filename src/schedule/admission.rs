@@ -96,7 +96,7 @@ impl Scheduler {
     /// pages too; those that hold theirs go on.
     pub(super) fn admit<B: Backend>(&mut self, backend: &mut B, report: &mut StepReport) -> Result<(), B::Error> {
         let mut blocked = false;
-        let mut seats = (self.config.max_sessions as usize).saturating_sub(self.seated());
+        let mut seats = (self.config.max_sessions.min(self.limit.rows) as usize).saturating_sub(self.seated());
         let mut last = None;
         while seats > 0 && !(blocked && self.nobody_waits_here()) {
             let next = match last {

@@ -378,6 +378,16 @@ impl Caches {
         self.fresh.extend(slots);
     }
 
+    /// Slots that begin at zero in the next step.
+    pub(super) fn fresh(&self) -> Vec<u32> {
+        self.fresh.clone()
+    }
+
+    /// Nobody has a slot any more.
+    pub(super) fn forget_fresh(&mut self) {
+        self.fresh.clear();
+    }
+
     /// What an eviction of a cache of `n_tokens` tokens per list keeps, whose policy has observed into `slot`.
     ///
     /// # Errors
@@ -485,6 +495,8 @@ impl Caches {
         }
         if let Some(slot) = plan.slot {
             self.slots[slot as usize] = None;
+            // Whoever takes it next may bring what it holds along.
+            self.fresh.retain(|fresh| *fresh != slot);
         }
         Ok(())
     }

@@ -12,6 +12,7 @@
 //!        grow     page tables by the rows planned (from the commitments, so it can not fail); full pages get a sealed one
 //!        execute  on the backend: one submission
 //!        apply    the tokens it returned; sealed pages lose their open form; sessions that are over return every byte
+//! fails: take back the rows that were planned; smaller steps where memory was short ([`recovery`])
 //! ```
 //!
 //! * *Continuous batching*: sessions in different phases share every step.
@@ -40,6 +41,7 @@ pub mod caches;
 pub mod one_list;
 pub mod preemption;
 pub mod record;
+pub mod recovery;
 pub mod selection;
 pub mod session;
 pub mod simulation;
@@ -61,6 +63,8 @@ pub use caches::{Caches, REPEAT_ROOM};
 pub use one_list::OneList;
 pub use preemption::{HostConfig, Method, Rates};
 pub use record::SessionRecord;
+use recovery::Limit;
+pub use recovery::{BackendError, Fault, Loss, Shortage};
 pub use selection::{Abilities, Merging, Observation, Observed, Selection};
 pub use session::{Answer, Finish, Moves, Phase, Place, Request, Round, Session, SessionId, SessionTimes};
 pub use suspension::{CacheRecord, SuspendedCache};
@@ -68,21 +72,22 @@ pub use suspension::{CacheRecord, SuspendedCache};
 /// What executes a plan: the engine on a device, or a simulation.
 pub trait Backend {
     /// What can go wrong.
-    type Error: From<PoolError>;
+    type Error: BackendError;
 
     /// Executes one step. The page tables already hold room for the planned rows, and pages for what comes back. Returns one
     /// token for each planned segment that samples, in order, and how long the step took. Pages that leave can be overwritten
     /// from the next step on; a copy in host memory lasts until its last page is back, or it is forgotten.
     ///
     /// # Errors
-    /// Whatever the backend runs into; the scheduler's state is unchanged except for the grown page tables.
+    /// Whatever the backend runs into. What was there before the step is as it was, unless the device was lost: cached tokens,
+    /// slots, copies in host memory. What was planned may be there in part; it is written again by a later step.
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, Self::Error>;
 
     /// Evicts from the cache of a session that is due, which has seen `tokens` and nothing after them, and swaps its table; how
     /// long that took.
     ///
     /// # Errors
-    /// Whatever the backend runs into.
+    /// Whatever the backend runs into. The cache is as it was, and its eviction still due, unless the device was lost.
     fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, Self::Error>;
 }
 
@@ -147,6 +152,8 @@ pub struct StepReport {
     pub prefill_rows: u32,
     /// How long the step took.
     pub elapsed: Duration,
+    /// That the device had no memory for its rows, so that none were computed; the next step is smaller.
+    pub shortage: Option<Shortage>,
 }
 
 /// Bytes that a store holds.
@@ -188,6 +195,9 @@ pub struct Scheduler {
     rates: Rates,
     /// Copies in host memory that the backend may drop.
     forgotten: Vec<SessionId>,
+    limit: Limit,
+    /// What happened in a step that ended in an error.
+    unreported: StepReport,
     next_id: u32,
     next_ticket: u64,
     /// When the next session comes, where that is known.
@@ -216,6 +226,8 @@ impl Scheduler {
             disk_full: false,
             rates: config.host.rates,
             forgotten: Vec::new(),
+            limit: Limit::new(config.max_rows),
+            unreported: StepReport::default(),
             next_id: 0,
             next_ticket: 0,
             next_arrival: None,
@@ -328,25 +340,37 @@ impl Scheduler {
     }
 
     /// One step: wake, admit, evict, plan, execute, apply. Where nobody has anything to compute, time passes until the next
-    /// question or the next session that is expected; where there is none, nothing happens.
+    /// question or the next session that is expected; where there is none, nothing happens. Where the device has no memory for
+    /// the rows, they are taken back and the next step is smaller, as the report says.
     ///
     /// # Errors
-    /// The backend's.
+    /// The backend's; the schedule is as before the rows, and could go on.
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
-        let mut report = StepReport { asked: std::mem::take(&mut self.asked), ..StepReport::default() };
+        let mut report = std::mem::take(&mut self.unreported);
+        match self.try_step(backend, &mut report) {
+            Err(error) if error.fault() != Fault::OutOfMemory || !self.shrink(&mut report)? => {
+                self.unreported = report;
+                Err(error)
+            }
+            _ => Ok(report),
+        }
+    }
+
+    fn try_step<B: Backend>(&mut self, backend: &mut B, report: &mut StepReport) -> Result<(), B::Error> {
+        report.asked.append(&mut self.asked);
         report.asked.extend(self.wake(self.now));
-        self.admit(backend, &mut report)?;
+        self.admit(backend, report)?;
         let here = |id: &SessionId| self.sessions[id].place == Place::Device && self.caches.is_due(*id);
         let due: Vec<_> = self.admitted.iter().copied().filter(here).collect();
         for id in due {
             let session = &self.sessions[&id];
             let tokens = &session.tokens[..session.cached() as usize];
-            report.elapsed += backend.evict(id, tokens, &mut self.caches)?;
+            let elapsed = backend.evict(id, tokens, &mut self.caches)?;
+            self.spend(elapsed, report);
             report.evicted.push(id);
         }
-        self.now += report.elapsed;
         let admitted = self.admitted.iter().map(|id| (*id, &self.sessions[id]));
-        let mut plan = batch::plan(&self.config, &self.caches, admitted.filter(|(_, session)| session.runs()));
+        let mut plan = batch::plan(self.limit.rows, &self.caches, admitted.filter(|(_, session)| session.runs()));
         plan.transfers = self.plan_transfers();
         plan.forgotten = std::mem::take(&mut self.forgotten);
         if plan.is_empty() {
@@ -354,20 +378,37 @@ impl Scheduler {
                 report.idle = until.saturating_sub(self.now);
                 self.now += report.idle;
             }
-            return Ok(report);
+            return Ok(());
         }
-        self.caches.grow(&plan)?;
-        let result = backend.execute(&plan, &mut self.caches)?;
+        let fresh = self.caches.fresh();
+        let grown = self.caches.grow(&plan).map_err(B::Error::from);
+        let result = match grown.and_then(|()| backend.execute(&plan, &mut self.caches)) {
+            Ok(result) => result,
+            Err(error) => {
+                self.caches.ungrow(&plan)?;
+                self.caches.forget_fresh();
+                self.caches.begin_slots(fresh.into_iter());
+                self.forgotten = plan.forgotten;
+                return Err(error);
+            }
+        };
         self.caches.retire(&plan);
-        self.now += result.elapsed;
-        report.elapsed += result.elapsed;
+        if plan.n_rows() > 0 {
+            self.limit.went_well(self.config.max_rows);
+        }
+        self.spend(result.elapsed, report);
         report.decode_rows = plan.decode_rows();
         report.prefill_rows = plan.n_rows() - plan.decode_rows();
-        self.moved(&plan, &result.lost, &mut report)?;
-        self.lose(&result.lost, &mut report)?;
-        self.learn(&report, result.elapsed);
-        self.apply(&plan, &result, &mut report)?;
-        Ok(report)
+        self.moved(&plan, &result.lost, report)?;
+        self.lose(&result.lost, report)?;
+        self.learn(report, result.elapsed);
+        self.apply(&plan, &result, report)?;
+        Ok(())
+    }
+
+    fn spend(&mut self, elapsed: Duration, report: &mut StepReport) {
+        self.now += elapsed;
+        report.elapsed += elapsed;
     }
 
     fn apply(&mut self, plan: &StepPlan, result: &StepResult, report: &mut StepReport) -> Result<(), PoolError> {

@@ -21,7 +21,7 @@
 use std::time::Duration;
 
 use super::batch::{Direction, Store, Transfer};
-use super::{Backend, Place, Scheduler, SessionId, StepPlan, StepReport};
+use super::{Backend, Place, Request, Scheduler, Session, SessionId, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -129,40 +129,47 @@ impl Scheduler {
             return Ok(false);
         }
         let Some(victim) = self.victim(waiting) else { return Ok(false) };
-        let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.sessions[&victim].cached());
-        let (store, free, rates) = self.store_for(bytes);
-        let rung = rates.choose(bytes, tokens, free, true) == Method::Compress && self.harden(victim)?;
-        match rates.choose(bytes, tokens, free, rung) {
-            Method::Compress => {
-                let tokens = &self.sessions[&victim].tokens[..tokens as usize];
-                report.elapsed += backend.evict(victim, tokens, &mut self.caches)?;
-                report.compressed.push(victim);
-                Ok(true)
-            }
-            Method::Swap => {
-                self.unseat(victim, report);
-                self.away[store as usize].take(bytes);
-                let session = self.session_mut(victim);
-                (session.place, session.store) = (Place::Leaving(0), store);
-                Ok(false)
-            }
-            Method::Recompute => {
-                self.unseat(victim, report);
-                self.admitted.retain(|id| *id != victim);
-                self.caches.release(victim)?;
-                self.session_mut(victim).forget();
-                if tokens > 0 {
-                    self.session_mut(victim).moves.dropped += 1;
-                    report.dropped.push(victim);
-                }
-                Ok(true)
-            }
+        let rung = self.way_out(victim, true) == Method::Compress && self.harden(victim)?;
+        let method = self.way_out(victim, rung);
+        if method != Method::Compress {
+            self.give_up(victim, method, report)?;
+            return Ok(method == Method::Recompute);
         }
+        // Where it fails, it is due.
+        report.compressed.push(victim);
+        let session = &self.sessions[&victim];
+        let tokens = &session.tokens[..session.cached() as usize];
+        let elapsed = backend.evict(victim, tokens, &mut self.caches)?;
+        self.spend(elapsed, report);
+        Ok(true)
+    }
+
+    /// A session gives up its place: its cache sets out for the host, or is dropped at once.
+    pub(super) fn give_up(&mut self, id: SessionId, method: Method, report: &mut StepReport) -> Result<(), PoolError> {
+        self.unseat(id, report);
+        if method == Method::Swap {
+            let bytes = self.caches.suspended_bytes(id);
+            let (store, ..) = self.store_for(bytes);
+            self.away[store as usize].take(bytes);
+            let session = self.session_mut(id);
+            (session.place, session.store) = (Place::Leaving(0), store);
+            return Ok(());
+        }
+        let tokens = self.sessions[&id].cached();
+        self.admitted.retain(|admitted| *admitted != id);
+        self.caches.release(id)?;
+        let session = self.session_mut(id);
+        session.forget();
+        if tokens > 0 {
+            session.moves.dropped += 1;
+            report.dropped.push(id);
+        }
+        Ok(())
     }
 
     /// What keeps so many bytes, how many more it has room for, and how fast they move: host memory as long as it has room,
     /// then files.
-    fn store_for(&self, bytes: Bytes) -> (Store, Bytes, Rates) {
+    pub(super) fn store_for(&self, bytes: Bytes) -> (Store, Bytes, Rates) {
         if self.caches.abilities.swap_bytes == Bytes::ZERO {
             return (Store::Host, Bytes::ZERO, self.rates);
         }
@@ -224,6 +231,12 @@ impl Scheduler {
         let tail = session.request.max_tokens() - session.cached();
         for at in session.rungs..session.request.ladder.len() {
             let rung = self.sessions[&id].request.ladder[at].clone();
+            // A cache that is dropped later begins with its document in f16 where the rung evicts: an empty pool has to hold that.
+            let again = Request { compression: rung.clone(), ..self.sessions[&id].request.clone() };
+            let fits = |pages: Vec<_>| self.caches.pool.slabs_for(&pages) <= self.caches.pool.capacity();
+            if !self.caches.pages_needed(&again).is_ok_and(fits) {
+                continue;
+            }
             if self.caches.harden(id, &rung, tail)? {
                 let session = self.session_mut(id);
                 session.rungs = at + 1;
@@ -248,12 +261,16 @@ impl Scheduler {
             return Some(*id);
         }
         let priority = self.sessions[&waiting].request.priority;
-        let lower = here.filter(|id| {
+        self.last_seated(|session| session.request.priority < priority)
+    }
+
+    /// The last in line of the sessions that run and may lose their place in this round.
+    pub(super) fn last_seated(&self, of: impl Fn(&Session) -> bool) -> Option<SessionId> {
+        let may = |id: &&SessionId| {
             let session = &self.sessions[id];
-            let again = session.preempted_in_round < self.config.host.max_preemptions;
-            session.seated && session.request.priority < priority && again
-        });
-        lower.max_by_key(|id| line(id)).copied()
+            session.runs() && session.preempted_in_round < self.config.host.max_preemptions && of(session)
+        };
+        self.admitted.iter().filter(may).max_by_key(|id| self.sessions[id].line()).copied()
     }
 
     /// Pages that move in the next step: of the sessions on their way, in order, one chunk in each direction.

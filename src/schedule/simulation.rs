@@ -3,17 +3,60 @@
 //! The same schedule code as on a device, driven in tests through thousands of steps. In place of keys and values a cache
 //! holds a hash of the tokens in it, so that a session whose cache was lost, mixed up or copied too early produces other
 //! tokens than alone.
+//!
+//! Faults happen where a list of them says so: before anything is done, or when half of it is done and the other half is
+//! rubbish. A lost device loses what it had, and of the copies in host memory those whose last pages left in the step before,
+//! which a device may still have had to write.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::time::Duration;
 
-use super::{Backend, Caches, Direction, Rates, SessionId, StepPlan, StepResult, Store, Transfer};
+use super::{Backend, BackendError, Caches, Direction, Fault, Rates, SessionId, StepPlan, StepResult, Store, Transfer};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 use crate::pool::page_table::KeptTokens;
 
-/// What a cache holds, or its copy: how many tokens, and their hash.
+/// What a cache holds, or its copy: of every token a hash of all up to it.
 type Content = (u32, u64);
+
+/// What goes wrong in a simulation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SimulatedFault {
+    /// Calls of the backend that it is for, counted from 0: steps and evictions alike.
+    pub calls: Range<u64>,
+    /// Of these, steps of more rows than this; an eviction counts as one row.
+    pub above_rows: u32,
+    /// What happens.
+    pub fault: Fault,
+    /// Whether half of the work is done then.
+    pub half: bool,
+}
+
+/// What can go wrong in a simulation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SimulationError {
+    /// The pool disagrees.
+    #[error(transparent)]
+    Pool(#[from] PoolError),
+    /// What was asked for.
+    #[error("call {call} was to fail: {fault:?}")]
+    Fault {
+        /// Which call.
+        call: u64,
+        /// How it failed.
+        fault: Fault,
+    },
+}
+
+impl BackendError for SimulationError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Pool(error) => error.fault(),
+            Self::Fault { fault, .. } => *fault,
+        }
+    }
+}
 
 /// Tokens from what a session has read, and a step time that grows with its rows and the bytes that move.
 #[derive(Clone, Debug)]
@@ -26,15 +69,22 @@ pub struct Simulation {
     pub per_row: Duration,
     /// How fast pages move; at once where zero.
     pub rates: Rates,
+    /// What goes wrong, and when.
+    pub faults: Vec<SimulatedFault>,
     device: BTreeMap<SessionId, Content>,
+    /// What the caches held behind which a step that failed has left rubbish.
+    torn: BTreeMap<SessionId, Content>,
     /// Copies away from the device, with the pages that are whole.
     host: BTreeMap<SessionId, (u32, Content)>,
+    /// Of these, whole ones, and the step that they were whole after.
+    whole: BTreeMap<SessionId, u64>,
     /// Bytes that files hold, and for whom.
     files: BTreeMap<SessionId, u64>,
     /// Bytes that files can hold: a write beyond them fails.
     pub disk: Bytes,
     trace: u64,
     steps: u64,
+    calls: u64,
 }
 
 /// As FNV-1a, but a word at a time: long simulations read billions of tokens.
@@ -54,12 +104,16 @@ impl Simulation {
             per_step: Duration::from_millis(1),
             per_row: Duration::from_micros(100),
             rates: Rates::default(),
+            faults: Vec::new(),
             device: BTreeMap::new(),
+            torn: BTreeMap::new(),
             host: BTreeMap::new(),
+            whole: BTreeMap::new(),
             files: BTreeMap::new(),
             disk: Bytes(u64::MAX),
             trace: EMPTY,
             steps: 0,
+            calls: 0,
         }
     }
 
@@ -75,7 +129,8 @@ impl Simulation {
 
     /// What a session's cache holds, wherever it is: tokens, and their hash.
     pub fn content(&self, session: SessionId) -> Option<(u32, u64)> {
-        self.device.get(&session).or_else(|| self.host.get(&session).map(|(_, content)| content)).copied()
+        let away = || self.host.get(&session).map(|(_, content)| content);
+        self.torn.get(&session).or_else(|| self.device.get(&session)).or_else(away).copied()
     }
 
     /// Gives a session that is away its cache of `pages` pages, as it was in another simulation.
@@ -95,15 +150,67 @@ impl Simulation {
 
     /// Reads tokens into a cache that holds those before them.
     fn read(&mut self, session: SessionId, first_index: u32, tokens: &[u32]) -> u64 {
-        let content = self.device.entry(session).or_insert((0, EMPTY));
-        if first_index == 0 {
-            *content = (0, EMPTY);
-        }
+        let held = self.held(session);
+        let mut content = if first_index == 0 { (0, EMPTY) } else { held };
         assert_eq!(content.0, first_index, "{session:?} should hold what comes before its rows");
         for token in tokens {
-            *content = (content.0 + 1, hash(content.1, u64::from(*token)));
+            content = (content.0 + 1, hash(content.1, u64::from(*token)));
         }
+        self.torn.remove(&session);
+        self.device.insert(session, content);
         content.1
+    }
+
+    /// Whether this call of so many rows fails, and how.
+    fn fault(&mut self, rows: u32) -> Option<SimulatedFault> {
+        let call = self.calls;
+        self.calls += 1;
+        let here = |fault: &&SimulatedFault| fault.calls.contains(&call) && rows > fault.above_rows;
+        let fault = self.faults.iter().find(here).cloned()?;
+        self.record(u32::MAX);
+        if fault.fault == Fault::DeviceLost {
+            self.device.clear();
+            self.torn.clear();
+        }
+        Some(fault)
+    }
+
+    /// The error of the call that was made last.
+    const fn failed(&self, fault: Fault) -> SimulationError {
+        SimulationError::Fault { call: self.calls - 1, fault }
+    }
+
+    /// Does half of a step: rows and pages are rubbish where they were to be written, and what was there is as it was.
+    fn tear(&mut self, plan: &StepPlan) {
+        for (session, n) in plan.rows_of_sessions() {
+            let held = self.held(session);
+            self.torn.insert(session, held);
+            self.device.insert(session, (held.0 + n / 2 + 1, 0x5bad_5bad));
+        }
+        for transfer in plan.transfers.iter().filter(|transfer| transfer.direction == Direction::In) {
+            self.device.insert(transfer.session, (1, 0x5bad));
+        }
+    }
+
+    /// A device in place of one that was lost: it has nothing. The sessions of whose caches whole copies are in host memory.
+    pub fn rebuilt(&mut self) -> BTreeSet<SessionId> {
+        self.device.clear();
+        self.torn.clear();
+        let steps = self.steps;
+        self.whole.retain(|_, step| *step < steps);
+        let whole: BTreeSet<_> = self.whole.keys().copied().collect();
+        self.host.retain(|session, _| whole.contains(session));
+        whole
+    }
+
+    /// Calls so far, steps and evictions alike.
+    pub const fn calls(&self) -> u64 {
+        self.calls
+    }
+
+    /// What the pages of a session hold, without the rubbish that may stand behind it.
+    fn held(&self, session: SessionId) -> Content {
+        self.torn.get(&session).or_else(|| self.device.get(&session)).copied().unwrap_or((0, EMPTY))
     }
 
     /// Whether a chunk that leaves finds room; a copy that does not is lost.
@@ -131,22 +238,29 @@ impl Simulation {
         self.record(pages.end);
         let rate = match direction {
             Direction::Out => {
-                let content = self.device[session];
-                let copy = self.host.entry(*session).or_insert((0, content));
+                let content = self.held(*session);
+                if pages.start == 0 {
+                    self.host.insert(*session, (0, content));
+                }
+                let copy = self.host.get_mut(session).expect("its first pages left");
                 assert_eq!(*copy, (pages.start, content), "{session:?} should stay as it is while it leaves");
                 copy.0 = pages.end;
                 if *last {
                     self.device.remove(session);
+                    self.torn.remove(session);
+                    self.whole.insert(*session, self.steps);
                 }
                 self.rates.out
             }
             Direction::In => {
-                let (whole, content) = self.host[session];
-                assert_eq!(whole as usize, all, "{session:?} should come back whole");
+                let (whole, content) = &self.host[session];
+                assert_eq!(*whole as usize, all, "{session:?} should come back whole");
                 if *last {
                     self.files.remove(session);
+                    self.device.insert(*session, *content);
+                    self.torn.remove(session);
                     self.host.remove(session);
-                    self.device.insert(*session, content);
+                    self.whole.remove(session);
                 }
                 self.rates.back
             }
@@ -156,9 +270,15 @@ impl Simulation {
 }
 
 impl Backend for Simulation {
-    type Error = PoolError;
+    type Error = SimulationError;
 
-    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, PoolError> {
+    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, SimulationError> {
+        if let Some(SimulatedFault { fault, half, .. }) = self.fault(plan.n_rows()) {
+            if half && fault != Fault::DeviceLost {
+                self.tear(plan);
+            }
+            return Err(self.failed(fault));
+        }
         self.steps += 1;
         let mut sampling = BTreeMap::new();
         // Rows that stop below a layer come behind the last one of their prompt.
@@ -188,12 +308,17 @@ impl Backend for Simulation {
         for session in &plan.forgotten {
             self.files.remove(session);
             assert!(self.host.remove(session).is_some(), "{session:?} is forgotten and was not there");
+            self.whole.remove(session);
         }
         Ok(StepResult { tokens: sampling.into_values().collect(), elapsed, lost })
     }
 
     /// Keeps as many tokens as the policy says; which ones is of no account here. Lists that share a total keep equally many.
-    fn evict(&mut self, session: SessionId, _: &[u32], caches: &mut Caches) -> Result<Duration, PoolError> {
+    fn evict(&mut self, session: SessionId, _: &[u32], caches: &mut Caches) -> Result<Duration, SimulationError> {
+        let fault = self.fault(1);
+        if let Some(fault) = fault.as_ref().filter(|fault| !fault.half) {
+            return Err(self.failed(fault.fault));
+        }
         self.record(session.0);
         let selection = caches.selection(session);
         let mut target = caches.take_target(session);
@@ -214,11 +339,15 @@ impl Backend for Simulation {
         // Positions begin anew where kept keys are turned to their places in the cache.
         let n_tokens =
             if selection.rerotates { u32::try_from(longest()).expect("counted in 32 bits") } else { n_tokens };
-        if let Some(content) = self.device.get_mut(&session) {
-            content.0 = n_tokens;
-        }
         target.keep(&mut caches.pool, kept, &[], n_tokens)?;
+        if let Some(fault) = fault {
+            caches.return_target(session, target)?;
+            return Err(self.failed(fault.fault));
+        }
         caches.swap(session, target)?;
+        let (_, read) = self.held(session);
+        self.torn.remove(&session);
+        self.device.insert(session, (n_tokens, read));
         Ok(self.per_step)
     }
 }

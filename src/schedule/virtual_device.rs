@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::simulation::Simulation;
+use super::simulation::SimulationError;
 use super::{Backend, Caches, Direction, OneList, SessionId, StepPlan, StepResult};
 use crate::geometry::Bytes;
-use crate::pool::PoolError;
 use crate::theory::step::{Decoder, Machine, StepTime, StepWork};
 
 /// A GPU that computes nothing and takes the time for it.
@@ -101,9 +101,9 @@ impl VirtualDevice {
 }
 
 impl Backend for VirtualDevice {
-    type Error = PoolError;
+    type Error = SimulationError;
 
-    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, PoolError> {
+    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, SimulationError> {
         let time = self.machine.step(&self.model, &self.work(plan, caches));
         let elapsed = Duration::from_secs_f64(time.total_s());
         let result = self.simulation.execute(plan, caches)?;
@@ -114,7 +114,7 @@ impl Backend for VirtualDevice {
     }
 
     /// Reads the cache twice, to score and to gather, and writes what stays.
-    fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, PoolError> {
+    fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, SimulationError> {
         let before = caches.tables[&session].held_bytes();
         self.simulation.evict(session, tokens, caches)?;
         let after = caches.tables[&session].held_bytes();

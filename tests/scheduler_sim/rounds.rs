@@ -33,14 +33,14 @@ const ASKED: [&str; 10] = [
 ];
 
 /// A world in which a few sessions fit.
-pub(super) struct World {
-    pub(super) config: ScheduleConfig,
-    pub(super) caches: Caches,
+pub(crate) struct World {
+    pub(crate) config: ScheduleConfig,
+    pub(crate) caches: Caches,
     seed: u64,
 }
 
 impl World {
-    pub(super) fn new(rng: &mut ChaCha8Rng, seed: u64) -> Self {
+    pub(crate) fn new(rng: &mut ChaCha8Rng, seed: u64) -> Self {
         let shape = full(2, rng.random_range(1..3), 16);
         let codecs = ["kivi4", "rot3"];
         let max_sessions = rng.random_range(1..6);
@@ -68,7 +68,7 @@ impl World {
         Self { config, caches, seed }
     }
 
-    pub(super) fn schedule(&self) -> (Scheduler, Simulation) {
+    pub(crate) fn schedule(&self) -> (Scheduler, Simulation) {
         let mut simulation = Simulation::new(self.seed, 40);
         simulation.rates = self.config.host.rates;
         // Some disks are full before their budget is.
@@ -77,7 +77,7 @@ impl World {
     }
 
     /// What a session produces when nobody else is there.
-    pub(super) fn alone(&self, request: &Request) -> Vec<u32> {
+    pub(crate) fn alone(&self, request: &Request) -> Vec<u32> {
         let (mut s, mut backend) = self.schedule();
         let id = s.submit(request.clone()).expect("it was submitted before");
         while !s.is_idle() {
@@ -87,7 +87,7 @@ impl World {
     }
 }
 
-pub(super) fn random_request(rng: &mut ChaCha8Rng) -> Request {
+pub(crate) fn random_request(rng: &mut ChaCha8Rng) -> Request {
     let mut tokens =
         |most: usize| -> Vec<u32> { (0..rng.random_range(1..most)).map(|_| rng.random_range(0..40)).collect() };
     let prompt = tokens(150);
@@ -130,7 +130,7 @@ struct Outcome {
 }
 
 /// Checks what holds between two steps.
-fn check(s: &Scheduler, world: &World, preempted: &BTreeMap<(SessionId, usize), u32>) {
+pub(crate) fn check(s: &Scheduler, world: &World, preempted: &BTreeMap<(SessionId, usize), u32>) {
     let report = s.report();
     assert!(report.in_use_bytes <= report.budget_bytes, "the pool's budget");
     let (held, peak) = s.away_bytes(Store::Host);
