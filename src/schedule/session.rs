@@ -212,6 +212,8 @@ pub struct Session {
     pub(super) preempted_in_round: u32,
     /// Where its cache is kept while it is away.
     pub(super) store: Store,
+    /// Since when its cache is on its way, on the clock of the schedule.
+    pub(super) moving_since: Duration,
     /// Since when nobody has needed its cache, on the clock of the schedule.
     pub(super) idle_since: Duration,
     /// Submission on the clock of the schedule.
@@ -235,6 +237,7 @@ impl Session {
             ticket: 0,
             preempted_in_round: 0,
             store: Store::Host,
+            moving_since: now,
             idle_since: now,
             submitted: now,
             times: SessionTimes::default(),
