@@ -185,6 +185,13 @@ impl PageTable {
         layers: &Layers,
         capacity: Capacity,
     ) -> Result<Self, PoolError> {
+        let mut table = Self::empty(shape, layers, capacity);
+        table.reserve(pool, ranges)?;
+        Ok(table)
+    }
+
+    /// A table that holds nothing, and counts what is to be committed to it.
+    pub(super) fn empty(shape: TableShape, layers: &Layers, capacity: Capacity) -> Self {
         let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
         let admitted = capacity;
         let bounds = shape.bounds_of_list(capacity.tail_tokens);
@@ -193,7 +200,7 @@ impl PageTable {
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
         let committed =
             [pages(open + bounds), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
-        let mut table = Self {
+        Self {
             shape,
             layers: layers.clone(),
             region: 0,
@@ -209,9 +216,7 @@ impl PageTable {
             merged_with: vec![None; shape.num_layers as usize],
             committed,
             dirty: false,
-        };
-        table.reserve(pool, ranges)?;
-        Ok(table)
+        }
     }
 
     /// Commits the pages that [`Self::committed`] counts and reserves table entries; nothing is held where that fails.
@@ -349,6 +354,7 @@ impl PageTable {
         let tail = self.tail.checked_add(n).filter(|tail| *tail <= self.admitted.tail_tokens);
         let tail = tail.ok_or(PoolError::NotCommitted(shape.open_page()))?;
         assert_eq!(self.cut(n), n, "rows that leave a page should end on an edge");
+        assert!(n == 0 || self.writes_its_own(pool), "pages that another table names too are not written");
         let passing = shape.window_pages(self.tail, n);
         let slot = window.take(passing).expect("the window should hold the pages of a step");
         self.filled = self.tail / shape.page.page_size..tail / shape.page.page_size;
@@ -485,8 +491,11 @@ impl PageTable {
     /// # Errors
     /// [`PoolError`] when the pool disagrees about any of them, which would be a defect.
     pub fn release(self, pool: &mut PagePool, ranges: &mut TableRanges) -> Result<(), PoolError> {
-        for page in self.lists.iter().flat_map(|list| list.parts.iter().flat_map(|part| &part.pages)) {
-            pool.release(*page)?;
+        for (page, bytes) in self.page_ids() {
+            let returned = pool.release(page)?;
+            if self.admitted.turns && !returned {
+                pool.uncommit(bytes, 1)?;
+            }
         }
         for (page, n) in Self::page_sizes(&self.shape).iter().zip(self.committed) {
             pool.uncommit(*page, n)?;

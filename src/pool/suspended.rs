@@ -5,7 +5,7 @@
 //! session that comes back has exactly the room that it had; the bytes move between the two, page by page, in the order of
 //! [`PageTable::page_ids`].
 
-use super::page_table::{PARTS, PageList, PageTable, TableRanges};
+use super::page_table::{PARTS, PageTable, TableRanges};
 use super::{PageId, PagePool, PoolError};
 use crate::geometry::Bytes;
 
@@ -32,11 +32,8 @@ impl PageTable {
         let pages = self.lists.iter().map(|list| PARTS.map(|part| list.part(part).len())).collect();
         let mut table = self.clone();
         table.lists.iter_mut().for_each(|list| list.parts = Default::default());
-        for (index, committed) in table.committed.iter_mut().enumerate() {
-            let held = |list: &PageList| {
-                PARTS.iter().filter(|part| part.size() == index).map(|part| list.part(*part).len()).sum::<u32>()
-            };
-            *committed += self.lists.iter().map(held).sum::<u32>();
+        for (size, committed) in table.committed.iter_mut().enumerate() {
+            *committed += self.pages_of_size(size);
         }
         SuspendedTable { table, pages }
     }
