@@ -5,13 +5,15 @@
 
 #[path = "common/pool_model.rs"]
 mod model;
+#[path = "common/page_sharing.rs"]
+mod sharing;
 
 use std::collections::BTreeMap;
 
 use concertina::compression::hidden::HiddenCodec;
 use concertina::geometry::{Bytes, PageGeometry};
 use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
-use concertina::pool::{PageId, PagePool, PoolError, PoolLayout};
+use concertina::pool::{PageId, PagePool, PoolError, PoolLayout, PoolReport};
 use model::{KIB, Model, layout};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -189,7 +191,7 @@ struct ModelSession {
     sealed: u32,
     /// Kept pages of each list; `None` where it is closed.
     kept: Vec<Option<u32>>,
-    /// Whether an eviction has filled it, after which none can.
+    /// Whether an eviction has filled it, or it began as another did, after which none can.
     filled: bool,
     /// Pages that may still be taken.
     promised: (u64, u64),
@@ -210,6 +212,21 @@ impl ModelSession {
     }
 }
 
+/// What the model expects of a wish for pages.
+struct Expected {
+    /// The model after it, or the page size that there is too little of.
+    model: Result<Model, Bytes>,
+    /// First entry, and entries.
+    place: Option<(usize, usize)>,
+}
+
+/// Open pages, and those in the codec, that a list's tail can need.
+fn of_tail(shape: &TableShape, capacity: Capacity) -> (u64, u64) {
+    let size = shape.page.page_size;
+    let (all, full) = (u64::from(capacity.tail_tokens.div_ceil(size)), u64::from(capacity.tail_tokens / size));
+    if shape.codec.seals() { (1, full) } else { (all, 0) }
+}
+
 /// How often each kind of step happened.
 #[derive(Debug, Default)]
 struct SessionsSeen {
@@ -221,6 +238,11 @@ struct SessionsSeen {
     evicted: u32,
     refused_eviction: u32,
     closed_lists: u32,
+    adopted: u32,
+    refused_adoption: u32,
+    shared_pages: u32,
+    lets_go: u32,
+    backing_returned: u32,
     taken_back: u32,
     released: u32,
 }
@@ -263,7 +285,8 @@ impl SessionWalk {
             0..15 => self.admit(),
             15..65 => self.grow(),
             65..80 => self.keep(),
-            80..90 => self.rewind(),
+            80..86 => self.adopt(),
+            86..92 => self.rewind(),
             _ => self.release(),
         }
     }
@@ -275,58 +298,82 @@ impl SessionWalk {
         if self.rng.random_bool(0.5) {
             let most = self.rng.random_range(1..40);
             let kept_pages = self.rng.random_range(most..=most * shape.num_lists());
-            let tail_tokens = self.rng.random_range(1..200);
-            capacity = Capacity { tail_tokens, kept_pages, kept_pages_of_list: most, ..Capacity::default() };
+            let (tail_tokens, turns) = (self.rng.random_range(1..200), self.rng.random_bool(0.5));
+            capacity = Capacity { tail_tokens, kept_pages, kept_pages_of_list: most, turns, ..Capacity::default() };
         }
-        let (all, full) =
-            (capacity.tail_tokens.div_ceil(shape.page.page_size), capacity.tail_tokens / shape.page.page_size);
-        let tail = if shape.codec.seals() { (1, full) } else { (all, 0) };
+        let tail = of_tail(&shape, capacity);
         let lists = u64::from(shape.num_lists());
-        let promised = (u64::from(tail.0) * lists, u64::from(tail.1) * lists + u64::from(capacity.kept_pages));
+        let promised = (tail.0 * lists, tail.1 * lists + u64::from(capacity.kept_pages));
+        let expected = self.expected(&shape, capacity, promised);
+        let before = self.ledger();
+        let result = PageTable::admit(&mut self.pool, &mut self.ranges, shape, &Layers::OWN, capacity);
+        if let Some((table, entries)) = self.settle(result, expected, &before) {
+            let kept = vec![Some(0); shape.num_lists() as usize];
+            let (pages, filled, tail) = (Vec::new(), false, 0);
+            let session = ModelSession {
+                shape,
+                capacity,
+                tail,
+                open: 0,
+                sealed: 0,
+                kept,
+                filled,
+                promised,
+                entries,
+                table,
+                pages,
+            };
+            self.sessions.push(session);
+            self.seen.admitted += 1;
+        }
+    }
+
+    /// What a refusal must leave as it is.
+    fn ledger(&self) -> (PoolReport, String) {
+        (self.pool.report(), format!("{:?}", self.ranges))
+    }
+
+    /// What becomes of a wish for so many pages: the model after it, or the page size that there is too little of; and where its
+    /// entries go.
+    fn expected(&self, shape: &TableShape, capacity: Capacity, (open, in_codec): (u64, u64)) -> Expected {
         // Open pages first, then what is left for those in the codec.
-        let mut expected = Ok(());
         let mut model = self.model.clone();
-        for (page, n) in [(shape.open_page(), promised.0), (shape.sealed_page(), promised.1)] {
+        let tail = of_tail(shape, capacity);
+        let of_list = tail.0 + tail.1 + u64::from(capacity.kept_pages_of_list);
+        let n = usize::try_from(of_list * u64::from(shape.num_lists())).expect("few entries");
+        let mut places = 0..=self.entries.len().saturating_sub(n);
+        let place = places.find(|start| self.entries.get(*start..start + n).is_some_and(|e| e.iter().all(|t| !t)));
+        for (page, n) in [(shape.open_page(), open), (shape.sealed_page(), in_codec)] {
             if n > model.available(page) {
-                expected = Err(page);
-                break;
+                return Expected { model: Err(page), place: None };
             }
             model.commit(page, n);
         }
-        let of_list = u64::from(tail.0 + tail.1 + capacity.kept_pages_of_list);
-        let n = usize::try_from(of_list * lists).expect("few entries");
-        let mut places = 0..=self.entries.len().saturating_sub(n);
-        let place = places.find(|start| self.entries.get(*start..start + n).is_some_and(|e| e.iter().all(|t| !t)));
-        let before = (self.pool.report(), format!("{:?}", self.ranges));
-        let result = PageTable::admit(&mut self.pool, &mut self.ranges, shape, &Layers::OWN, capacity);
-        match (result, expected, place) {
-            (Ok(table), Ok(()), Some(start)) => {
+        Expected { model: Ok(model), place: place.map(|start| (start, n)) }
+    }
+
+    /// Compares a wish's outcome with what was expected; the table and its entries where it was granted.
+    fn settle(
+        &mut self,
+        result: Result<PageTable, PoolError>,
+        expected: Expected,
+        before: &(PoolReport, String),
+    ) -> Option<(PageTable, (usize, usize))> {
+        match (result, expected.model, expected.place) {
+            (Ok(table), Ok(model), Some((start, n))) => {
                 self.model = model;
                 self.entries[start..start + n].fill(true);
-                self.sessions.push(ModelSession {
-                    shape,
-                    capacity,
-                    tail: 0,
-                    open: 0,
-                    sealed: 0,
-                    kept: vec![Some(0); shape.num_lists() as usize],
-                    filled: false,
-                    promised,
-                    entries: (start, n),
-                    table,
-                    pages: Vec::new(),
-                });
-                self.seen.admitted += 1;
-                return;
+                return Some((table, (start, n)));
             }
             (Err(PoolError::DoesNotFit { page, .. }), Err(expected), _) => {
                 assert_eq!(page, expected, "the page size that does not fit");
                 self.seen.refused += 1;
             }
-            (Err(PoolError::TablesFull { .. }), Ok(()), None) => self.seen.tables_full += 1,
-            (result, expected, place) => panic!("{shape:?}: {result:?}; the model expects {expected:?} at {place:?}"),
+            (Err(PoolError::TablesFull { .. }), Ok(_), None) => self.seen.tables_full += 1,
+            (result, _, place) => panic!("{result:?}; the model expects entries at {place:?}"),
         }
-        assert_eq!((self.pool.report(), format!("{:?}", self.ranges)), before, "a refusal changes nothing");
+        assert_eq!(&self.ledger(), before, "a refusal changes nothing");
+        None
     }
 
     fn pick(&mut self) -> Option<usize> {
@@ -429,7 +476,15 @@ impl SessionWalk {
         if s.shape.codec.seals() || s.tail == 0 {
             return;
         }
-        let n = self.rng.random_range(1..=s.tail);
+        // Pages that others name too stay whole.
+        let lists = (0..s.shape.num_layers).flat_map(|l| (0..s.shape.num_kv_heads).map(move |h| (l, h)));
+        let shared = |page: &PageId| self.model.holders[page] > 1;
+        let whole = lists.map(|(l, h)| s.table.list(l, h).1.iter().rposition(shared).map_or(0, |at| at + 1)).max();
+        let whole = u32::try_from(whole.unwrap_or(0)).expect("few pages") * s.size();
+        if whole >= s.tail {
+            return;
+        }
+        let n = self.rng.random_range(1..=s.tail - whole);
         let before = self.pool.report();
         s.table.rewind(n);
         s.tail -= n;
@@ -442,7 +497,14 @@ impl SessionWalk {
         let Some(at) = self.pick() else { return };
         let s = self.sessions.swap_remove(at);
         s.table.release(&mut self.pool, &mut self.ranges).expect("the pool should agree");
-        s.pages.into_iter().for_each(|page| self.model.release(page));
+        for page in s.pages {
+            let bytes = self.model.pages[&page];
+            if !self.model.release(page) {
+                self.seen.lets_go += 1;
+                self.seen.backing_returned += u32::from(s.capacity.turns);
+                self.model.uncommit(bytes, u64::from(s.capacity.turns));
+            }
+        }
         self.model.uncommit(s.shape.open_page(), s.promised.0);
         self.model.uncommit(s.shape.sealed_page(), s.promised.1);
         self.entries[s.entries.0..s.entries.0 + s.entries.1].fill(false);
@@ -464,12 +526,11 @@ impl SessionWalk {
             now.extend(open.iter().map(|page| (*page, s.shape.open_page())));
         }
         assert!(s.pages.iter().all(|page| now.contains_key(page)), "a table returns no page before it is released");
-        s.pages = now.keys().copied().collect();
-        for (page, bytes) in now {
-            if !self.model.pages.contains_key(&page) {
-                self.model.take(page, bytes).unwrap_or_else(|e| panic!("{e}"));
-            }
+        // A page that it did not name before is nobody's.
+        for (page, bytes) in now.iter().filter(|(page, _)| !s.pages.contains(page)) {
+            self.model.take(*page, *bytes).unwrap_or_else(|e| panic!("{e}"));
         }
+        s.pages = now.into_keys().collect();
         let held: u64 = s.pages.iter().map(|page| self.model.pages[page].0).sum();
         assert_eq!(s.table.held_bytes(), Bytes(held), "bytes of the table's pages");
         self.check();
@@ -500,7 +561,9 @@ fn sessions_that_are_evicted_from_agree_with_the_model() {
         let s = &walk.seen;
         println!("{s:?}");
         let least = [s.admitted, s.refused, s.tables_full, s.grown, s.refused_growth, s.evicted, s.refused_eviction];
-        let least = least.into_iter().chain([s.closed_lists, s.taken_back, s.released]).min().unwrap_or(0);
+        let shared = [s.adopted, s.refused_adoption, s.shared_pages, s.lets_go, s.backing_returned];
+        let least =
+            least.into_iter().chain([s.closed_lists, s.taken_back, s.released]).chain(shared).min().unwrap_or(0);
         assert!(least >= 20, "every kind of step should have happened often: {s:?}");
     }
 }

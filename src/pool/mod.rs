@@ -30,8 +30,8 @@ pub mod suspended;
 pub mod table_layers;
 pub mod table_ranges;
 pub mod table_runs;
-pub mod table_sharing;
 pub mod table_shape;
+pub mod table_sharing;
 
 use serde::Serialize;
 

@@ -44,8 +44,12 @@ impl PageTable {
         assert!(whole && tail <= capacity.tail_tokens, "{tail} tokens should be whole pages of {}", donor.tail);
         let mut table = Self::empty(shape, &donor.layers, capacity);
         let in_tail = if shape.codec.seals() { Part::Sealed } else { Part::Open };
-        let taken =
-            [(Part::Merged, u32::MAX), (Part::Kept, u32::MAX), (in_tail, pages), (Part::Bounds, shape.bounds_of_list(tail))];
+        let taken = [
+            (Part::Merged, u32::MAX),
+            (Part::Kept, u32::MAX),
+            (in_tail, pages),
+            (Part::Bounds, shape.bounds_of_list(tail)),
+        ];
         for (list, from) in table.lists.iter_mut().zip(&donor.lists) {
             (list.kept, list.merged, list.closed) = (from.kept, from.merged, from.closed);
             list.positions.clone_from(&from.positions);
@@ -96,9 +100,10 @@ impl PageTable {
     pub(super) fn writes_its_own(&self, pool: &PagePool) -> bool {
         let full = self.tail / self.shape.page.page_size;
         let first = [(Part::Open, full - self.retired), (Part::Bounds, full / self.shape.page.page_size)];
-        let written = self.lists.iter().flat_map(|list| {
-            first.iter().flat_map(|(part, from)| list.part(*part).pages.iter().skip(*from as usize))
-        });
+        let written = self
+            .lists
+            .iter()
+            .flat_map(|list| first.iter().flat_map(|(part, from)| list.part(*part).pages.iter().skip(*from as usize)));
         written.into_iter().all(|page| pool.holders(*page) == 1)
     }
 
