@@ -133,8 +133,9 @@ pub struct PoolLayout {
 }
 
 impl PoolLayout {
-    /// Table entries per page: twice one entry, so that regions of ended sessions can be reused without moving any.
-    const ENTRIES_PER_PAGE: u64 = 2;
+    /// Table entries per page: twice one entry, so that regions of ended sessions can be reused without moving any; and twice
+    /// that, since tables that share pages each have entries for them.
+    pub const ENTRIES_PER_PAGE: u64 = 4;
 
     /// Bytes of arenas, and of tables to address them, within the budget.
     ///

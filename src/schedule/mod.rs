@@ -23,6 +23,7 @@
 //! * *Rounds*: a session is a document, a question, an answer, time to think, the next question. While it thinks it has no
 //!   seat; its cache stays as long as nobody else needs the pages. Then it goes to the host and comes back, or is dropped and
 //!   computed again.
+//! * *Sharing*: a session that begins with the tokens of another takes over pages of it in place of reading them ([`sharing`]).
 //! * *Admission is by bytes*: a session is admitted when the pool can promise all pages for its prompts and answers. One that
 //!   could never fit is refused when it is submitted, with the numbers; one that does not fit now waits. The line is strictly
 //!   in order: a short session does not overtake a long one, so none starves.
@@ -38,6 +39,7 @@ pub mod caches;
 pub mod preemption;
 pub mod selection;
 pub mod session;
+pub mod sharing;
 pub mod simulation;
 pub mod suspension;
 
@@ -54,6 +56,7 @@ pub use caches::{Caches, REPEAT_ROOM};
 pub use preemption::{HostConfig, Method, Rates};
 pub use selection::{Abilities, Merging, Observation, Observed, Selection};
 pub use session::{Answer, Finish, Moves, Phase, Place, Request, Round, Session, SessionId, SessionTimes};
+pub use sharing::Shared;
 pub use suspension::SuspendedCache;
 
 /// What executes a plan: the engine on a device, or a simulation.
@@ -106,6 +109,8 @@ pub struct StepReport {
     pub asked: Vec<SessionId>,
     /// Sessions that began.
     pub admitted: Vec<SessionId>,
+    /// Sessions that got pages of others, and what these spare them.
+    pub shared: Vec<(SessionId, Shared)>,
     /// Sessions that lost their place in the middle of a round.
     pub preempted: Vec<SessionId>,
     /// Sessions whose caches were compressed harder.
@@ -195,7 +200,8 @@ impl Scheduler {
         admission::check(&request, &self.config, &self.caches)?;
         let id = SessionId(self.next_id);
         self.next_id += 1;
-        self.sessions.insert(id, Session::new(request, self.now));
+        let page_size = self.caches.full.page.page_size;
+        self.sessions.insert(id, Session::new(request, page_size, self.now));
         self.stand_in_line(id);
         Ok(id)
     }

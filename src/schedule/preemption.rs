@@ -11,8 +11,12 @@
 //!       there is a rung left, and recompute if not
 //!
 //! seconds(swap)      = bytes / out + bytes / in            bytes of its pages, link rates in bytes per second
-//! seconds(recompute) = tokens / prefill                    tokens that it has seen, prompt rows per second
+//! seconds(recompute) = tokens / prefill                    tokens that it would read again, prompt rows per second
 //! ```
+//!
+//! Pages that others name too stay when a session leaves. So one that would return nothing is left alone, and one whose pages
+//! the waiting session would share goes last. A copy on the host is whole by itself, and comes back to pages of its own; one
+//! that is computed again shares again what it can, so that only the rest counts as read.
 //!
 //! **Nobody starves.** Sessions wait in order of priority, then of their questions. The first in line takes the place of every
 //! session that does not run, and those that run give theirs up at the end of their round. A session loses its place in a
@@ -21,7 +25,7 @@
 use std::time::Duration;
 
 use super::batch::{Direction, Transfer};
-use super::{Backend, Place, Scheduler, SessionId, StepPlan, StepReport};
+use super::{Backend, Place, Scheduler, SessionId, Shared, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -116,6 +120,7 @@ impl Scheduler {
     pub(super) fn reclaim<B: Backend>(
         &mut self,
         waiting: SessionId,
+        shared: Option<Shared>,
         backend: &mut B,
         report: &mut StepReport,
     ) -> Result<bool, B::Error> {
@@ -123,12 +128,14 @@ impl Scheduler {
         if self.admitted.iter().any(|id| matches!(self.sessions[id].place, Place::Leaving(_))) {
             return Ok(false);
         }
-        let Some(victim) = self.victim(waiting) else { return Ok(false) };
+        let Some(victim) = self.victim(waiting, shared.map(|shared| shared.donor)) else { return Ok(false) };
         let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
         let swaps = self.caches.abilities.swap_bytes > Bytes::ZERO;
         let free = if swaps { self.config.host.budget.saturating_sub(self.host_held) } else { Bytes::ZERO };
-        let rung = self.rates.choose(bytes, tokens, free, true) == Method::Compress && self.harden(victim)?;
-        match self.rates.choose(bytes, tokens, free, rung) {
+        let elsewhere = self.prefix(victim).0.map_or(0, |shared| shared.tokens);
+        let again = tokens.saturating_sub(elsewhere);
+        let rung = self.rates.choose(bytes, again, free, true) == Method::Compress && self.harden(victim)?;
+        match self.rates.choose(bytes, again, free, rung) {
             Method::Compress => {
                 let tokens = &self.sessions[&victim].tokens[..tokens as usize];
                 report.elapsed += backend.evict(victim, tokens, &mut self.caches)?;
@@ -189,16 +196,17 @@ impl Scheduler {
         Ok(false)
     }
 
-    /// Who gives up its pages for a session that waits.
-    fn victim(&self, waiting: SessionId) -> Option<SessionId> {
+    /// Who gives up its pages for a session that waits, its donor last.
+    fn victim(&self, waiting: SessionId, donor: Option<SessionId>) -> Option<SessionId> {
         let line = |id: &SessionId| self.sessions[id].line();
         let first = line(&waiting);
-        let here = self.admitted.iter().filter(|id| self.sessions[id].place == Place::Device);
+        let returns = |id: &SessionId| self.caches.returning_bytes(*id) > Bytes::ZERO;
+        let here = self.admitted.iter().filter(|id| self.sessions[id].place == Place::Device && returns(id));
         let idle = here.clone().filter(|id| {
             let session = &self.sessions[id];
             !session.seated && (!session.wants_rows() || session.line() > first)
         });
-        if let Some(id) = idle.min_by_key(|id| (self.sessions[id].idle_since, **id)) {
+        if let Some(id) = idle.min_by_key(|id| (Some(**id) == donor, self.sessions[id].idle_since, **id)) {
             return Some(*id);
         }
         let priority = self.sessions[&waiting].request.priority;
@@ -207,7 +215,7 @@ impl Scheduler {
             let again = session.preempted_in_round < self.config.host.max_preemptions;
             session.seated && session.request.priority < priority && again
         });
-        lower.max_by_key(|id| line(id)).copied()
+        lower.max_by_key(|id| (Some(**id) != donor, line(id))).copied()
     }
 
     /// Pages that move in the next step: of the sessions on their way, in order, one chunk in each direction.

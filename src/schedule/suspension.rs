@@ -161,7 +161,7 @@ impl Caches {
 
     /// Readies a table for what a session's cache keeps under another compression, and room for `tail_tokens` more: its eviction
     /// is due at once. `false`, and nothing changed, where there is no room for both, where an eviction is to come anyway, and
-    /// where it would hold no less.
+    /// where it would take no less than returns: pages that others name too do not.
     ///
     /// # Errors
     /// [`PoolError`] when the pool disagrees, which would be a defect.
@@ -173,7 +173,7 @@ impl Caches {
             return Ok(false);
         }
         let table = &self.tables[&id];
-        let (due, promised) = (table.tail(), table.promised_bytes());
+        let (due, promised) = (table.tail(), table.returning_bytes(&self.pool));
         let n_tokens = self.longest_list(id);
         let slot = match Self::observes(compression).then(|| self.free_slot()).transpose() {
             Ok(slot) => slot,

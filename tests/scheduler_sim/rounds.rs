@@ -32,14 +32,14 @@ const ASKED: [&str; 9] = [
 ];
 
 /// A world in which a few sessions fit.
-struct World {
-    config: ScheduleConfig,
+pub(crate) struct World {
+    pub(crate) config: ScheduleConfig,
     caches: Caches,
     seed: u64,
 }
 
 impl World {
-    fn new(rng: &mut ChaCha8Rng, seed: u64) -> Self {
+    pub(crate) fn new(rng: &mut ChaCha8Rng, seed: u64) -> Self {
         let shape = full(2, rng.random_range(1..3), 16);
         let codecs = ["kivi4", "rot3"];
         let max_sessions = rng.random_range(1..6);
@@ -65,14 +65,14 @@ impl World {
         Self { config, caches, seed }
     }
 
-    fn schedule(&self) -> (Scheduler, Simulation) {
+    pub(crate) fn schedule(&self) -> (Scheduler, Simulation) {
         let mut simulation = Simulation::new(self.seed, 40);
         simulation.rates = self.config.host.rates;
         (Scheduler::new(self.config, self.caches.clone()), simulation)
     }
 
     /// What a session produces when nobody else is there.
-    fn alone(&self, request: &Request) -> Vec<u32> {
+    pub(crate) fn alone(&self, request: &Request) -> Vec<u32> {
         let (mut s, mut backend) = self.schedule();
         let id = s.submit(request.clone()).expect("it was submitted before");
         while !s.is_idle() {
@@ -82,7 +82,7 @@ impl World {
     }
 }
 
-fn random_request(rng: &mut ChaCha8Rng) -> Request {
+pub(crate) fn random_request(rng: &mut ChaCha8Rng) -> Request {
     let mut tokens =
         |most: usize| -> Vec<u32> { (0..rng.random_range(1..most)).map(|_| rng.random_range(0..40)).collect() };
     let prompt = tokens(150);
@@ -123,7 +123,7 @@ struct Outcome {
 }
 
 /// Checks what holds between two steps.
-fn check(s: &Scheduler, world: &World, preempted: &BTreeMap<(SessionId, usize), u32>) {
+pub(crate) fn check(s: &Scheduler, world: &World, preempted: &BTreeMap<(SessionId, usize), u32>) {
     let report = s.report();
     assert!(report.in_use_bytes <= report.budget_bytes, "the pool's budget");
     let (held, peak) = s.host_bytes();
@@ -248,8 +248,10 @@ fn four_sessions(host: HostConfig, ladder: &[&str]) -> [usize; 3] {
         ladder: ladder.iter().map(|text| compressed(text)).collect(),
         ..Request::new(vec![1; 336], 4)
     };
-    for _ in 0..4 {
-        s.submit(request.clone()).expect("one fits");
+    for at in 0..4 {
+        // Nothing in common to share.
+        let prompt = vec![at; 336];
+        s.submit(Request { prompt, ..request.clone() }).expect("one fits");
     }
     let mut counts = [0; 3];
     while !s.is_idle() {
