@@ -271,7 +271,7 @@ impl SessionWalk {
         let mut pool = PagePool::new(&layout).expect("the layout should fit its budget");
         sizes.iter().for_each(|page| pool.commit(*page, 0).expect("no pages always fit"));
         // Fewer than the pool would have, so that they run out as well.
-        let n = pool.tables().0 / 4 / 10;
+        let n = pool.tables().0 / 4 / 20;
         let ranges = TableRanges::new(u32::try_from(n).expect("a small pool"));
         let entries = vec![false; usize::try_from(n).expect("a small pool")];
         let model = Model::new(&layout, &sizes);

@@ -39,6 +39,14 @@ impl PageTable {
         (shape, capacity): (TableShape, Capacity),
         tail: u32,
     ) -> Result<Self, PoolError> {
+        let mut table = Self::like(donor, (shape, capacity), tail);
+        table.commit_beside(pool, ranges)?;
+        table.name(pool)?;
+        Ok(table)
+    }
+
+    /// A table that begins as `donor` does, of which the pool knows nothing yet.
+    fn like(donor: &Self, (shape, capacity): (TableShape, Capacity), tail: u32) -> Self {
         let pages = tail / shape.page.page_size;
         let whole = shape.whole(tail) == tail && tail <= donor.tail && donor.filled.is_empty();
         assert!(whole && tail <= capacity.tail_tokens, "{tail} tokens should be whole pages of {}", donor.tail);
@@ -65,18 +73,44 @@ impl PageTable {
         if shape.codec.seals() {
             (table.sealed, table.retired) = (pages, pages);
         }
-        let held = [0, 1, 2].map(|size| table.pages_of_size(size));
-        table.committed = table.still_to_take(held);
-        let backing = if capacity.turns { held } else { [0; 3] };
-        table.committed.iter_mut().zip(backing).for_each(|(n, backing)| *n += backing);
-        table.reserve(pool, ranges)?;
-        table.committed.iter_mut().zip(backing).for_each(|(n, backing)| *n -= backing);
-        for (page, _) in table.page_ids() {
-            pool.share(page)?;
-        }
         // The device has never seen this region.
         table.dirty = true;
-        Ok(table)
+        table.committed = table.still_to_take([0, 1, 2].map(|size| table.pages_of_size(size)));
+        table
+    }
+
+    /// Commits what a table can need besides the pages that it takes over, and behind these where evictions take turns.
+    fn commit_beside(&mut self, pool: &mut PagePool, ranges: &mut TableRanges) -> Result<(), PoolError> {
+        let backing = [0, 1, 2].map(|size| if self.admitted.turns { self.pages_of_size(size) } else { 0 });
+        self.committed.iter_mut().zip(backing).for_each(|(n, backing)| *n += backing);
+        let reserved = self.reserve(pool, ranges);
+        self.committed.iter_mut().zip(backing).for_each(|(n, backing)| *n -= backing);
+        reserved
+    }
+
+    /// Counts a table among those that name its pages.
+    fn name(&self, pool: &mut PagePool) -> Result<(), PoolError> {
+        self.page_ids().try_for_each(|(page, _)| pool.share(page))
+    }
+
+    /// As [`Self::adopt`], where the donor is about to be released and this table is to have the room: it names the donor's pages
+    /// from now on, and its commitments come after. Not where evictions take turns.
+    ///
+    /// # Errors
+    /// [`PoolError`] when the pool disagrees, which would be a defect.
+    ///
+    /// # Panics
+    /// As [`Self::adopt`].
+    pub fn succeed(
+        pool: &mut PagePool,
+        donor: &Self,
+        (shape, capacity): (TableShape, Capacity),
+        tail: u32,
+    ) -> Result<Successor, PoolError> {
+        assert!(!capacity.turns, "what a table that takes turns returns is committed again at once");
+        let table = Self::like(donor, (shape, capacity), tail);
+        table.name(pool)?;
+        Ok(Successor(table))
     }
 
     /// Pages that a table which begins with `held` pages can still take: the rest of its open lists' tails, and where evictions
@@ -116,5 +150,25 @@ impl PageTable {
     pub fn returning_bytes(&self, pool: &PagePool) -> Bytes {
         let backed = if self.admitted.turns { self.shared_bytes(pool) } else { Bytes::ZERO };
         self.promised_bytes() - self.shared_bytes(pool) + backed
+    }
+}
+
+/// A table that names pages of one that leaves, and waits for its room.
+#[derive(Debug)]
+pub struct Successor(PageTable);
+
+impl Successor {
+    /// Commits what the table needs besides; lets go of the pages where that does not fit.
+    ///
+    /// # Errors
+    /// [`PoolError::DoesNotFit`], [`PoolError::TablesFull`]; nothing is held then.
+    pub fn admit(mut self, pool: &mut PagePool, ranges: &mut TableRanges) -> Result<PageTable, PoolError> {
+        if let Err(error) = self.0.commit_beside(pool, ranges) {
+            for (page, _) in self.0.page_ids() {
+                pool.release(page)?;
+            }
+            return Err(error);
+        }
+        Ok(self.0)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Bound;
 
-use super::{Backend, Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, StepReport};
+use super::{Backend, Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, Shared, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::{PoolError, PoolLayout};
 
@@ -147,24 +147,41 @@ impl Scheduler {
                     if !self.reclaim(id, shared, backend, report)? {
                         return Ok(false);
                     }
+                    // It may have inherited what it waited for.
+                    if self.sessions[&id].is_admitted() {
+                        return Ok(true);
+                    }
                 }
                 Err(other) => return Err(other.into()),
             }
         };
+        self.begin(id, shared);
+        Ok(true)
+    }
+
+    /// A session has pages now.
+    pub(super) fn begin(&mut self, id: SessionId, shared: Option<Shared>) {
         self.admitted.push(id);
         let (now, hosted) = (self.now, self.hosted.contains_key(&id));
         let session = self.session_mut(id);
         session.place = if hosted { Place::Coming(0) } else { Place::Device };
-        if session.phase == Phase::Waiting {
+        let first = session.phase == Phase::Waiting;
+        if first {
             session.phase = Phase::Prefill(0);
             session.times.admitted = Some(now - session.submitted);
-            report.admitted.push(id);
         }
         if let Some(shared) = shared {
             session.phase = Phase::Prefill(shared.tokens);
             session.shared_tokens += u64::from(shared.tokens);
-            report.shared.push((id, shared));
         }
-        Ok(true)
+        self.begun.push((id, first, shared));
+    }
+
+    /// Says who has got pages.
+    pub(super) fn tell_begun(&mut self, report: &mut StepReport) {
+        for (id, first, shared) in self.begun.drain(..) {
+            report.admitted.extend(first.then_some(id));
+            report.shared.extend(shared.map(|shared| (id, shared)));
+        }
     }
 }

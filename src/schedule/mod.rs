@@ -162,6 +162,8 @@ pub struct Scheduler {
     rates: Rates,
     /// Copies in host memory that the backend may drop.
     forgotten: Vec<SessionId>,
+    /// Who has got pages since the last report, whether for the first time, and what of them is another's.
+    begun: Vec<(SessionId, bool, Option<Shared>)>,
     next_id: u32,
     next_ticket: u64,
     now: Duration,
@@ -186,6 +188,7 @@ impl Scheduler {
             host_peak: Bytes::ZERO,
             rates: config.host.rates,
             forgotten: Vec::new(),
+            begun: Vec::new(),
             next_id: 0,
             next_ticket: 0,
             now: Duration::ZERO,
@@ -254,8 +257,8 @@ impl Scheduler {
         };
         self.host_held = self.host_held.saturating_sub(held);
         self.forgotten.extend(copied.then_some(id));
+        self.let_go(id, |caches| caches.release(id))?;
         self.admitted.retain(|a| *a != id);
-        self.caches.release(id)?;
         let now = self.now;
         let session = self.session_mut(id);
         session.phase = Phase::Finished(why);
@@ -301,6 +304,7 @@ impl Scheduler {
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
         let mut report = StepReport { asked: self.wake(), ..StepReport::default() };
         self.admit(backend, &mut report)?;
+        self.tell_begun(&mut report);
         let here = |id: &SessionId| self.sessions[id].place == Place::Device && self.caches.is_due(*id);
         let due: Vec<_> = self.admitted.iter().copied().filter(here).collect();
         for id in due {
@@ -330,6 +334,7 @@ impl Scheduler {
         self.moved(&plan, &mut report)?;
         self.learn(&report, result.elapsed);
         self.apply(&plan, &result, &mut report)?;
+        self.tell_begun(&mut report);
         Ok(report)
     }
 

@@ -151,8 +151,8 @@ impl Scheduler {
             }
             Method::Recompute => {
                 self.unseat(victim, report);
+                self.let_go(victim, |caches| caches.release(victim))?;
                 self.admitted.retain(|id| *id != victim);
-                self.caches.release(victim)?;
                 self.session_mut(victim).forget();
                 if tokens > 0 {
                     self.session_mut(victim).moves.dropped += 1;
@@ -245,26 +245,26 @@ impl Scheduler {
                 Direction::Out => report.out_bytes += *bytes,
                 Direction::In => report.in_bytes += *bytes,
             }
-            let session = self.sessions.get_mut(id).expect("a session that moves exists");
-            session.place = match (direction, last) {
+            let place = match (direction, last) {
                 (Direction::Out, false) => Place::Leaving(pages.end),
                 (Direction::In, false) => Place::Coming(pages.end),
                 (Direction::Out, true) => {
-                    session.moves.swapped_out += 1;
+                    let suspended = self.let_go(*id, |caches| caches.suspend(*id))?;
+                    self.session_mut(*id).moves.swapped_out += 1;
                     self.admitted.retain(|admitted| admitted != id);
-                    let suspended = self.caches.suspend(*id)?;
                     self.hosted.insert(*id, suspended);
                     report.swapped_out.push(*id);
                     Place::Host
                 }
                 (Direction::In, true) => {
-                    session.moves.swapped_in += 1;
+                    self.session_mut(*id).moves.swapped_in += 1;
                     let suspended = self.hosted.remove(id).expect("what comes back was kept");
                     self.host_held = self.host_held.saturating_sub(suspended.bytes());
                     report.swapped_in.push(*id);
                     Place::Device
                 }
             };
+            self.session_mut(*id).place = place;
         }
         Ok(())
     }

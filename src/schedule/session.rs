@@ -294,10 +294,12 @@ impl Session {
         self.request.rounds.get(self.round())
     }
 
-    /// Its sequence as a question follows it: the end of a turn is the template's business, and the question begins with it.
+    /// Its sequence as a question follows it, without the token that ended an answer: the end of a turn is the template's business,
+    /// and the question begins with it.
     pub(super) fn without_stop(&self) -> &[u32] {
+        let answers = self.answers.last().is_some_and(|answer| !answer.produced.is_empty());
         match self.tokens.split_last() {
-            Some((last, before)) if self.request.stop.contains(last) => before,
+            Some((last, before)) if answers && self.request.stop.contains(last) => before,
             _ => &self.tokens,
         }
     }

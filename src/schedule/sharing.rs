@@ -20,6 +20,9 @@
 //! other in every step: that one could not read the same tokens sooner. Nobody who waits is waited for. So it begins when the
 //! other has read its prompt, loses its place, or ends.
 //!
+//! **Who inherits.** A session that waits for room and would begin with pages of one that leaves, because it is over or gives up
+//! its place, takes them over as that one goes: it needs no more room than the other had, and reads nothing again.
+//!
 //! A prefix is found by a chain of hashes, one per page of a prompt: where two chains first differ is a search in their length's
 //! logarithm. What is found is compared token by token before it is used, so equal hashes decide nothing.
 
@@ -29,7 +32,7 @@ use crate::compression::Compression;
 use crate::compression::token::{Rows, Score};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
-use crate::pool::page_table::PageTable;
+use crate::pool::page_table::{Capacity, PageTable, TableShape};
 
 /// How a session begins with pages of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +123,35 @@ impl Scheduler {
             coming = if later { offer.coming } else { coming };
         }
         (best, coming > best.map_or(0, |best| best.tokens))
+    }
+
+    /// Lets a session leave. Where the first in line that needs pages would begin with some of its, that one names them before
+    /// they return, and is admitted if the rest of what it needs then fits.
+    pub(super) fn let_go<T>(
+        &mut self,
+        donor: SessionId,
+        leave: impl FnOnce(&mut Caches) -> Result<T, PoolError>,
+    ) -> Result<T, PoolError> {
+        let needy = |id: &SessionId| !self.sessions[id].is_admitted();
+        let first = self.waiting.iter().map(|(_, _, id)| *id).find(needy);
+        let first = first.filter(|id| *id != donor && self.sessions[id].place == Place::Nowhere);
+        let (shared, waits) = first.map_or((None, false), |id| self.prefix(id));
+        let shared = shared.filter(|shared| shared.donor == donor && !waits);
+        let Some((id, shared)) = first.zip(shared) else { return leave(&mut self.caches) };
+        let request = &self.sessions[&id].request;
+        let Some(own) = self.caches.alone_after(request) else { return leave(&mut self.caches) };
+        let table = &self.caches.tables[&donor];
+        let successor = PageTable::succeed(&mut self.caches.pool, table, own, shared.tail)?;
+        let left = leave(&mut self.caches)?;
+        match successor.admit(&mut self.caches.pool, &mut self.caches.ranges) {
+            Ok(table) => {
+                self.caches.tables.insert(id, table);
+                self.begin(id, Some(shared));
+            }
+            Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. }) => {}
+            Err(other) => return Err(other),
+        }
+        Ok(left)
     }
 
     /// Tokens of a session that another may take over, as far as they were read as they would be by that one.
@@ -242,6 +274,13 @@ impl Caches {
         }
         self.tables.insert(id, table);
         Ok(())
+    }
+
+    /// The only table of a session that begins with pages of another, where no evictions follow.
+    fn alone_after(&self, request: &Request) -> Option<(TableShape, Capacity)> {
+        let needs = self.needs(&request.compression, request.document_tokens(), request.max_tokens()).ok()?;
+        let own = needs.targets.first().copied().unwrap_or(needs.first);
+        (!own.1.turns).then_some(own)
     }
 
     /// Bytes of a session's pages that others name too.
