@@ -240,6 +240,8 @@ struct SessionsSeen {
     closed_lists: u32,
     adopted: u32,
     refused_adoption: u32,
+    succeeded: u32,
+    refused_succession: u32,
     shared_pages: u32,
     lets_go: u32,
     backing_returned: u32,
@@ -286,7 +288,8 @@ impl SessionWalk {
             15..65 => self.grow(),
             65..80 => self.keep(),
             80..86 => self.adopt(),
-            86..92 => self.rewind(),
+            86..88 => self.succeed(),
+            88..93 => self.rewind(),
             _ => self.release(),
         }
     }
@@ -494,7 +497,13 @@ impl SessionWalk {
     }
 
     fn release(&mut self) {
-        let Some(at) = self.pick() else { return };
+        if let Some(at) = self.pick() {
+            self.release_at(at);
+            self.seen.released += 1;
+        }
+    }
+
+    fn release_at(&mut self, at: usize) {
         let s = self.sessions.swap_remove(at);
         s.table.release(&mut self.pool, &mut self.ranges).expect("the pool should agree");
         for page in s.pages {
@@ -508,7 +517,6 @@ impl SessionWalk {
         self.model.uncommit(s.shape.open_page(), s.promised.0);
         self.model.uncommit(s.shape.sealed_page(), s.promised.1);
         self.entries[s.entries.0..s.entries.0 + s.entries.1].fill(false);
-        self.seen.released += 1;
         self.check();
     }
 
@@ -561,7 +569,15 @@ fn sessions_that_are_evicted_from_agree_with_the_model() {
         let s = &walk.seen;
         println!("{s:?}");
         let least = [s.admitted, s.refused, s.tables_full, s.grown, s.refused_growth, s.evicted, s.refused_eviction];
-        let shared = [s.adopted, s.refused_adoption, s.shared_pages, s.lets_go, s.backing_returned];
+        let shared = [
+            s.adopted,
+            s.refused_adoption,
+            s.succeeded,
+            s.refused_succession,
+            s.shared_pages,
+            s.lets_go,
+            s.backing_returned,
+        ];
         let least =
             least.into_iter().chain([s.closed_lists, s.taken_back, s.released]).chain(shared).min().unwrap_or(0);
         assert!(least >= 20, "every kind of step should have happened often: {s:?}");

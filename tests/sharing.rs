@@ -4,6 +4,7 @@
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use concertina::compression::Compression;
 use concertina::compression::head::HeadScores;
 use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
 use concertina::geometry::Bytes;
+use concertina::model::reference_model_path;
 use concertina::reference::compare::{agree_top1, kl_divergence, widen};
 use concertina::schedule::{
     Backend, Caches, HostConfig, Phase, Request, Round, ScheduleConfig, Scheduler, SessionId, StepPlan, StepReport,
@@ -201,7 +203,7 @@ fn tight(weights: &Weights, config: &EngineConfig, request: &Request, tenths: u6
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn sessions_that_share_are_swapped_and_answer_as_alone_gpu() {
     let weights = common::tiny_model(4);
-    for (text, fit) in [("full", 24), ("kivi4", 24), ("token=snapkv:0.5:window8", 20)] {
+    for (text, fit) in [("full", 26), ("kivi4", 15), ("token=snapkv:0.5:window8", 16)] {
         let round = |at: u64| Round {
             tokens: common::tokens(50 + at, 5, VOCAB),
             max_new: 10,
@@ -240,6 +242,49 @@ fn sessions_that_share_are_swapped_and_answer_as_alone_gpu() {
             finish(&mut one, &mut engine);
             let (got, expected) = (s.session(*id).expect("known"), one.session(alone).expect("known"));
             assert_eq!(got.produced, expected.produced, "{text}: {id:?} answers as alone");
+        }
+    }
+}
+
+/// Two questions about one document, as people ask them: the report says what was read once and which bytes were shared.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn questions_about_one_document_read_it_once_gpu() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(path("a.txt"), "The town lies by the sea, and the mill stands on the hill. ".repeat(8))
+        .expect("written");
+    let run = |documents: &[&str], questions: &[&str], compression: &str| -> serde_json::Value {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_concertina"));
+        command.args(["run", "--model", &reference_model_path().display().to_string(), "--compress", compression]);
+        command.arg("--document").args(documents.iter().map(|name| path(name))).arg("--ask").args(questions);
+        command.args(["--max-new", "4", "--context", "512", "--page-size", "32", "--json", &path("report.json")]);
+        let output = command.output().expect("the command starts");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert_eq!(text.contains("in pages of other sessions"), documents.len() > 1, "{text}");
+        serde_json::from_slice(&std::fs::read(path("report.json")).expect("written")).expect("JSON")
+    };
+    let questions = ["Where is the mill?", "What lies by the sea?"];
+    for compression in ["kivi4", "keydiff:0.5"] {
+        let both = run(&["a.txt", "a.txt"], &questions, compression);
+        let number = |value: &serde_json::Value| value.as_u64().unwrap_or_else(|| panic!("no number: {value}"));
+        let sessions = both["sessions"].as_array().expect("a list");
+        let prompts: u64 = sessions.iter().map(|session| number(&session["prompt_tokens"])).sum();
+        let prefill = &both["metrics"]["prefill"];
+        let shared = number(&prefill["shared_tokens"]);
+        assert!(shared >= 96, "{compression}: three pages at least: {shared}");
+        assert_eq!(number(&prefill["prompt_tokens"]) + shared, prompts, "{compression}: every token is read or shared");
+        let of = |at: usize, name: &str| number(&sessions[at][name]);
+        assert_eq!((of(0, "shared_tokens"), of(1, "shared_tokens")), (0, shared), "{compression}: the second shares");
+        let bytes = [of(0, "kv_shared_bytes"), of(1, "kv_shared_bytes")];
+        assert!(bytes[0] > 0 && bytes[0] == bytes[1], "{compression}: both hold the same pages: {bytes:?}");
+        assert_eq!(number(&both["pool"]["spared_peak_bytes"]), bytes[0], "{compression}: which are held once");
+        assert_eq!(number(&both["pool"]["spared_bytes"]), 0, "{compression}: nothing is left");
+        for (at, question) in questions.iter().enumerate() {
+            let alone = run(&["a.txt"], &[question], compression);
+            let answer = |report: &serde_json::Value, at: usize| report["sessions"][at]["rounds"][0]["answer"].clone();
+            assert_eq!(answer(&both, at), answer(&alone, 0), "{compression}: {question}");
         }
     }
 }

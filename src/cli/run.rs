@@ -24,7 +24,7 @@ use super::run_progress::SessionBars;
 /// Ask questions about many documents at once, within one byte budget
 ///
 /// Each document becomes a session: a prompt of the document and its question, the model's answer, and so on for the questions
-/// of --then. Sessions share the budget: one begins when the pool can promise all pages that its prompts and answers can
+/// of --then. Questions about one document share its pages, and only the first reads it. Sessions share the budget: one begins when the pool can promise all pages that its prompts and answers can
 /// need, and those that hold pages compute together, their prompts cut into chunks that fit beside the decode rows. The
 /// others wait in the order given; one that has answered gives up its pages to them. At the end every page is back; if not,
 /// the command fails.
@@ -33,6 +33,7 @@ use super::run_progress::SessionBars;
 Examples:
   concertina run --model model.gguf --document a.txt b.txt c.txt --ask 'What is this about?'
   concertina run --model model.gguf --document a.txt --ask 'Who?' --document b.txt --ask 'When?'
+  concertina run --model model.gguf --document a.txt a.txt a.txt --ask 'Who?' 'When?' 'Why?'
   concertina run --model owner/name --document *.txt --ask 'Summarise.' --document-tokens 1000 --kv-budget 64MiB
   concertina run --model model.gguf --document *.txt --ask 'Summarise.' --compress kivi4 --kv-budget 64MiB
   concertina run --model model.gguf --document a.txt b.txt --ask 'Why?' --compress full k:kivi2,v:rot4
@@ -153,7 +154,7 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
     let ids = submit(&job, &model, &mut scheduler, &mut meter)?;
     interrupt::install()?;
     let mut trace = trace_file.is_some().then(Trace::default);
-    let cached = steps(&job, &ids, &mut engine, &mut scheduler, (&mut meter, trace.as_mut()))?;
+    let held = steps(&job, &ids, &mut engine, &mut scheduler, (&mut meter, trace.as_mut()))?;
     if let (Some(file), Some(trace)) = (trace_file, trace) {
         file.write(trace.json(scheduler.now()).as_bytes())?;
     }
@@ -163,7 +164,7 @@ pub(super) fn run(args: &RunArgs, global: &Global) -> Result<ExitCode> {
         program: Program::THIS,
         device: device_report,
         model: model_report,
-        sessions: session_reports(&job, &model, &ids, &scheduler, &cached),
+        sessions: session_reports(&job, &model, &ids, &scheduler, &held),
         settings: job.settings,
         metrics: meter.metrics(&scheduler),
         pool: scheduler.report(),
@@ -288,21 +289,27 @@ fn submit(job: &Job, model: &Model, scheduler: &mut Scheduler, meter: &mut Meter
     Ok(ids)
 }
 
-/// Steps until every session has ended, or an interrupt cancels those that have not; the bytes of pages that each held
-/// last.
+/// Bytes of pages that a session held last, and the most of them that others held too.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    last: Bytes,
+    shared: Bytes,
+}
+
+/// Steps until every session has ended, or an interrupt cancels those that have not; what each held.
 fn steps(
     job: &Job,
     ids: &[SessionId],
     engine: &mut Engine<'_>,
     scheduler: &mut Scheduler,
     (meter, mut trace): (&mut Meter, Option<&mut Trace>),
-) -> Result<Vec<Bytes>> {
+) -> Result<Vec<Held>> {
     if let Some(trace) = &mut trace {
         ids.iter().zip(&job.inquiries).for_each(|(id, inquiry)| trace.name(*id, &inquiry.document));
         trace.step(scheduler);
     }
     let bars = SessionBars::new(ids.iter().copied().zip(job.inquiries.iter().map(|i| i.document.as_str())));
-    let mut cached = vec![Bytes::ZERO; ids.len()];
+    let mut held = vec![Held::default(); ids.len()];
     while !scheduler.is_idle() && !interrupt::requested() {
         bars.update(scheduler);
         let step = scheduler.step(engine)?;
@@ -315,9 +322,10 @@ fn steps(
         if let Some(trace) = &mut trace {
             trace.step(scheduler);
         }
-        for (id, cached) in ids.iter().zip(&mut cached) {
+        for (id, held) in ids.iter().zip(&mut held) {
             if let Some(table) = scheduler.caches().tables.get(id) {
-                *cached = table.held_bytes();
+                held.last = table.held_bytes();
+                held.shared = held.shared.max(scheduler.caches().shared_bytes(*id));
             }
         }
     }
@@ -325,7 +333,7 @@ fn steps(
         scheduler.cancel(*id)?;
     }
     bars.clear();
-    Ok(cached)
+    Ok(held)
 }
 
 fn session_reports(
@@ -333,10 +341,10 @@ fn session_reports(
     model: &Model,
     ids: &[SessionId],
     scheduler: &Scheduler,
-    cached: &[Bytes],
+    held: &[Held],
 ) -> Vec<SessionReport> {
-    let all = ids.iter().zip(cached).zip(job.inquiries.iter().zip(&job.prompts));
-    all.map(|((id, cached), (inquiry, prompt))| {
+    let all = ids.iter().zip(held).zip(job.inquiries.iter().zip(&job.prompts));
+    all.map(|((id, held), (inquiry, prompt))| {
         let session = scheduler.session(*id).expect("a submitted session is known");
         let questions = std::iter::once(&inquiry.question).chain(job.later.iter().map(|(question, _)| question));
         let round = |(question, round): (&String, &Answer)| {
@@ -347,7 +355,8 @@ fn session_reports(
             rounds: questions.zip(&session.answers).map(round).collect(),
             document_tokens: prompt.document_tokens,
             used_tokens: prompt.used_tokens,
-            ..SessionReport::new(inquiry.document.clone(), session, *cached)
+            kv_shared_bytes: held.shared,
+            ..SessionReport::new(inquiry.document.clone(), session, held.last)
         }
     })
     .collect()

@@ -87,6 +87,7 @@ impl Meter {
             },
             prefill: PrefillMetric {
                 prompt_tokens: prefill.prompt_rows,
+                shared_tokens: scheduler.sessions().map(|(_, session)| session.shared_tokens).sum(),
                 decode_tokens: prefill.decode_rows,
                 steps: prefill.steps,
                 elapsed_s: prefill.elapsed.as_secs_f64(),
@@ -213,6 +214,8 @@ pub struct ConcurrencyMetric {
 pub struct PrefillMetric {
     /// Prompt tokens computed.
     pub prompt_tokens: u64,
+    /// Tokens that were not read, because pages of other sessions held them.
+    pub shared_tokens: u64,
     /// Tokens that other sessions decoded in the same steps.
     pub decode_tokens: u64,
     /// Steps.

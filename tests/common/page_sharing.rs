@@ -1,68 +1,126 @@
 //! Page tables that name pages of each other: a step of the walk, and cases by hand.
 
 use concertina::geometry::Bytes;
-use concertina::pool::PagePool;
 use concertina::pool::page_table::{Capacity, PageTable, Quest, TableShape, Window};
+use concertina::pool::{PageId, PagePool};
 use rand::RngExt;
 
 use super::{ModelSession, SHAPE, SessionWalk, admit, no_window, of_tail, roomy};
 
+/// How a session is to begin.
+struct Beginning {
+    shape: TableShape,
+    capacity: Capacity,
+    kept: Vec<Option<u32>>,
+    /// Pages of each list's tail that it takes over: open ones, and sealed ones.
+    shared: (u32, u32),
+    /// Pages that it may take later, and commitments behind those that it takes over.
+    promised: (u64, u64),
+    backing: (u64, u64),
+    /// Every page that it takes over.
+    named: Vec<PageId>,
+}
+
+impl Beginning {
+    fn tail(&self) -> u32 {
+        (self.shared.0 + self.shared.1) * self.shape.page.page_size
+    }
+
+    /// What is committed.
+    fn wish(&self) -> (u64, u64) {
+        (self.promised.0 + self.backing.0, self.promised.1 + self.backing.1)
+    }
+}
+
 impl SessionWalk {
-    /// A session that begins as another does.
-    pub(crate) fn adopt(&mut self) {
-        let Some(at) = self.pick() else { return };
+    /// How a session could begin as the one at `at` does.
+    fn beginning(&mut self, at: usize) -> Beginning {
         let capacity = Capacity { tail_tokens: self.rng.random_range(1..900), ..self.sessions[at].capacity };
         let donor = &self.sessions[at];
-        let (shape, size, kept) = (donor.shape, donor.size(), donor.kept.clone());
-        let pages = self.rng.random_range(0..=donor.tail.min(capacity.tail_tokens) / size);
+        let (shape, kept) = (donor.shape, donor.kept.clone());
+        let pages = self.rng.random_range(0..=donor.tail.min(capacity.tail_tokens) / donor.size());
         let (tails, all) = (donor.tails(), of_tail(&shape, capacity));
-        let shared = if shape.codec.seals() { (0, u64::from(pages)) } else { (u64::from(pages), 0) };
+        let shared = if shape.codec.seals() { (0, pages) } else { (pages, 0) };
+        let of_tails = (tails * u64::from(shared.0), tails * u64::from(shared.1));
         let of_kept: u64 = kept.iter().flatten().map(|pages| u64::from(*pages)).sum();
         // Where evictions take turns, a later one may keep more, and what is shared is committed behind its pages.
         let rest = if capacity.turns { u64::from(capacity.kept_pages) - of_kept } else { 0 };
-        let promised = (tails * (all.0 - shared.0), tails * (all.1 - shared.1) + rest);
-        let backing = if capacity.turns { (tails * shared.0, tails * shared.1 + of_kept) } else { (0, 0) };
-        let expected = self.expected(&shape, capacity, (promised.0 + backing.0, promised.1 + backing.1));
+        let promised = (tails * all.0 - of_tails.0, tails * all.1 - of_tails.1 + rest);
+        let backing = if capacity.turns { (of_tails.0, of_tails.1 + of_kept) } else { (0, 0) };
+        let lists = (0..shape.num_layers).flat_map(|l| (0..shape.num_kv_heads).map(move |h| (l, h)));
+        let mut named = Vec::new();
+        for ((layer, head), kept) in lists.zip(&kept) {
+            let Some(kept) = kept else { continue };
+            let (in_codec, open) = donor.table.list(layer, head);
+            named.extend(&in_codec[..(kept + shared.1) as usize]);
+            named.extend(&open[..shared.0 as usize]);
+        }
+        Beginning { shape, capacity, kept, shared, promised, backing, named }
+    }
+
+    /// Notes a session that began as another did.
+    fn joins(&mut self, begun: Beginning, table: PageTable, entries: (usize, usize)) {
+        let lists = (0..begun.shape.num_layers).flat_map(|l| (0..begun.shape.num_kv_heads).map(move |h| (l, h)));
+        let pages = |(layer, head)| {
+            let (in_codec, open) = table.list(layer, head);
+            in_codec.into_iter().chain(open.iter().copied()).collect::<Vec<_>>()
+        };
+        assert_eq!(lists.flat_map(pages).collect::<Vec<_>>(), begun.named, "the same pages, in order");
+        self.seen.shared_pages += u32::try_from(begun.named.len()).expect("few pages");
+        let tail = begun.tail();
+        let Beginning { shape, capacity, kept, shared: (open, sealed), promised, named: pages, .. } = begun;
+        let filled = true;
+        let session =
+            ModelSession { shape, capacity, tail, open, sealed, kept, filled, promised, entries, table, pages };
+        self.sessions.push(session);
+        self.note(self.sessions.len() - 1);
+    }
+
+    /// A session that begins as another does.
+    pub(crate) fn adopt(&mut self) {
+        let Some(at) = self.pick() else { return };
+        let begun = self.beginning(at);
+        let expected = self.expected(&begun.shape, begun.capacity, begun.wish());
         let before = self.ledger();
-        let donor = &self.sessions[at].table;
-        let result = PageTable::adopt(&mut self.pool, &mut self.ranges, donor, (shape, capacity), pages * size);
+        let (donor, own) = (&self.sessions[at].table, (begun.shape, begun.capacity));
+        let result = PageTable::adopt(&mut self.pool, &mut self.ranges, donor, own, begun.tail());
         let Some((table, entries)) = self.settle(result, expected, &before) else {
             self.seen.refused_adoption += 1;
             return;
         };
-        let lists = (0..shape.num_layers).flat_map(|l| (0..shape.num_kv_heads).map(move |h| (l, h)));
-        let mut named = Vec::new();
-        for (layer, head) in lists {
-            let (in_codec, open) = table.list(layer, head);
-            let (of_donor, open_of_donor) = self.sessions[at].table.list(layer, head);
-            assert_eq!(in_codec, of_donor[..in_codec.len()], "the same pages in the codec, in order");
-            assert_eq!(open, &open_of_donor[..open.len()], "the same f16 pages, in order");
-            assert_eq!(table.n_kept(layer, head), self.sessions[at].table.n_kept(layer, head), "tokens kept");
-            named.extend(in_codec.iter().chain(open).copied());
-        }
-        let n = tails * (shared.0 + shared.1) + of_kept;
-        assert_eq!(named.len() as u64, n, "kept pages, and whole ones of the tail");
-        named.iter().for_each(|page| self.model.share(*page));
+        begun.named.iter().for_each(|page| self.model.share(*page));
         assert_eq!(table.shared_bytes(&self.pool), table.held_bytes(), "nothing is its own yet");
-        self.seen.shared_pages += u32::try_from(named.len()).expect("few pages");
-        let (open, sealed) = (u32::try_from(shared.0).expect("few"), u32::try_from(shared.1).expect("few"));
-        let (tail, pages) = (pages * size, named);
-        let filled = true;
-        self.sessions.push(ModelSession {
-            shape,
-            capacity,
-            tail,
-            open,
-            sealed,
-            kept,
-            filled,
-            promised,
-            entries,
-            table,
-            pages,
-        });
+        self.joins(begun, table, entries);
         self.seen.adopted += 1;
-        self.note(self.sessions.len() - 1);
+    }
+
+    /// A session that begins as another does that leaves: what the other had to itself makes room for it.
+    pub(crate) fn succeed(&mut self) {
+        let Some(at) = self.pick().filter(|at| !self.sessions[*at].capacity.turns) else { return };
+        let begun = self.beginning(at);
+        let own = (begun.shape, begun.capacity);
+        let successor = PageTable::succeed(&mut self.pool, &self.sessions[at].table, own, begun.tail());
+        let successor = successor.expect("the donor's pages are in use");
+        begun.named.iter().for_each(|page| self.model.share(*page));
+        self.check();
+        self.release_at(at);
+        let expected = self.expected(&begun.shape, begun.capacity, begun.wish());
+        match (successor.admit(&mut self.pool, &mut self.ranges), expected.model, expected.place) {
+            (Ok(table), Ok(model), Some((start, n))) => {
+                self.model = model;
+                self.entries[start..start + n].fill(true);
+                self.joins(begun, table, (start, n));
+                self.seen.succeeded += 1;
+            }
+            (Err(_), Err(_), _) | (Err(_), Ok(_), None) => {
+                for page in &begun.named {
+                    self.model.release(*page);
+                }
+                self.check();
+                self.seen.refused_succession += 1;
+            }
+            (result, _, place) => panic!("{result:?}; the model expects entries at {place:?}"),
+        }
     }
 }
 
