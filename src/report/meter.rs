@@ -287,7 +287,7 @@ mod tests {
         let page = PageGeometry { page_size: 16, head_dim: 8 };
         let bytes = HiddenCodec::F16.page_bytes(page);
         let layout = PoolLayout {
-            budget: Bytes(256 + 2 * (bytes.0 + 8)),
+            budget: Bytes(256 + 2 * (bytes.0 + 4 * PoolLayout::ENTRIES_PER_PAGE)),
             staging: Bytes::ZERO,
             scratch: Bytes::ZERO,
             max_binding: Bytes(1 << 20),
