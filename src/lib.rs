@@ -61,6 +61,7 @@
 
 pub mod compression;
 pub mod device;
+pub mod disk;
 pub mod engine;
 pub mod eval;
 pub mod geometry;

@@ -3,8 +3,9 @@
 #![expect(unsafe_code, reason = "a counting allocator has to implement GlobalAlloc")]
 #![cfg(feature = "model")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "common/counting.rs"]
+mod counting;
+
 use std::io::Cursor;
 use std::path::Path;
 
@@ -12,56 +13,12 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use concertina::model::{ChatTemplate, GgufFile, Message, ModelError, Role, Tokenizer};
+use counting::peak_of;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// What one attempt to load a file of a few kilobytes may hold at a time.
 const PEAK_BYTES_MAX: usize = 64 << 20;
-
-struct Counting;
-
-thread_local! {
-    static LIVE: Cell<usize> = const { Cell::new(0) };
-    static PEAK: Cell<usize> = const { Cell::new(0) };
-}
-
-fn count(freed: usize, taken: usize) {
-    // Counted per thread, because tests run side by side; a thread that ends has no counter any more.
-    let _ = LIVE.try_with(|live| {
-        live.set(live.get().saturating_sub(freed) + taken);
-        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(live.get())));
-    });
-}
-
-// SAFETY: every call goes to the system allocator unchanged; counting allocates nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(0, layout.size());
-        // SAFETY: the caller's promises are those that `System` asks for.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(layout.size(), 0);
-        // SAFETY: the pointer came from `System` with this layout.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(0, layout.size());
-        // SAFETY: as in `alloc`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        count(layout.size(), size);
-        // SAFETY: as in `dealloc`.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 const HIDDEN: usize = 16;
 const INNER: usize = 32;
@@ -171,10 +128,7 @@ fn load(path: &Path) -> Result<(), ModelError> {
 fn attempt(folder: &Path, bytes: &[u8], what: &str) -> Result<(), String> {
     let path = folder.join("model.gguf");
     std::fs::write(&path, bytes).expect("a writable folder");
-    let before = LIVE.get();
-    PEAK.set(before);
-    let result = load(&path);
-    let peak = PEAK.get().saturating_sub(before);
+    let (result, peak) = peak_of(|| load(&path));
     assert!(peak < PEAK_BYTES_MAX, "{what}: {peak} bytes at a time for a file of {}", bytes.len());
     result.map_err(|error| {
         let message = error.to_string();
@@ -349,9 +303,6 @@ fn wrong_tensors_are_named() {
 
 #[test]
 fn the_counter_sees_allocations() {
-    let before = LIVE.get();
-    PEAK.set(before);
-    drop(std::hint::black_box(vec![1u8; 1 << 20]));
-    let peak = PEAK.get() - before;
+    let ((), peak) = peak_of(|| drop(std::hint::black_box(vec![1u8; 1 << 20])));
     assert!((1 << 20..2 << 20).contains(&peak), "one MiB was held, the counter says {peak} bytes");
 }

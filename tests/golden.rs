@@ -6,9 +6,9 @@ use std::path::Path;
 
 use concertina::compression::Compression;
 use concertina::compression::hidden::{HeadParameters, HiddenCodec, PageContext, Side, lowrank, plane, rot};
-use concertina::engine::Engine;
 use concertina::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
-use concertina::eval::{perplexity, prompt};
+use concertina::engine::{Engine, EngineConfig, EvictionConfig};
+use concertina::eval::{kl, perplexity, prompt};
 use concertina::geometry::{Bytes, HeadGeometry, PageGeometry};
 use concertina::kernels::PipelineCache;
 use concertina::kernels::attention::CacheShape;
@@ -215,6 +215,62 @@ fn perplexity_agrees_with_pytorch_gpu() {
     let each = golden["per_window_nll"].as_array().expect("a list");
     for (got, want) in got.window_nll.iter().zip(each) {
         assert!((got - want.as_f64().expect("a number")).abs() < 1e-3, "{got} against {want}");
+    }
+}
+
+/// A second implementation of every policy, in numpy: what each costs on the same text. Caches of f16 and another order of
+/// additions move a few choices; a policy that is another one moves more than that.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn policies_cost_what_an_independent_implementation_says_gpu() {
+    let model = common::model();
+    let golden: serde_json::Value = serde_json::from_slice(&read("policies.json")).expect("the golden is JSON");
+    let number = |value: &serde_json::Value| value.as_f64().expect("a number");
+    let count = |name: &str| usize::try_from(golden[name].as_u64().expect("a count")).expect("small");
+    let text = String::from_utf8(read("alice.txt")).expect("the novel is ASCII");
+    let tokens = model.tokenizer.encode(&text, false).expect("the novel has tokens");
+    let (prefix_tokens, tail_tokens) = (count("prefix"), count("tail"));
+    let settings = kl::KlSettings { prefix_tokens, tail_tokens, sealing: kl::PrefixSealing::AfterPrefix };
+    let all = golden["results"].as_array().expect("a list");
+    let (others, measured): (Vec<_>, Vec<_>) = all.iter().partition(|row| row["policy"] == "keydiff-per-head");
+    let compressions: Vec<Compression> = measured
+        .iter()
+        .map(|row| {
+            let text = format!("token={}:{}", row["policy"].as_str().expect("a name"), row["keep"]);
+            text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))
+        })
+        .collect();
+    let (observed, _) = kl::slots(&compressions);
+    let slots = u32::try_from(observed.len()).expect("few");
+    let rows = u32::try_from(compressions.len() + 1).expect("few");
+    let config = EngineConfig {
+        evictions: EvictionConfig::of(&compressions, slots),
+        max_sessions: rows,
+        context_length: 512,
+        ..common::config(256)
+    };
+    let (mut engine, mut caches) = Engine::new(common::device(), &model.weights, &config).expect("256 MiB suffice");
+    let window = &tokens[..settings.window()];
+    let sums = kl::window(&mut engine, &mut caches, &compressions, window, &settings, 64, &mut |_| ());
+    let results = kl::results(&compressions, &[sums.expect("it should run")]);
+    let far = |got: f64, want: f64| (got / want - 1.0).abs();
+    for (got, want) in results[1..].iter().zip(&measured) {
+        let (mean, median) = (number(&want["mean_kl"]), number(&want["median_kl"]));
+        println!(
+            "{:28} mean {:.5} (numpy {mean:.5}), median {:.5} ({median:.5})",
+            got.compression, got.mean_kl, got.median_kl
+        );
+        assert!(
+            far(got.mean_kl, mean) < 0.1 && far(got.median_kl, median) < 0.2,
+            "{}: another policy",
+            got.compression
+        );
+    }
+    for other in others {
+        let same = |(_, row): &(usize, &&serde_json::Value)| row["policy"] == "keydiff" && row["keep"] == other["keep"];
+        let (at, _) = measured.iter().enumerate().find(same).expect("both are there");
+        let (got, want) = (results[at + 1].mean_kl, number(&other["mean_kl"]));
+        assert!(far(got, want) > 0.15, "one choice per head would be noticed: {got} against {want}");
     }
 }
 

@@ -3,6 +3,8 @@
 //! The model decides by itself which session fits, which pages a step or an eviction takes and which promises return;
 //! tables and pool have to agree on every byte after every step. Which tokens a table names is `tests/page_runs.rs`.
 
+#[path = "common/page_admissions.rs"]
+mod admissions;
 #[path = "common/pool_model.rs"]
 mod model;
 #[path = "common/page_sharing.rs"]
@@ -76,6 +78,55 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(cases())]
+
+    /// Whatever a step took that failed, the next one finds what it would have found.
+    #[test]
+    fn rows_that_are_taken_back_leave_no_trace(
+        (num_layers, num_kv_heads) in (1u32..4, 1u32..3),
+        growth in prop::collection::vec((0u32..40, 0u32..40), 1..12),
+        codec in prop::sample::select(vec!["f16", "rot3", "f32"]),
+        closed in any::<bool>(),
+    ) {
+        let (mut pool, mut ranges) = roomy();
+        let shape = TableShape { num_layers, num_kv_heads, codec: codec.parse().expect("a codec"), ..SHAPE };
+        let mut window = Window::new(shape.page, num_kv_heads, 40, true);
+        let mut table = admit(&mut pool, &mut ranges, shape, 1_000).expect("the pool is roomy");
+        if closed {
+            // A list that keeps nothing does not grow.
+            let kept = (0..shape.num_lists()).map(|list| (list != 0).then(Vec::new).into()).collect();
+            table.keep(&mut pool, kept, &[], 7).expect("nothing is kept");
+        }
+        for (failing, n) in growth {
+            let (before, mut clone) = (pool.report(), (pool.clone(), table.clone()));
+            window.clear();
+            let failing = table.cut(failing);
+            table.grow(&mut pool, &mut window, failing).expect("growth within the admission");
+            let after = pool.report();
+            let grown = after.pages_in_use_bytes > before.pages_in_use_bytes;
+            table.ungrow(&mut pool).expect("the pool should agree");
+            let exact = PoolReport { peak_bytes: after.peak_bytes, pages_peak_bytes: after.pages_peak_bytes, ..before };
+            prop_assert_eq!(pool.report(), exact, "all but the peak, after {} rows", failing);
+            prop_assert!(!grown || after != pool.report(), "a page that was taken shows in this comparison");
+            prop_assert_eq!((table.n_tokens(), table.promised_bytes()), (clone.1.n_tokens(), clone.1.promised_bytes()));
+            prop_assert!(table.sealing_pages().is_empty() && (failing == 0 || table.is_dirty()), "the device may not know");
+            let n = table.cut(n);
+            for (pool, table) in [(&mut pool, &mut table), (&mut clone.0, &mut clone.1)] {
+                window.clear();
+                table.grow(pool, &mut window, n).expect("growth within the admission");
+            }
+            let pages = |table: &PageTable| table.page_ids().collect::<Vec<_>>();
+            prop_assert_eq!(pages(&table), pages(&clone.1), "the same pages as if nothing had failed");
+            table.retire();
+            table.ungrow(&mut pool).expect("nothing to take back");
+            prop_assert_eq!(pages(&table), pages(&clone.1), "a step that is over stays");
+        }
+        table.release(&mut pool, &mut ranges).expect("the pool should agree");
+        prop_assert_eq!((pool.report().pages_in_use_bytes, pool.report().committed_bytes), (Bytes::ZERO, Bytes::ZERO));
+    }
+}
+
 fn roomy() -> (PagePool, TableRanges) {
     let pool = PagePool::new(&layout(Bytes::mib(5), Bytes::mib(1))).expect("the layout should fit its budget");
     (pool, TableRanges::new(4_000))
@@ -103,70 +154,6 @@ fn admit(
 /// For sessions whose pages are never sealed.
 fn no_window() -> Window {
     Window::new(SHAPE.page, SHAPE.num_kv_heads, 0, false)
-}
-
-#[test]
-fn an_admission_that_fails_leaves_everything_as_it_was() {
-    let (mut pool, _) = roomy();
-    let mut few = TableRanges::new(20);
-    pool.commit(SHAPE.open_page(), 0).expect("no pages always fit");
-    let before = (pool.report(), format!("{few:?}"));
-    let error = admit(&mut pool, &mut few, SHAPE, 16 * 4).expect_err("24 entries of 20");
-    assert_eq!(error, PoolError::TablesFull { wanted: 24, total: 20 }, "the refusal should carry the numbers");
-    assert_eq!((pool.report(), format!("{few:?}")), before, "too few table entries");
-    let error = admit(&mut pool, &mut few, SHAPE, 16 * 5_000).expect_err("58 MiB of 5");
-    assert!(matches!(error, PoolError::DoesNotFit { pages: 30_000, .. }), "{error}");
-    assert_eq!((pool.report(), format!("{few:?}")), before, "too few pages");
-    let table = admit(&mut pool, &mut few, SHAPE, 16 * 3).expect("18 entries of 20");
-    assert_ne!(format!("{few:?}"), before.1, "an admission that succeeds shows in this comparison");
-    table.release(&mut pool, &mut few).expect("the pool should agree");
-}
-
-#[test]
-fn growth_beyond_the_admission_is_refused_and_takes_nothing_from_others() {
-    let (mut pool, mut ranges) = roomy();
-    let mut small = admit(&mut pool, &mut ranges, SHAPE, 16).expect("the pool is roomy");
-    let mut other = admit(&mut pool, &mut ranges, SHAPE, 160).expect("the pool is roomy");
-    small.grow(&mut pool, &mut no_window(), 16).expect("growth within the admission");
-    let before = pool.report();
-    let error = small.grow(&mut pool, &mut no_window(), 1).expect_err("a second page per list was never admitted");
-    assert_eq!(error, PoolError::NotCommitted(SHAPE.open_page()), "the refusal should name the page size");
-    assert_eq!(pool.report(), before, "another session's commitments should be untouched");
-    other.grow(&mut pool, &mut no_window(), 160).expect("what was admitted can be taken");
-}
-
-#[test]
-fn an_admission_whose_sealed_pages_do_not_fit_leaves_everything_as_it_was() {
-    let (mut pool, mut ranges) = roomy();
-    let shape = TableShape { codec: "f32".parse().expect("a codec"), ..SHAPE };
-    for page in [shape.open_page(), shape.sealed_page()] {
-        pool.commit(page, 0).expect("no pages always fit");
-    }
-    let before = (pool.report(), format!("{ranges:?}"));
-    let error = admit(&mut pool, &mut ranges, shape, 16 * 1_000).expect_err("24 MiB of 5");
-    assert!(
-        matches!(error, PoolError::DoesNotFit { pages: 6_000, page, .. } if page == shape.sealed_page()),
-        "{error}"
-    );
-    assert_eq!((pool.report(), format!("{ranges:?}")), before, "the open pages are not committed either");
-}
-
-#[test]
-#[should_panic(expected = "rows that leave a page should end on an edge")]
-fn rows_beyond_the_cut_are_noticed() {
-    let (mut pool, mut ranges) = roomy();
-    let shape = TableShape { codec: "rot2".parse().expect("a codec"), ..SHAPE };
-    let mut table = admit(&mut pool, &mut ranges, shape, 40).expect("the pool is roomy");
-    let _ = table.grow(&mut pool, &mut Window::new(shape.page, shape.num_kv_heads, 64, true), 20);
-}
-
-#[test]
-fn an_admission_of_more_pages_than_32_bits_count_is_refused() {
-    let (mut pool, mut ranges) = roomy();
-    let shape = TableShape { num_layers: 64, num_kv_heads: 64, ..SHAPE };
-    // 64 * 64 * 2^20 pages: exactly 2^32, which wraps to none.
-    let error = admit(&mut pool, &mut ranges, shape, 1 << 24).expect_err("32 TiB of 5 MiB");
-    assert!(matches!(error, PoolError::DoesNotFit { .. }), "{error}");
 }
 
 /// Shapes of the sessions of [`SessionWalk`]: several codecs on two page sizes, one whose pages are as large as open

@@ -43,6 +43,7 @@ const ROOMS: &[Room] = &[
     room("pool", &["device", "geometry", "compression"]),
     room_on_wgpu("kernels", &["pool", "device", "geometry", "compression", "weights"]),
     room("schedule", &["geometry", "compression", "theory", "pool"]),
+    room("disk", &["geometry", "compression", "pool", "schedule"]),
     room("model", &["geometry", "weights"]),
     room_on_wgpu(
         "engine",
@@ -56,6 +57,7 @@ const ROOMS: &[Room] = &[
             "pool",
             "kernels",
             "schedule",
+            "disk",
             "model",
         ],
     ),

@@ -76,7 +76,7 @@ impl Backend for Greedy<'_, '_> {
         let best = |row: &Vec<f32>| (0..).zip(row).max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(token, _)| token);
         let tokens = logits.iter().map(best).collect();
         sampling.zip(logits).for_each(|(rows, row)| self.logits.entry(rows.session).or_default().push(row));
-        Ok(StepResult { tokens, elapsed: Duration::from_millis(1) })
+        Ok(StepResult { tokens, elapsed: Duration::from_millis(1), ..StepResult::default() })
     }
 
     fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, EngineError> {

@@ -4,58 +4,19 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::process::{Command, Output};
-use std::sync::Arc;
-use std::time::Duration;
 
+use common::sessions::{KINDS, compression, config, request};
 use concertina::compression::Compression;
-use concertina::compression::head::HeadScores;
 use concertina::device::Device;
-use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
+use concertina::engine::{Engine, EngineConfig, EngineError};
 use concertina::eval::prompt::Driver;
 use concertina::geometry::Bytes;
-use concertina::kernels::sample::Sampling;
 use concertina::model::reference_model_path;
 use concertina::reference::compare::{agree_top1, kl_divergence, widen};
-use concertina::schedule::{Caches, HostConfig, Request, Round, ScheduleConfig, Scheduler, Session};
+use concertina::schedule::{HostConfig, Request, ScheduleConfig, Scheduler, Session, Store};
 use concertina::weights::Weights;
-
-fn compression(text: &str) -> Compression {
-    text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))
-}
-
-/// Three rounds over a document of `n` tokens; sampled, so that a small difference shows.
-fn request(seed: usize, n: usize, max_new: u32, vocab: u32, text: &str) -> Request {
-    let sampling = Sampling { temperature: 1.0, seed: seed as u64, ..Sampling::GREEDY };
-    let round = |at: usize| Round {
-        tokens: common::tokens((1_000 + 10 * seed + at) as u64, 5 + at, vocab),
-        max_new,
-        think: Duration::from_millis(at as u64),
-    };
-    Request {
-        rounds: vec![round(1), round(2)],
-        sampling,
-        compression: compression(text),
-        document: Some(u32::try_from(n).expect("short") - 4),
-        ..Request::new(common::tokens(seed as u64, n, vocab), max_new)
-    }
-}
-
-fn config(weights: &Weights, texts: &[&str]) -> EngineConfig {
-    let compressions: Vec<_> = texts.iter().map(|text| compression(text)).collect();
-    let codecs: BTreeSet<_> = compressions.iter().flat_map(Caches::codecs_of).collect();
-    let line = "0.9\t0.1\n".repeat(weights.geometry.num_layers as usize);
-    let scores = (weights.geometry.heads.num_kv_heads == 2).then(|| HeadScores::parse(&line).expect("scores"));
-    let evictions = EvictionConfig::of(&compressions, 8)
-        .map(|evictions| EvictionConfig { head_scores: scores.map(Arc::new), ..evictions });
-    EngineConfig {
-        codecs: codecs.into_iter().collect(),
-        evictions,
-        page_size: 32,
-        context_length: 512,
-        ..common::config(64)
-    }
-}
 
 /// What a run came to.
 #[derive(Debug, Default)]
@@ -68,10 +29,25 @@ struct Outcome {
     moving: (u32, u32),
     most_resident: usize,
     host_peak: Bytes,
+    disk_peak: Bytes,
 }
 
 fn run(device: &Device, weights: &Weights, config: &EngineConfig, host: HostConfig, all: &[Request]) -> Outcome {
+    let folder = tempfile::tempdir().expect("a folder");
+    run_in(folder.path(), device, weights, config, host, all)
+}
+
+/// With a folder for caches that go to files.
+fn run_in(
+    folder: &Path,
+    device: &Device,
+    weights: &Weights,
+    config: &EngineConfig,
+    host: HostConfig,
+    all: &[Request],
+) -> Outcome {
     let (mut engine, caches) = Engine::new(device, weights, config).expect("the budget suffices");
+    engine.keep_in(folder.to_owned());
     assert_eq!(caches.pool.report().allocated_bytes, engine.held_bytes(), "the pool says what the device holds");
     let &EngineConfig { max_rows, max_sessions, context_length, .. } = config;
     let mut s = Scheduler::new(ScheduleConfig { max_rows, max_sessions, context_length, host }, caches);
@@ -96,7 +72,8 @@ fn run(device: &Device, weights: &Weights, config: &EngineConfig, host: HostConf
     assert_eq!(engine.host_bytes(), Bytes::ZERO, "nothing is left on the host");
     let report = s.report();
     assert_eq!((report.pages_in_use_bytes, report.committed_bytes), (Bytes::ZERO, Bytes::ZERO), "all bytes are back");
-    outcome.host_peak = s.host_bytes().1;
+    outcome.host_peak = s.away_bytes(Store::Host).1;
+    outcome.disk_peak = s.away_bytes(Store::Disk).1;
     outcome.sessions = s.sessions().map(|(_, session)| session.clone()).collect();
     outcome
 }
@@ -122,25 +99,11 @@ fn compare(ample: &Outcome, got: &Outcome, what: &str) {
     }
 }
 
-/// Full caches, codecs, latents, evictions that are over and those that go on, shared and merged layers; and how many tenths
-/// of one there is room for while they read, since evictions make room later.
-const SWAPPED: [(&str, u64); 9] = [
-    ("full", 26),
-    ("kivi4", 26),
-    ("k:rot3,v:int8", 26),
-    ("lowrank:8", 26),
-    ("token=snapkv:0.5:window8", 20),
-    ("token=h2o:96:every32,hidden=kivi4", 11),
-    ("token=adakv:0.5:expected,head=duo:0.5:sink4:recent32", 15),
-    ("layer=share:2", 26),
-    ("layer=minicache:0..", 15),
-];
-
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn swapped_sessions_answer_as_with_ample_memory_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
-    for (text, fit) in SWAPPED {
+    for (text, fit) in KINDS {
         let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed, 12, 200, text)).collect();
         let config = config(&weights, &[text]);
         let ample = run(device, &weights, &config, HostConfig::default(), &all);
@@ -165,8 +128,8 @@ fn swapped_sessions_answer_as_with_ample_memory_gpu() {
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn sessions_of_every_kind_swap_in_one_schedule_gpu() {
     let (device, weights) = (common::device(), common::tiny_model(4));
-    let all: Vec<_> = (0..9).map(|at| request(at, 140 + 7 * at, 16, 200, SWAPPED[at].0)).collect();
-    let config = config(&weights, &SWAPPED.map(|(text, _)| text));
+    let all: Vec<_> = (0..9).map(|at| request(at, 140 + 7 * at, 16, 200, KINDS[at].0)).collect();
+    let config = config(&weights, &KINDS.map(|(text, _)| text));
     let ample = run(device, &weights, &config, HostConfig::default(), &all);
     let config = EngineConfig { swap_chunk: Bytes(40 << 10), ..config };
     let config = tight(&weights, &config, &all[0], 30);
@@ -218,6 +181,26 @@ fn without_host_memory_caches_are_computed_again_gpu() {
     compare(&ample, &got, "computed again");
 }
 
+/// No file can be made in a folder that is gone.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn where_files_can_not_be_written_caches_are_computed_again_gpu() {
+    let (device, weights) = (common::device(), common::tiny_model(4));
+    let all: Vec<_> = (0..5).map(|seed| request(seed, 150, 12, 200, "full")).collect();
+    let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..config(&weights, &["full"]) };
+    let ample = run(device, &weights, &config, HostConfig::default(), &all);
+    let config = tight(&weights, &config, &all[0], 26);
+    let host = HostConfig { disk_budget: Bytes::mib(64), ..HostConfig::default() };
+    let gone = tempfile::tempdir().expect("a folder").path().to_owned();
+    let got = run_in(&gone, device, &weights, &config, host, &all);
+    assert!(got.dropped >= 5 && got.swapped == 0, "{} caches were dropped", got.dropped);
+    compare(&ample, &got, "computed again");
+    let folder = tempfile::tempdir().expect("a folder");
+    let got = run_in(folder.path(), device, &weights, &config, host, &all);
+    assert!(got.dropped == 0 && got.swapped >= 5, "{} caches went to files where there is a folder", got.swapped);
+    compare(&ample, &got, "from files");
+}
+
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn without_room_anywhere_caches_are_compressed_harder_gpu() {
@@ -251,8 +234,7 @@ fn without_room_anywhere_caches_are_compressed_harder_gpu() {
 fn rungs_that_can_not_be_reached_later_are_refused_with_the_reason() {
     let device = Device::open_noop().expect("the noop backend is compiled into the tests");
     let weights = common::tiny_model(4);
-    let (_, caches) =
-        Engine::new(&device, &weights, &config(&weights, &SWAPPED.map(|(t, _)| t))).expect("ample memory");
+    let (_, caches) = Engine::new(&device, &weights, &config(&weights, &KINDS.map(|(t, _)| t))).expect("ample memory");
     let full = Compression::default();
     let refused = |rung: &str| caches.serves_later(&full, &compression(rung)).expect_err("it can not be reached");
     assert!(refused("token=snapkv:0.5:window8").contains("not known any more"), "nobody remembers attention");
@@ -327,11 +309,14 @@ fn the_reference_model_answers_as_with_ample_memory_gpu() {
         let ample = run(device, &model.weights, &config, HostConfig::default(), &all);
         let config = EngineConfig { swap_chunk: Bytes(600 << 10), ..config };
         let config = tight(&model.weights, &config, &all[0], 24);
-        let host = HostConfig { budget: Bytes::mib(64), ..HostConfig::default() };
-        let got = run(device, &model.weights, &config, host, &all);
-        println!("{text}: {} swapped, {} on the host at most", got.swapped, got.host_peak);
-        assert!(got.swapped >= 8 && got.dropped == 0, "{} caches left for the host", got.swapped);
-        compare(&ample, &got, text);
+        for (budget, disk_budget) in [(Bytes::mib(64), Bytes::ZERO), (Bytes::ZERO, Bytes::mib(64))] {
+            let host = HostConfig { budget, disk_budget, ..HostConfig::default() };
+            let got = run(device, &model.weights, &config, host, &all);
+            println!("{text}: {} swapped, {} on the host, {} in files", got.swapped, got.host_peak, got.disk_peak);
+            assert!(got.swapped >= 8 && got.dropped == 0, "{} caches left", got.swapped);
+            assert_eq!(got.host_peak == Bytes::ZERO, budget == Bytes::ZERO, "they go where there is room");
+            compare(&ample, &got, text);
+        }
     }
 }
 

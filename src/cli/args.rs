@@ -213,6 +213,14 @@ impl CalibrateArg {
     }
 }
 
+/// What a step copies at most, of which five times as much is held: at most a twelfth of the budget. A power of two, so that
+/// a budget that a message advises is one that its advice was made for.
+pub(super) fn swap_chunk(kv_budget: Bytes) -> Bytes {
+    const SMALLEST: u64 = 256 << 10;
+    const LARGEST: u64 = 64 << 20;
+    Bytes(((kv_budget.0 / 64 + 1).next_power_of_two() / 2).clamp(SMALLEST, LARGEST))
+}
+
 /// What is done to a cache.
 #[derive(Args, Clone, Debug)]
 pub(super) struct CompressArg {
@@ -252,7 +260,7 @@ impl SamplingArgs {
 }
 
 /// Reads a page size that there are kernels for.
-fn page_size(text: &str) -> Result<u32, String> {
+pub(super) fn page_size(text: &str) -> Result<u32, String> {
     let size = text.parse().ok().filter(|size| PAGE_SIZES.contains(size));
     size.ok_or_else(|| format!("there are pages of {} tokens", PAGE_SIZES.map(|size| size.to_string()).join(", ")))
 }

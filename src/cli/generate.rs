@@ -160,7 +160,7 @@ fn stream(
     let mut text = String::new();
     while !scheduler.is_idle() && !interrupt::requested() {
         let step = scheduler.step(engine)?;
-        if step.prefill_rows + step.decode_rows == 0 {
+        if step.prefill_rows + step.decode_rows == 0 && step.shortage.is_none() {
             return Err(anyhow!("the session can not take a step: a defect"));
         }
         meter.step(scheduler, &step, engine.last_step().device);

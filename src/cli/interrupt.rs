@@ -8,10 +8,15 @@ use super::failure::INTERRUPTED;
 
 /// Set by the first interrupt.
 static INTERRUPT: AtomicBool = AtomicBool::new(false);
+/// Set when interrupts have been taken over.
+static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// Takes over interrupts. Before this is called an interrupt ends the process, which is right while there is nothing to
 /// show.
 pub(super) fn install() -> Result<()> {
+    if INSTALLED.swap(true, Ordering::Relaxed) {
+        return Ok(());
+    }
     ctrlc::set_handler(|| {
         if INTERRUPT.swap(true, Ordering::Relaxed) {
             std::process::exit(i32::from(INTERRUPTED));

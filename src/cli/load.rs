@@ -1,5 +1,7 @@
 //! Getting texts, models and engines ready.
 
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow};
@@ -11,9 +13,13 @@ use concertina::model::{ChatTemplate, GgufFile, Message, ModelError, Role, Token
 use concertina::report::ModelReport;
 use concertina::schedule::{Caches, HostConfig, ScheduleConfig};
 use concertina::weights::Weights;
+use sha2::{Digest as _, Sha256};
 
 use super::failure::usage;
 use super::progress;
+
+/// Bytes at each end of a model file that its fingerprint is made of.
+const FINGERPRINT_BYTES: u64 = 1 << 20;
 
 /// A model file whose header has been read.
 #[derive(Debug)]
@@ -51,6 +57,23 @@ impl Model {
         let about = std::fs::metadata(&self.path)
             .map_err(|e| anyhow!("can not read the model '{}': {e}", self.path.display()))?;
         Ok(format!("{}, {} bytes", self.name(), about.len()))
+    }
+
+    /// What tells the file from others, whatever it is called: its bytes, and a hash (SHA-256) of the first and the last of them,
+    /// which are its header and weights.
+    pub(super) fn fingerprint(&self) -> Result<String> {
+        let named = |e: std::io::Error| anyhow!("can not read the model '{}': {e}", self.path.display());
+        let mut file = File::open(&self.path).map_err(named)?;
+        let length = file.seek(SeekFrom::End(0)).map_err(named)?;
+        let mut hash = Sha256::new();
+        for from in [0, length.saturating_sub(FINGERPRINT_BYTES)] {
+            let mut part = Vec::new();
+            file.seek(SeekFrom::Start(from)).map_err(named)?;
+            (&file).take(FINGERPRINT_BYTES).read_to_end(&mut part).map_err(named)?;
+            hash.update(&part);
+        }
+        let digits: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        Ok(format!("{length} bytes, {digits}"))
     }
 
     /// For reports.

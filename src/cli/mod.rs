@@ -8,7 +8,7 @@
 //! | 0 | done |
 //! | 1 | something failed: no adapter, an unreadable file, a failed check |
 //! | 2 | the command line can not be carried out as it is written |
-//! | 130 | interrupted; `run` and `generate` print what there is |
+//! | 130 | interrupted; `run` and `generate` print what there is. 0 where sessions were saved |
 //! | 141 | the reader of the standard output has closed it |
 
 mod args;
@@ -24,6 +24,7 @@ mod interrupt;
 mod kl;
 mod kl_job;
 mod load;
+mod losses;
 mod needle;
 mod output;
 mod perplexity;
@@ -32,6 +33,9 @@ mod progress;
 mod resume;
 mod run;
 mod run_progress;
+mod session;
+mod session_dir;
+mod simulate;
 mod tokenize;
 mod verify;
 
@@ -62,6 +66,7 @@ Examples:
   concertina generate --model model.gguf --prompt 'Write a haiku about rivers.'
   concertina codecs --model model.gguf
   concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 kivi2
+  concertina simulate --model yi-34b --gpu h100 --sessions 1000 --compress kivi4 kivi2
   concertina verify --quick
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
@@ -70,6 +75,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
 enum Command {
     Devices(devices::DevicesArgs),
     Run(run::RunArgs),
+    Session(session::SessionArgs),
     Generate(generate::GenerateArgs),
     Tokenize(tokenize::TokenizeArgs),
     Codecs(codecs::CodecsArgs),
@@ -77,6 +83,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Simulate(simulate::SimulateArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -90,6 +97,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match &cli.command {
         Command::Devices(_) => devices::run(global),
         Command::Run(args) => run::run(args, global),
+        Command::Session(args) => session::run(args, global),
         Command::Generate(args) => generate::run(args, global),
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Codecs(args) => codecs::run(args, global),
@@ -97,6 +105,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),
+        Command::Simulate(args) => simulate::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };
     result.unwrap_or_else(|error| failure::report(&error))

@@ -9,13 +9,17 @@
 //! * Bulk bytes travel through persistent mapped buffers ([`staging`]); `Queue::write_buffer` is never used for them,
 //!   since it allocates and copies behind our back.
 //! * [`timing`] measures with device timestamps where the adapter has them, and says so when it can not.
+//! * A device that is lost is an error, [`DeviceError::Lost`], from every submission, wait and map; nothing on it can be used
+//!   again, and another one can be opened ([`loss`]).
 
+pub mod loss;
 pub mod select;
 pub mod staging;
 pub mod timing;
 
 use crate::geometry::Bytes;
 
+use loss::Trouble;
 pub use select::{AdapterChoice, AdapterRequest, AdapterSummary, default_adapter, list_adapters};
 
 /// What went wrong between the host and the device.
@@ -76,7 +80,10 @@ pub enum DeviceError {
         /// The adapter's limit.
         limit: Bytes,
     },
-    /// Waiting for the device failed: it was lost.
+    /// The device ran out of memory for something besides a buffer.
+    #[error("the device ran out of memory: {0}")]
+    NoMemory(String),
+    /// The device is gone, and everything on it.
     #[error("the device was lost: {0}")]
     Lost(String),
 }
@@ -123,6 +130,7 @@ pub struct Device {
     summary: AdapterSummary,
     tier: Tier,
     checks: ShaderChecks,
+    trouble: Trouble,
 }
 
 impl Device {
@@ -168,7 +176,8 @@ impl Device {
         };
         let (raw, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .map_err(|e| DeviceError::Open { adapter: summary.name.clone(), reason: e.to_string() })?;
-        Ok(Self { raw, queue, summary, tier, checks })
+        let trouble = Trouble::of(&raw);
+        Ok(Self { raw, queue, summary, tier, checks, trouble })
     }
 
     /// The adapter behind this device.
@@ -200,7 +209,8 @@ impl Device {
     /// Allocates a buffer; a full device is an error, not a panic.
     ///
     /// # Errors
-    /// [`DeviceError::TooLarge`] above the adapter's limits, [`DeviceError::OutOfMemory`] when memory is short.
+    /// [`DeviceError::TooLarge`] above the adapter's limits, [`DeviceError::OutOfMemory`] when memory is short,
+    /// [`DeviceError::Lost`].
     pub fn allocate(&self, label: &str, bytes: Bytes, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer, DeviceError> {
         let bytes = bytes.align_up(16);
         let limit = if usage.contains(wgpu::BufferUsages::STORAGE) {
@@ -215,7 +225,7 @@ impl Device {
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size: bytes.0, usage, mapped_at_creation: false };
         let buffer = self.raw.create_buffer(&descriptor);
         match pollster::block_on(out_of_memory.pop()) {
-            None => Ok(buffer),
+            None => self.check().map(|()| buffer),
             Some(_) => Err(DeviceError::OutOfMemory { label: label.to_owned(), bytes }),
         }
     }
@@ -227,16 +237,5 @@ impl Device {
     pub fn storage(&self, label: &str, bytes: Bytes) -> Result<wgpu::Buffer, DeviceError> {
         use wgpu::BufferUsages as Usage;
         self.allocate(label, bytes, Usage::STORAGE | Usage::COPY_DST | Usage::COPY_SRC)
-    }
-
-    /// Waits until all submitted work is done and mapped buffers are ready.
-    ///
-    /// # Errors
-    /// [`DeviceError::Lost`].
-    pub fn wait(&self) -> Result<(), DeviceError> {
-        match self.raw.poll(wgpu::PollType::wait_indefinitely()) {
-            Ok(_) => Ok(()),
-            Err(e) => Err(DeviceError::Lost(e.to_string())),
-        }
     }
 }

@@ -13,6 +13,8 @@ use crate::geometry::Bytes;
 const PENDING: u8 = 0;
 const MAPPED: u8 = 1;
 const FAILED: u8 = 2;
+/// With the device, and nobody has asked for it back.
+const AWAY: u8 = 3;
 
 #[derive(Debug)]
 struct Mapped {
@@ -34,6 +36,11 @@ impl Mapped {
         });
     }
 
+    fn unmap(&self) {
+        self.buffer.unmap();
+        self.state.store(AWAY, Ordering::Release);
+    }
+
     fn wait(&self, device: &Device) -> Result<(), DeviceError> {
         // When several threads wait on one device, another one may be running our callback after our own wait ended.
         while self.state.load(Ordering::Acquire) == PENDING {
@@ -42,7 +49,7 @@ impl Mapped {
         }
         match self.state.load(Ordering::Acquire) {
             MAPPED => Ok(()),
-            _ => Err(DeviceError::Lost("a staging buffer could not be mapped".to_owned())),
+            _ => device.wait().and(Err(DeviceError::Lost("a staging buffer could not be mapped".to_owned()))),
         }
     }
 }
@@ -95,6 +102,10 @@ impl Uploader {
             return Err(DeviceError::TooLarge { label: "an upload".to_owned(), bytes: total, limit: self.capacity });
         }
         let half = &self.halves[self.current];
+        // A submission that failed has not asked for it.
+        if half.state.load(Ordering::Acquire) == AWAY {
+            half.request(wgpu::MapMode::Write);
+        }
         half.wait(device)?;
         {
             let mut view = half
@@ -108,7 +119,7 @@ impl Uploader {
                 at += piece.len();
             }
         }
-        half.buffer.unmap();
+        half.unmap();
         Ok(())
     }
 
@@ -144,7 +155,7 @@ impl Uploader {
             let mut encoder = device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             let length = (piece.len() + tail.len()) as u64;
             encoder.copy_buffer_to_buffer(self.source(), 0, target, at, length);
-            device.queue.submit([encoder.finish()]);
+            device.submit(encoder)?;
             self.recycle();
             at += piece.len() as u64;
         }
@@ -210,7 +221,7 @@ impl ReadBack {
                 .map_err(|e| DeviceError::Lost(format!("a read-back buffer has no mapped range: {e}")))?;
             see(&view);
         }
-        self.mapped.buffer.unmap();
+        self.mapped.unmap();
         Ok(())
     }
 }
@@ -224,7 +235,7 @@ pub fn download(device: &Device, source: &wgpu::Buffer, offset: u64, length: usi
     let back = ReadBack::new(device, "download", padded)?;
     let mut encoder = device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
     encoder.copy_buffer_to_buffer(source, offset, back.target(), 0, padded.0);
-    device.queue.submit([encoder.finish()]);
+    device.submit(encoder)?;
     let mut out = Vec::with_capacity(length);
     back.read(device, length, &mut out)?;
     Ok(out)

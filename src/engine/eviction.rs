@@ -178,7 +178,7 @@ impl Evictor<'_> {
         record(&mut recorder);
         drop(recorder);
         copy(&mut encoder);
-        self.device.queue.submit([encoder.finish()]);
+        self.device.submit(encoder)?;
         Ok(())
     }
 
@@ -381,13 +381,18 @@ impl Engine<'_> {
         let mut source = caches.tables.remove(&session).expect("an admitted session has a table");
         let filled = self.evict_into(caches, &mut source, &mut target, &selection);
         caches.tables.insert(session, source);
-        caches.swap(session, target)?;
-        filled?;
-        Ok(())
+        match filled {
+            Ok(_) => Ok(caches.swap(session, target)?),
+            Err(error) => {
+                caches.return_target(session, target)?;
+                Err(error)
+            }
+        }
     }
 
     /// Scores the tokens of a full cache, which are `tokens`, by what they receive while the model repeats them: chunk by
-    /// chunk behind a prompt that asks for it (arXiv:2505.23416, section 3). The repetition leaves no tokens behind.
+    /// chunk behind a prompt that asks for it (arXiv:2505.23416, section 3). The repetition leaves no tokens behind, not even
+    /// where it fails.
     ///
     /// # Errors
     /// [`EngineError`].
@@ -426,7 +431,12 @@ impl Engine<'_> {
                 };
                 let plan = StepPlan { segments: vec![segment], ..StepPlan::default() };
                 caches.grow(&plan)?;
-                self.logits_of_rows(&plan, caches, &[])?;
+                if let Err(error) = self.logits_of_rows(&plan, caches, &[]) {
+                    caches.ungrow(&plan)?;
+                    let table = caches.tables.get_mut(&session).expect("an admitted session has a table");
+                    table.rewind(count(fed));
+                    return Err(error);
+                }
                 caches.retire(&plan);
                 fed += n;
             }

@@ -73,7 +73,7 @@ impl Evictor<'_> {
         let bytes = u64::from(sizes.slot_moments(&shape)) * WORD_BYTES;
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         encoder.copy_buffer_to_buffer(&buffers.moments, u64::from(slot) * bytes, self.back.target(), 0, bytes);
-        self.device.queue.submit([encoder.finish()]);
+        self.device.submit(encoder)?;
         let mut read = Vec::new();
         let length = usize::try_from(bytes).expect("moments fit in the address space");
         self.back.read(self.device, length, &mut read)?;

@@ -116,7 +116,7 @@ impl Evictor<'_> {
         }
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         encoder.copy_buffer_to_buffer(&self.kernels.buffers().decided, at, self.back.target(), 0, bytes);
-        self.device.queue.submit([encoder.finish()]);
+        self.device.submit(encoder)?;
         let mut read = Vec::new();
         self.back.read(self.device, n * 4, &mut read)?;
         Ok(bytemuck::pod_collect_to_vec(&read))

@@ -14,6 +14,7 @@ mod merged;
 mod moves;
 pub mod paged_attention;
 mod parameters;
+pub mod saved;
 mod scores;
 mod scratch;
 mod step;
@@ -37,7 +38,7 @@ use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
 use crate::pool::{PagePool, PoolError, PoolLayout};
-use crate::schedule::{Abilities, Backend, Caches, SessionId, StepPlan, StepResult};
+use crate::schedule::{Abilities, Backend, BackendError, Caches, Fault, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
 pub use config::{EngineConfig, EvictionConfig};
 use layers::{Layers, RowCounts};
@@ -60,9 +61,25 @@ pub enum EngineError {
     /// The pool can not give what is asked.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// A cache can not be read from its file.
+    #[error("a cache can not be read from its file: {0}")]
+    File(#[from] std::io::Error),
     /// The caller's numbers do not fit together.
     #[error("{0}")]
     Input(String),
+}
+
+impl BackendError for EngineError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Device(error) | Self::Kernel(KernelError::Device(error)) => match error {
+                DeviceError::OutOfMemory { .. } | DeviceError::NoMemory(_) => Fault::OutOfMemory,
+                DeviceError::Lost(_) => Fault::DeviceLost,
+                _ => Fault::Other,
+            },
+            _ => Fault::Other,
+        }
+    }
 }
 
 /// Figures of the last step.
@@ -268,6 +285,11 @@ impl<'d> Engine<'d> {
         if config.max_logit_rows > config.max_sessions { sizes.logits } else { sizes.tokens }
     }
 
+    /// The device that it is on.
+    pub const fn device(&self) -> &'d Device {
+        self.device
+    }
+
     /// The model's shape.
     pub const fn geometry(&self) -> &ModelGeometry {
         &self.geometry
@@ -355,9 +377,9 @@ impl<'d> Engine<'d> {
         }
         let moves = self.record_moves(&mut encoder, plan, caches)?;
         let host = started.elapsed();
-        self.device.queue.submit([encoder.finish()]);
+        self.device.submit(encoder)?;
         self.uploader.recycle();
-        self.moves_submitted(plan, caches, moves)?;
+        self.moves_submitted(plan, moves)?;
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
         let mut bytes = Vec::with_capacity(length);
         self.back.read(self.device, length, &mut bytes)?;
@@ -505,13 +527,16 @@ impl Backend for Engine<'_> {
         if let Some(swap) = &mut self.swap {
             swap.forget(&plan.forgotten);
         }
-        if plan.segments.is_empty() {
-            self.move_alone(plan, caches)?;
-            return Ok(StepResult { tokens: Vec::new(), elapsed: started.elapsed() });
+        let done = if plan.segments.is_empty() {
+            self.move_alone(plan, caches).map(|()| Vec::new())
+        } else {
+            self.gather(plan).and_then(|()| self.submit(plan, caches, Want::Tokens))
+        };
+        if let Some(swap) = &mut self.swap {
+            swap.settle(plan, done.is_ok());
         }
-        self.gather(plan)?;
-        let bytes = self.submit(plan, caches, Want::Tokens)?;
-        Ok(StepResult { tokens: bytemuck::pod_collect_to_vec(&bytes), elapsed: started.elapsed() })
+        let tokens = bytemuck::pod_collect_to_vec(&done?);
+        Ok(StepResult { tokens, elapsed: started.elapsed(), lost: self.take_lost() })
     }
 
     fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, EngineError> {

@@ -8,35 +8,111 @@
 //! A step carries at most one chunk in each direction, in the same submission as its rows, on buffers that live as long as the
 //! engine. A chunk that left is read while the device computes the next step.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Engine, EngineError, Evictions};
 use crate::device::Device;
 use crate::device::staging::{ReadBack, Uploader};
+use crate::disk::PagesFile;
 use crate::geometry::{Bytes, CELL_BYTES};
 use crate::kernels::abi::{MovePagesItem, MovePagesParams};
 use crate::kernels::pipeline::{Pipeline, PipelineCache, Slot};
 use crate::kernels::{KernelError, Recorder, flat_grid, move_pages};
 use crate::pool::PageId;
 use crate::pool::device::PoolBuffers;
-use crate::schedule::{Caches, Direction, Rates, SessionId, StepPlan, Transfer};
+use crate::schedule::{Caches, Direction, Rates, SessionId, StepPlan, Store, Transfer};
 
 /// Plain copies that are timed.
 const PLAIN_COPIES: usize = 8;
 /// Bytes of an item.
 const ITEM_BYTES: u64 = size_of::<MovePagesItem>() as u64;
 
-/// A session's cache in host memory.
-#[derive(Clone, Debug, Default)]
+/// A session's cache away from the device.
+#[derive(Debug)]
 pub struct HostCache {
     /// Its pages, as they are, in the order of its table.
-    pub pages: Vec<u8>,
+    pub pages: HostPages,
     /// What was observed of it for a coming eviction.
     pub slot: Vec<u8>,
     /// Bytes of pages that are back on the device.
-    returned: usize,
+    returned: u64,
+    /// Bytes of pages that it has when it is whole.
+    all: Bytes,
+}
+
+/// Whole caches away from the device, which outlive their engine.
+#[derive(Debug, Default)]
+pub struct HostCopies(BTreeMap<SessionId, HostCache>);
+
+impl HostCopies {
+    /// Whose caches they are.
+    pub fn sessions(&self) -> BTreeSet<SessionId> {
+        self.0.keys().copied().collect()
+    }
+}
+
+/// Pages away from the device.
+#[derive(Debug)]
+pub enum HostPages {
+    /// In host memory.
+    Memory(Vec<u8>),
+    /// In a file.
+    File(PagesFile),
+}
+
+impl HostCache {
+    /// A whole one: its pages, and what its slot held.
+    pub const fn new(pages: HostPages, slot: Vec<u8>) -> Self {
+        let all = pages.bytes();
+        Self { pages, slot, returned: 0, all }
+    }
+}
+
+impl HostPages {
+    /// Their bytes.
+    pub const fn bytes(&self) -> Bytes {
+        match self {
+            Self::Memory(pages) => Bytes(pages.len() as u64),
+            Self::File(file) => Bytes(file.len()),
+        }
+    }
+
+    /// `n` bytes from `at` on.
+    ///
+    /// # Errors
+    /// [`io::Error`] of the file, or where they are not there.
+    pub fn read(&self, at: u64, n: usize) -> io::Result<Cow<'_, [u8]>> {
+        match self {
+            Self::Memory(pages) => {
+                let at = usize::try_from(at).ok();
+                let found = at.and_then(|at| pages.get(at..at.checked_add(n)?));
+                found.map(Cow::Borrowed).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+            }
+            Self::File(file) => file.read(at, n).map(Cow::Owned),
+        }
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// [`io::Error`] of the file.
+    pub fn all(&self) -> io::Result<Vec<u8>> {
+        let length = usize::try_from(self.bytes().0).map_err(io::Error::other)?;
+        Ok(self.read(0, length)?.into_owned())
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Memory(pages) => pages.extend_from_slice(bytes),
+            Self::File(file) => file.append(bytes)?,
+        }
+        Ok(())
+    }
 }
 
 /// How large the buffers are.
@@ -83,6 +159,10 @@ pub(super) struct Swap {
     /// Chunks of the step before, which are still to be read, and from where.
     unread: Option<(usize, Leaving)>,
     caches: BTreeMap<SessionId, HostCache>,
+    /// Folder of caches that go to files.
+    folder: Option<PathBuf>,
+    /// Sessions whose caches could not be kept since the last step.
+    lost: Vec<SessionId>,
 }
 
 /// Whose chunks leave in a step, in order, and their bytes.
@@ -139,7 +219,26 @@ impl Swap {
             turn: 0,
             unread: None,
             caches: BTreeMap::new(),
+            folder: None,
+            lost: Vec::new(),
         })
+    }
+
+    /// Begins to keep a cache that leaves.
+    fn begin(&mut self, transfer: &Transfer, all: Bytes) {
+        let pages = match (transfer.store, &self.folder) {
+            (Store::Host, _) => {
+                Ok(HostPages::Memory(Vec::with_capacity(usize::try_from(all.0).expect("a cache fits in memory"))))
+            }
+            (Store::Disk, Some(folder)) => PagesFile::create(folder).map(HostPages::File),
+            (Store::Disk, None) => Err(io::ErrorKind::NotFound.into()),
+        };
+        match pages {
+            Ok(pages) => {
+                self.caches.insert(transfer.session, HostCache { pages, slot: Vec::new(), returned: 0, all });
+            }
+            Err(_) => self.lost.push(transfer.session),
+        }
     }
 
     /// Bytes of its buffers.
@@ -164,12 +263,20 @@ impl Swap {
             self.drain(device)?;
         }
         let (mut coming, mut leaving) = (Moves::default(), Moves::default());
-        let mut chunks: Vec<&[u8]> = vec![&[]];
+        let mut chunks: Vec<Cow<'_, [u8]>> = Vec::new();
         for transfer in of(Direction::In) {
-            let length = coming.add(caches, transfer);
+            if self.lost.contains(&transfer.session) {
+                continue;
+            }
+            let length = usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
             let cache = self.caches.get(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-            let chunk = cache.pages.get(cache.returned..cache.returned + length);
-            chunks.push(chunk.ok_or_else(|| not_here(transfer.session))?);
+            match cache.pages.read(cache.returned, length) {
+                Ok(chunk) => {
+                    chunks.push(Cow::Owned(chunk.into_owned()));
+                    coming.add(caches, transfer);
+                }
+                Err(_) => self.lose(transfer.session),
+            }
         }
         let left: Leaving = of(Direction::Out).map(|t| (t.session, leaving.add(caches, t))).collect();
         let mut items: Vec<MovePagesItem> = Vec::new();
@@ -185,12 +292,8 @@ impl Swap {
             return Ok(left);
         }
         let items: &[u8] = bytemuck::cast_slice(&items);
-        chunks[0] = items;
-        self.upload.write(device, &chunks)?;
-        for transfer in of(Direction::In) {
-            let cache = self.caches.get_mut(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-            cache.returned += usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
-        }
+        let all: Vec<&[u8]> = std::iter::once(items).chain(chunks.iter().map(|chunk| &**chunk)).collect();
+        self.upload.write(device, &all)?;
         encoder.copy_buffer_to_buffer(self.upload.source(), 0, &self.items, 0, items.len() as u64);
         if coming.bytes() > 0 {
             encoder.copy_buffer_to_buffer(self.upload.source(), items.len() as u64, &self.packed, 0, coming.bytes());
@@ -222,6 +325,25 @@ impl Swap {
         Ok(())
     }
 
+    /// After a step: what came back is not needed any more if it went well, and what was to leave has not begun to if not.
+    pub(super) fn settle(&mut self, plan: &StepPlan, went_well: bool) {
+        for Transfer { session, direction, pages, bytes, last, .. } in &plan.transfers {
+            match direction {
+                Direction::In if went_well && !last => {
+                    self.caches.entry(*session).and_modify(|cache| cache.returned += bytes.0);
+                }
+                Direction::In if went_well => drop(self.caches.remove(session)),
+                Direction::Out if !went_well && pages.start == 0 => drop(self.caches.remove(session)),
+                _ => {}
+            }
+        }
+    }
+
+    fn lose(&mut self, session: SessionId) {
+        self.caches.remove(&session);
+        self.lost.push(session);
+    }
+
     /// Drops caches that nobody wants back.
     pub(super) fn forget(&mut self, sessions: &[SessionId]) {
         for session in sessions {
@@ -233,17 +355,19 @@ impl Swap {
     pub(super) fn drain(&mut self, device: &Device) -> Result<(), EngineError> {
         let Some((from, leaving)) = self.unread.take() else { return Ok(()) };
         let caches = &mut self.caches;
+        let mut failed = Vec::new();
         let keep = |bytes: &[u8]| {
             let mut at = 0;
             for (session, length) in &leaving {
                 // A session that ended on its way is not kept.
-                if let Some(cache) = caches.get_mut(session) {
-                    cache.pages.extend_from_slice(&bytes[at..at + length]);
-                }
+                let kept = caches.get_mut(session).map(|cache| cache.pages.append(&bytes[at..at + length]));
+                failed.extend(kept.and_then(Result::err).map(|_| *session));
                 at += length;
             }
         };
-        Ok(self.back[from].finish(device, keep)?)
+        self.back[from].finish(device, keep)?;
+        failed.into_iter().for_each(|session| self.lose(session));
+        Ok(())
     }
 }
 
@@ -252,8 +376,8 @@ impl Engine<'_> {
     pub(super) fn move_alone(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let moves = self.record_moves(&mut encoder, plan, caches)?;
-        self.device.queue.submit([encoder.finish()]);
-        self.moves_submitted(plan, caches, moves)?;
+        self.device.submit(encoder)?;
+        self.moves_submitted(plan, moves)?;
         if let Some(swap) = &mut self.swap {
             swap.drain(self.device)?;
         }
@@ -272,43 +396,35 @@ impl Engine<'_> {
         }
         let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
         for transfer in plan.transfers.iter().filter(|t| t.direction == Direction::Out && t.pages.start == 0) {
-            let bytes = usize::try_from(caches.suspended_bytes(transfer.session).0).expect("a cache fits in memory");
-            let pages = Vec::with_capacity(bytes);
-            swap.caches.insert(transfer.session, HostCache { pages, ..HostCache::default() });
+            swap.begin(transfer, caches.tables[&transfer.session].held_bytes());
         }
+        self.move_slots(plan, caches)?;
+        let swap = self.swap.as_mut().expect("this engine swaps");
         swap.record(self.device, encoder, plan, caches)
     }
 
-    /// After the submission of a step: reads what left before, and moves what slots hold of sessions whose last pages moved.
-    pub(super) fn moves_submitted(
-        &mut self,
-        plan: &StepPlan,
-        caches: &Caches,
-        left: Leaving,
-    ) -> Result<(), EngineError> {
-        let Some(swap) = &mut self.swap else { return Ok(()) };
-        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
-        swap.submitted(self.device, left, moved)?;
+    /// Moves what slots hold of sessions whose last pages move. They have no rows in this step, so that it can be done before it;
+    /// after its submission nothing is to fail but for a lost device.
+    fn move_slots(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
         for transfer in plan.transfers.iter().filter(|transfer| transfer.last) {
-            let slot = caches.slot(transfer.session);
+            let Some(slot) = caches.slot(transfer.session) else { continue };
             match transfer.direction {
                 Direction::Out => {
-                    let read = slot.map(|slot| self.read_slot(slot)).transpose()?;
+                    let read = self.read_slot(slot)?;
                     let swap = self.swap.as_mut().expect("this engine swaps");
-                    if let (Some(cache), Some(read)) = (swap.caches.get_mut(&transfer.session), read) {
-                        cache.slot = read;
-                    }
+                    swap.caches.entry(transfer.session).and_modify(|cache| cache.slot = read);
                 }
-                Direction::In => {
-                    let swap = self.swap.as_mut().expect("this engine swaps");
-                    let cache = swap.caches.remove(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-                    if let Some(slot) = slot {
-                        self.write_slot(slot, &cache.slot)?;
-                    }
-                }
+                Direction::In => self.write_slot(slot, transfer.session)?,
             }
         }
         Ok(())
+    }
+
+    /// After the submission of a step: reads what left before.
+    pub(super) fn moves_submitted(&mut self, plan: &StepPlan, left: Leaving) -> Result<(), EngineError> {
+        let Some(swap) = &mut self.swap else { return Ok(()) };
+        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
+        swap.submitted(self.device, left, moved)
     }
 
     /// Time of moving a chunk's bytes through plain mapped copies, out and in: what the link does at best, pages or not. The
@@ -327,7 +443,7 @@ impl Engine<'_> {
             let back = &swap.back[swap.turn];
             let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             encoder.copy_buffer_to_buffer(&swap.packed, 0, back.target(), 0, length);
-            self.device.queue.submit([encoder.finish()]);
+            self.device.submit(encoder)?;
             bytes.clear();
             back.read(self.device, usize::try_from(length).expect("a chunk fits in memory"), &mut bytes)?;
             fastest[0] = fastest[0].min(started.elapsed());
@@ -359,6 +475,25 @@ impl Engine<'_> {
         Ok(swap.caches.get(&session))
     }
 
+    /// Takes the whole caches out of host memory, for an engine that follows this one: after a loss of the device, those of
+    /// which nothing was still on it.
+    pub fn take_copies(&mut self) -> HostCopies {
+        let caches = self.swap.as_mut().map(|swap| std::mem::take(&mut swap.caches)).unwrap_or_default();
+        let whole = caches.into_iter().filter(|(_, cache)| cache.pages.bytes() == cache.all);
+        HostCopies(whole.map(|(id, cache)| (id, HostCache { returned: 0, ..cache })).collect())
+    }
+
+    /// Puts caches into host memory that another engine had there, of the same model and configuration.
+    ///
+    /// # Panics
+    /// When there are some and this engine was made without moving any.
+    pub fn keep_copies(&mut self, copies: HostCopies) {
+        assert!(self.swap.is_some() || copies.0.is_empty(), "an engine that has copies should swap");
+        if let Some(swap) = &mut self.swap {
+            swap.caches.extend(copies.0);
+        }
+    }
+
     /// Waits for what is on its way to host memory.
     ///
     /// # Errors
@@ -373,7 +508,65 @@ impl Engine<'_> {
     /// Bytes of caches in host memory.
     pub fn host_bytes(&self) -> Bytes {
         let caches = self.swap.iter().flat_map(|swap| swap.caches.values());
-        Bytes(caches.map(|cache| (cache.pages.len() + cache.slot.len()) as u64).sum())
+        let in_memory = |cache: &HostCache| match &cache.pages {
+            HostPages::Memory(pages) => pages.len() as u64 + cache.slot.len() as u64,
+            HostPages::File(_) => 0,
+        };
+        Bytes(caches.map(in_memory).sum())
+    }
+
+    /// Lets caches go to files in a folder. What a session is scored into stays in memory meanwhile, which is little.
+    pub fn keep_in(&mut self, folder: PathBuf) {
+        if let Some(swap) = &mut self.swap {
+            swap.folder = Some(folder);
+        }
+    }
+
+    /// Gives a session that is away its cache, to be copied back when it is wanted.
+    ///
+    /// # Errors
+    /// [`EngineError::Input`] when this engine does not swap.
+    pub fn insert_cache(&mut self, session: SessionId, cache: HostCache) -> Result<(), EngineError> {
+        let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
+        swap.caches.insert(session, cache);
+        Ok(())
+    }
+
+    /// Sessions whose caches could not be kept, each once.
+    pub(super) fn take_lost(&mut self) -> Vec<SessionId> {
+        self.swap.as_mut().map(|swap| std::mem::take(&mut swap.lost)).unwrap_or_default()
+    }
+
+    /// Reads the cache of a session that is on the device, or on its way to the host: pages in order, and what its slot holds.
+    /// It stays as it is.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn read_cache(&mut self, session: SessionId, caches: &Caches) -> Result<(Vec<u8>, Vec<u8>), EngineError> {
+        let swap = self.swap.as_mut().ok_or_else(|| EngineError::Input("this engine does not swap".to_owned()))?;
+        swap.drain(self.device)?;
+        let mut pages = Vec::new();
+        let mut from = 0;
+        loop {
+            let transfer = caches.transfer(session, Direction::Out, from, caches.abilities.swap_bytes);
+            let (last, end) = (transfer.last, transfer.pages.end);
+            let plan = StepPlan { transfers: vec![transfer], ..StepPlan::default() };
+            let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            let swap = self.swap.as_mut().expect("this engine swaps");
+            let left = swap.record(self.device, &mut encoder, &plan, caches)?;
+            self.device.submit(encoder)?;
+            let length = left.iter().map(|(_, length)| length).sum();
+            if length > 0 {
+                swap.upload.recycle();
+                swap.back[swap.turn].read(self.device, length, &mut pages)?;
+            }
+            from = end;
+            if last {
+                break;
+            }
+        }
+        let slot = caches.slot(session).map(|slot| self.read_slot(slot)).transpose()?;
+        Ok((pages, slot.unwrap_or_default()))
     }
 
     fn read_slot(&self, slot: u32) -> Result<Vec<u8>, EngineError> {
@@ -386,15 +579,16 @@ impl Engine<'_> {
                 let n = back.capacity().0.min(length.0 - from);
                 let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
                 encoder.copy_buffer_to_buffer(buffer, at + from, back.target(), 0, n);
-                self.device.queue.submit([encoder.finish()]);
+                self.device.submit(encoder)?;
                 back.read(self.device, usize::try_from(n).expect("a chunk fits in memory"), &mut read)?;
             }
         }
         Ok(read)
     }
 
-    fn write_slot(&mut self, slot: u32, bytes: &[u8]) -> Result<(), EngineError> {
+    fn write_slot(&mut self, slot: u32, session: SessionId) -> Result<(), EngineError> {
         let (Some(swap), Some(Evictions { kernels, .. })) = (&mut self.swap, &self.evictions) else { return Ok(()) };
+        let bytes = &swap.caches.get(&session).ok_or_else(|| not_here(session))?.slot[..];
         let mut rest = bytes;
         for (buffer, at, length) in kernels.slot_parts(slot) {
             let length = usize::try_from(length.0).expect("a slot fits in memory");

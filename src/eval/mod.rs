@@ -6,5 +6,6 @@ pub mod kl;
 pub mod needle;
 pub mod perplexity;
 pub mod prompt;
+pub mod simulate;
 pub mod switch;
 pub mod verify;

@@ -179,7 +179,7 @@ impl Bench<'_, '_> {
     /// Moves the cache to the host; the time, and what the host has then.
     fn leave(&mut self, rows: bool) -> Result<(f64, Vec<u8>), EngineError> {
         let time = self.steps_of(Moves::Pages(Direction::Out), rows)?;
-        let kept = self.engine.host_cache(self.moving)?.map(|cache| cache.pages.clone());
+        let kept = self.engine.host_cache(self.moving)?.map(|cache| cache.pages.all()).transpose()?;
         let suspended = self.caches.suspend(self.moving)?;
         self.caches.resume(self.moving, &suspended)?;
         Ok((time, kept.unwrap_or_default()))

@@ -97,6 +97,8 @@ impl Pipeline {
             cache: None,
         });
         if let Some(error) = pollster::block_on(scope.pop()) {
+            // On a device that is gone nothing compiles.
+            device.wait()?;
             return Err(KernelError::Compile { kernel: spec.name, reason: error.to_string() });
         }
         let immediate_bytes = spec.immediate_bytes;

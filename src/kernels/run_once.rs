@@ -34,7 +34,7 @@ pub fn run_once<I: bytemuck::Pod>(
     let mut recorder = Recorder::new(encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
     recorder.dispatch(&pipeline, &group, immediates, grid);
     drop(recorder);
-    device.queue.submit([encoder.finish()]);
+    device.submit(encoder)?;
     let read = |(buffer, bytes): (&wgpu::Buffer, &&[u8])| download(device, buffer, 0, bytes.len());
     Ok(buffers.iter().zip(operands).map(read).collect::<Result<_, _>>()?)
 }

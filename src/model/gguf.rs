@@ -66,6 +66,11 @@ impl GgufFile {
         &self.geometry
     }
 
+    /// Whether the embedding is the output matrix as well.
+    pub const fn tied(&self) -> bool {
+        self.tied
+    }
+
     /// Reads all weights into host memory as f16 (norms as f32): two bytes per parameter, plus the largest tensor in
     /// f32 twice for a while. `progress` gets the bytes of tensor data read so far and in all.
     ///

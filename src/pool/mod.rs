@@ -373,6 +373,20 @@ impl PagePool {
         Ok(PageId { arena: u16::try_from(chosen).expect("arenas are few"), cell })
     }
 
+    /// Takes back what [`Self::take`] gave last, where it was not used: the page is free and its commitment there again.
+    ///
+    /// # Errors
+    /// [`PoolError::NotInUse`].
+    ///
+    /// # Panics
+    /// When another table names it too.
+    pub fn untake(&mut self, page: PageId) -> Result<(), PoolError> {
+        let (class, left) = self.let_go(page)?;
+        assert_eq!(left, 0, "a page that was taken just now is nobody else's");
+        self.classes[class].committed += 1;
+        Ok(())
+    }
+
     /// Pages that one slab gives class `c`.
     fn pages_per_slab(&self, c: &PageClass) -> u32 {
         u32::try_from(self.slab.0 / c.page.0).expect("pages of a slab fit in 32 bits")
@@ -419,18 +433,24 @@ impl PagePool {
     /// # Errors
     /// [`PoolError::NotInUse`].
     pub fn release(&mut self, page: PageId) -> Result<bool, PoolError> {
+        let (_, left) = self.let_go(page)?;
+        self.released_pages += u64::from(left == 0);
+        Ok(left == 0)
+    }
+
+    /// One table less names a page, which is free when none does; its class, and how many still do.
+    fn let_go(&mut self, page: PageId) -> Result<(usize, u32), PoolError> {
         let arena = self.arenas.get_mut(usize::from(page.arena));
         let (class, left) = arena.and_then(|a| a.release(page.cell)).ok_or(PoolError::NotInUse { page })?;
         let bytes = self.classes[class].page;
         if left > 0 {
             self.shared -= if left == 1 { bytes } else { Bytes::ZERO };
             self.spared -= bytes;
-            return Ok(false);
+        } else {
+            self.classes[class].in_use -= 1;
+            self.budget.release_pages(bytes);
         }
-        self.classes[class].in_use -= 1;
-        self.budget.release_pages(bytes);
-        self.released_pages += 1;
-        Ok(true)
+        Ok((class, left))
     }
 
     /// What the pool holds now.

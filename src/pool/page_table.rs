@@ -68,6 +68,17 @@ impl Pages {
         self.pages.push(page);
     }
 
+    /// Takes back what was pushed last.
+    fn pop(&mut self) -> Option<PageId> {
+        let page = self.pages.pop()?;
+        let run = self.runs.last_mut().expect("a page lies in a run");
+        run.pages -= 1;
+        if run.pages == 0 {
+            self.runs.pop();
+        }
+        Some(page)
+    }
+
     pub(super) fn len(&self) -> u32 {
         to_u32(self.pages.len())
     }
@@ -102,6 +113,9 @@ impl Part {
         }
     }
 }
+
+/// Parts that rows fill, in this order; of every list that is not closed alike.
+const GROWING: [Part; 3] = [Part::Open, Part::Sealed, Part::Bounds];
 
 pub(super) const PARTS: [Part; 5] = [Part::Merged, Part::Kept, Part::Sealed, Part::Open, Part::Bounds];
 
@@ -164,6 +178,8 @@ pub struct PageTable {
     pub(super) retired: u32,
     /// Pages of each list's tail that this step fills.
     pub(super) filled: Range<u32>,
+    /// Before this step: tokens of the tail, and pages of the parts that grow.
+    pub(super) before: Option<(u32, [u32; GROWING.len()])>,
     /// First slot of the window in this step, and the window's slots per KV head.
     pub(super) window: (u32, u32),
     /// Of each layer of lists, the lower layer that it has tokens in common with.
@@ -190,7 +206,7 @@ impl PageTable {
         Ok(table)
     }
 
-    /// A table that holds nothing, and counts what is to be committed to it.
+    /// A table that holds nothing yet, with everything that it can need still to be committed.
     pub(super) fn empty(shape: TableShape, layers: &Layers, capacity: Capacity) -> Self {
         let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
         let admitted = capacity;
@@ -212,6 +228,7 @@ impl PageTable {
             sealed: 0,
             retired: 0,
             filled: 0..0,
+            before: None,
             window: (0, 0),
             merged_with: vec![None; shape.num_layers as usize],
             committed,
@@ -359,6 +376,8 @@ impl PageTable {
         let slot = window.take(passing).expect("the window should hold the pages of a step");
         self.filled = self.tail / shape.page.page_size..tail / shape.page.page_size;
         self.window = (slot, window.slots());
+        let pages = |list: &PageList| GROWING.map(|part| list.part(part).len());
+        self.before = Some((self.tail, self.lists.iter().find(|list| !list.closed).map_or([0; 3], pages)));
         self.tail = tail;
         let open = tail.div_ceil(shape.page.page_size) - self.retired - passing;
         if shape.codec.seals() {
@@ -373,6 +392,29 @@ impl PageTable {
                 self.fill(pool, index, Part::Bounds, bounds, arenas)?;
             }
         }
+        Ok(())
+    }
+
+    /// Takes back the last [`Self::grow`], where its step failed: pages and commitments are as they were before, and so is
+    /// what the pool gives next.
+    ///
+    /// # Errors
+    /// [`PoolError`] when the pool disagrees, which would be a defect.
+    pub fn ungrow(&mut self, pool: &mut PagePool) -> Result<(), PoolError> {
+        let Some((tail, before)) = self.before.take() else { return Ok(()) };
+        for list in self.lists.iter_mut().rev().filter(|list| !list.closed) {
+            for (part, n) in GROWING.into_iter().zip(before).rev() {
+                let pages = &mut list.parts[part as usize];
+                while pages.len() > n {
+                    pool.untake(pages.pop().expect("there are more"))?;
+                    self.committed[part.size()] += 1;
+                }
+            }
+        }
+        (self.tail, self.sealed) = (tail, self.retired);
+        self.retire();
+        // Nobody knows whether the device has what it was given.
+        self.dirty = true;
         Ok(())
     }
 
@@ -482,6 +524,7 @@ impl PageTable {
     /// Ends a step: pages that it sealed are read in their codec from now on.
     pub fn retire(&mut self) {
         self.filled = 0..0;
+        self.before = None;
         self.retired = self.sealed;
         self.window = (0, 0);
     }

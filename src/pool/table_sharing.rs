@@ -10,7 +10,7 @@
 
 use super::page_table::{PARTS, PageTable, Part, TableRanges, TableShape};
 use super::table_shape::Capacity;
-use super::{PagePool, PoolError};
+use super::{PageId, PagePool, PoolError};
 use crate::geometry::Bytes;
 
 impl TableShape {
@@ -139,6 +139,22 @@ impl PageTable {
             .iter()
             .flat_map(|list| first.iter().flat_map(|(part, from)| list.part(*part).pages.iter().skip(*from as usize)));
         written.into_iter().all(|page| pool.holders(*page) == 1)
+    }
+
+    /// Of each list, the page of the tail that ends before position `index`, where one does; all that was kept where the tail
+    /// begins there.
+    ///
+    /// # Panics
+    /// When the lists hold no such tokens.
+    pub fn pages_before(&self, index: u32) -> impl Iterator<Item = PageId> + '_ {
+        let pages = (index - self.tail_start) / self.shape.page.page_size;
+        let in_tail = if self.shape.codec.seals() { Part::Sealed } else { Part::Open };
+        let open = self.lists.iter().filter(|list| !list.closed);
+        open.flat_map(move |list| match pages.checked_sub(1) {
+            None => list.part(Part::Kept).pages.iter(),
+            Some(last) => list.part(in_tail).pages[last as usize..=last as usize].iter(),
+        })
+        .copied()
     }
 
     /// Bytes of its pages that other tables name too.

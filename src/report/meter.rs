@@ -38,6 +38,7 @@ pub struct Meter {
     out_bytes: Bytes,
     in_bytes: Bytes,
     moving: Totals,
+    steps_shrunk: usize,
 }
 
 impl Meter {
@@ -48,6 +49,7 @@ impl Meter {
 
     /// Hears of a step after it ran; `device` is its time on the device.
     pub fn step(&mut self, scheduler: &Scheduler, step: &StepReport, device: Duration) {
+        self.steps_shrunk += usize::from(step.shortage.is_some());
         self.swapped_out += step.swapped_out.len() as u64;
         self.swapped_in += step.swapped_in.len() as u64;
         self.recomputed += step.dropped.len() as u64;
@@ -68,6 +70,11 @@ impl Meter {
         totals.device += device;
         // Sessions that ended in this step held their pages during it.
         self.resident_max = self.resident_max.max(scheduler.n_admitted() + step.finished.len());
+    }
+
+    /// Steps that found no memory on the device.
+    pub const fn steps_shrunk(&self) -> usize {
+        self.steps_shrunk
     }
 
     /// Sums as rates.
@@ -166,7 +173,7 @@ pub struct Percentiles {
 
 impl Percentiles {
     /// Of some values, by the nearest rank.
-    fn of(mut values: Vec<f64>) -> Option<Self> {
+    pub(super) fn of(mut values: Vec<f64>) -> Option<Self> {
         values.sort_by(f64::total_cmp);
         let at = |percent: usize| values.get((values.len() * percent).div_ceil(100).saturating_sub(1)).copied();
         Some(Self { p50: at(50)?, p95: at(95)?, p99: at(99)? })

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | `devices` | [`DevicesReport`] |
 //! | `run` | [`RunReport`], collected from the steps by a [`Meter`]; a [`Trace`] where asked for |
+//! | `session` | [`SaveReport`], [`LoadReport`], [`SessionList`], [`SessionDetails`] |
 //! | `generate` | [`GenerateReport`] |
 //! | `tokenize` | [`TokenizeReport`] |
 //! | `codecs` | [`CodecsReport`] |
@@ -17,6 +18,7 @@
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
 mod checks;
@@ -31,6 +33,9 @@ mod plot;
 mod policies;
 mod run;
 mod run_tables;
+mod session;
+mod simulate;
+mod simulate_tables;
 mod switch;
 mod table;
 mod text;
@@ -48,7 +53,9 @@ pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow}
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
-pub use run::{RoundReport, RunReport, RunSettings, SessionReport, finish_name};
+pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};
+pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
+pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};
 pub use switch::{SwitchReport, SwitchRow};
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;

@@ -27,10 +27,27 @@ pub struct RunReport {
     pub pool: PoolReport,
     /// Most bytes of caches that host memory held at once.
     pub host_peak_bytes: Bytes,
+    /// Most bytes of caches that files held at once.
+    pub disk_peak_bytes: Bytes,
     /// Time of all steps on the clock of the schedule: host time from planning a step to having its tokens.
     pub elapsed_s: f64,
+    /// What went wrong on the way, and how the run went on.
+    pub faults: FaultsReport,
     /// Whether the run was interrupted; the sessions that had not ended are cancelled.
     pub interrupted: bool,
+}
+
+/// Faults of the device that a run went on after.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct FaultsReport {
+    /// Times that the device was lost, and another one opened.
+    pub device_losses: usize,
+    /// Caches that came back from host memory then.
+    pub caches_restored: usize,
+    /// Caches that were computed again then.
+    pub caches_recomputed: usize,
+    /// Steps that found no memory on the device, and were taken back and made smaller.
+    pub steps_shrunk: usize,
 }
 
 /// The arguments of `run` that decide what happens.
@@ -40,6 +57,8 @@ pub struct RunSettings {
     pub kv_budget_bytes: Bytes,
     /// Bytes of host memory for caches that do not fit on the device.
     pub host_budget_bytes: Bytes,
+    /// Bytes of files for caches that fit neither on the device nor in host memory.
+    pub disk_budget_bytes: Bytes,
     /// Time between an answer and the next question, on the clock of the schedule.
     pub think_s: f64,
     /// Tokens to produce per answer at most.
@@ -99,6 +118,10 @@ pub struct SessionReport {
     pub kv_shared_bytes: Bytes,
     /// `stop` (it produced a stop token), `length` (it produced as many tokens as it may), `cancelled`, or `running`.
     pub ended_by: &'static str,
+    /// What it is called in the folder of sessions; `null` where it was not saved.
+    pub saved_as: Option<String>,
+    /// Bytes of its file.
+    pub saved_bytes: Option<Bytes>,
 }
 
 /// A question and its answer.
@@ -172,6 +195,8 @@ impl SessionReport {
             kv_bytes: cached,
             kv_shared_bytes: Bytes::ZERO,
             ended_by: finish_name(session.phase),
+            saved_as: None,
+            saved_bytes: None,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use super::table::{Align, block, count, counted, number, table};
-use super::{FourMetrics, Percentiles, RunReport, SessionReport};
+use super::{FaultsReport, FourMetrics, Percentiles, RunReport, SessionReport};
 use crate::compression::Compression;
 use crate::pool::PoolReport;
 
@@ -26,6 +26,9 @@ impl fmt::Display for RunReport {
         }
         writeln!(f, "{}", sessions_table(&self.sessions, &names))?;
         writeln!(f, "{}", four_metrics(&self.metrics, self.settings.max_sessions))?;
+        if self.faults != FaultsReport::default() {
+            writeln!(f, "{}", faults_block(&self.faults))?;
+        }
         write!(f, "{}", pool_block(&self.pool))
     }
 }
@@ -160,6 +163,19 @@ fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {
         ("per token", spread(&service.per_token_ms, "ms")),
     ];
     block("the four challenges of long context", &lines) + "\n" + &block("what users see", &seen)
+}
+
+/// What went wrong, where something did.
+fn faults_block(faults: &FaultsReport) -> String {
+    let FaultsReport { device_losses, caches_restored, caches_recomputed, steps_shrunk } = faults;
+    let lost = format!(
+        "{}: {} from host memory, {} computed again",
+        counted(*device_losses as u64, "device"),
+        counted(*caches_restored as u64, "cache"),
+        counted(*caches_recomputed as u64, "cache")
+    );
+    let short = format!("{} taken back and made smaller", counted(*steps_shrunk as u64, "step"));
+    block("faults", &[("lost", lost), ("out of memory", short)])
 }
 
 /// The lines of a pool.

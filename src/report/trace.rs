@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::schedule::{Phase, Place, Scheduler, Session, SessionId};
+use crate::schedule::{Phase, Place, Scheduler, Session, SessionId, Store};
 
 /// Collects a trace, step by step.
 #[derive(Clone, Debug, Default)]
@@ -58,7 +58,7 @@ impl Trace {
             "pages": pool.pages_in_use_bytes.0,
             "shared": pool.shared_bytes.0,
             "promised": pool.committed_bytes.0,
-            "host": scheduler.host_bytes().0.0,
+            "host": scheduler.away_bytes(Store::Host).0.0,
         });
         self.events.push(json!({ "name": "bytes", "ph": "C", "pid": 1, "ts": micros(now), "args": bytes }));
         let sessions = json!({ "on device": scheduler.n_admitted(), "waiting": waiting.len() });

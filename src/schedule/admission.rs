@@ -36,6 +36,14 @@ pub enum SubmitError {
     /// Nothing here can carry out its compression.
     #[error("{0}")]
     NotServed(String),
+    /// On record, with nothing behind what was cached.
+    #[error("{cached} of {tokens} tokens are cached already: there is nothing to compute until another question comes")]
+    NothingToCompute {
+        /// Tokens of the sequence.
+        tokens: usize,
+        /// Of these, tokens that the cache has seen.
+        cached: u32,
+    },
     /// Larger than the whole pool.
     #[error(
         "a session of {tokens} tokens needs {needed} for pages, but the budget leaves {capacity} for pages; \
@@ -91,7 +99,7 @@ impl Scheduler {
     /// pages too; those that hold theirs go on.
     pub(super) fn admit<B: Backend>(&mut self, backend: &mut B, report: &mut StepReport) -> Result<(), B::Error> {
         let mut blocked = false;
-        let mut seats = (self.config.max_sessions as usize).saturating_sub(self.seated());
+        let mut seats = (self.config.max_sessions.min(self.limit.rows) as usize).saturating_sub(self.seated());
         let mut last = None;
         while seats > 0 && !(blocked && self.nobody_waits_here()) {
             let next = match last {
@@ -137,7 +145,7 @@ impl Scheduler {
                 (Some(suspended), _) => self.caches.resume(id, suspended),
                 (None, Some(shared)) => self.caches.adopt(id, shared, request),
                 (None, None) => {
-                    let (document, max_tokens) = (request.document_tokens(), request.max_tokens());
+                    let (document, max_tokens) = (request.document_tokens(), request.cache_tokens());
                     self.caches.admit(id, &request.compression, document, max_tokens)
                 }
             };
@@ -168,20 +176,13 @@ impl Scheduler {
         let first = session.phase == Phase::Waiting;
         if first {
             session.phase = Phase::Prefill(0);
-            session.times.admitted = Some(now - session.submitted);
         }
+        session.times.admitted.get_or_insert(now - session.submitted);
         if let Some(shared) = shared {
             session.phase = Phase::Prefill(shared.tokens);
             session.shared_tokens += u64::from(shared.tokens);
         }
-        self.begun.push((id, first, shared));
-    }
-
-    /// Says who has got pages.
-    pub(super) fn tell_begun(&mut self, report: &mut StepReport) {
-        for (id, first, shared) in self.begun.drain(..) {
-            report.admitted.extend(first.then_some(id));
-            report.shared.extend(shared.map(|shared| (id, shared)));
-        }
+        self.unreported.admitted.extend(first.then_some(id));
+        self.unreported.shared.extend(shared.map(|shared| (id, shared)));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Caches, Observed, Phase, ScheduleConfig, Session, SessionId};
+use super::{Caches, Observed, Phase, Session, SessionId};
 use crate::geometry::Bytes;
 use crate::kernels::sample::Sampling;
 
@@ -53,6 +53,16 @@ pub enum Direction {
     In,
 }
 
+/// What keeps a cache that is away from the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Store {
+    /// Host memory.
+    #[default]
+    Host,
+    /// A file.
+    Disk,
+}
+
 /// Pages of one session that move between device and host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transfer {
@@ -60,6 +70,8 @@ pub struct Transfer {
     pub session: SessionId,
     /// Which way.
     pub direction: Direction,
+    /// Where to, or from.
+    pub store: Store,
     /// Of its pages, in the order of [`PageTable::page_ids`](crate::pool::page_table::PageTable::page_ids).
     pub pages: Range<u32>,
     /// Their bytes.
@@ -132,7 +144,7 @@ impl StepPlan {
 /// One decode row for every session in decode, then prompt chunks in order, up to `max_rows` rows. Chunks end where
 /// [`Caches::cut`] says.
 pub(super) fn plan<'s>(
-    config: &ScheduleConfig,
+    max_rows: u32,
     caches: &Caches,
     running: impl Iterator<Item = (SessionId, &'s Session)> + Clone,
 ) -> StepPlan {
@@ -152,7 +164,7 @@ pub(super) fn plan<'s>(
             sample: Some(s.request.sampling),
         });
     }
-    let mut left = config.max_rows.saturating_sub(plan.n_rows()) as usize;
+    let mut left = max_rows.saturating_sub(plan.n_rows()) as usize;
     for (session, s) in running {
         let Phase::Prefill(done) = s.phase else { continue };
         let prompt = &s.tokens[..s.prompt_end];

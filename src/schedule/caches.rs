@@ -108,7 +108,7 @@ impl Caches {
         Ok(TableShape { codec: compression.hidden, num_layers, ..self.full })
     }
 
-    fn layers(&self, compression: &Compression) -> Result<Layers, String> {
+    pub(super) fn layers(&self, compression: &Compression) -> Result<Layers, String> {
         Ok(Layers::new(&compression.layer.owners(self.full.num_layers)?))
     }
 
@@ -230,7 +230,7 @@ impl Caches {
 
     /// The same for evictions that follow each other, of lists of any lengths: those that compete may have become as long as
     /// all of them together.
-    fn capacity_of_turns(&self, compression: &Compression, every: u32) -> Result<Capacity, String> {
+    pub(super) fn capacity_of_turns(&self, compression: &Compression, every: u32) -> Result<Capacity, String> {
         let mut capacity = self.capacity(compression, u32::MAX, every)?;
         let allocation = compression.token.eviction().map(|eviction| eviction.rule(u32::MAX).allocation);
         if matches!(allocation, Some(Allocation::Pyramid { .. })) {
@@ -269,7 +269,7 @@ impl Caches {
     /// # Errors
     /// As [`Self::domains`].
     pub fn pages_needed(&self, request: &Request) -> Result<Vec<(Bytes, u32)>, String> {
-        let needs = self.needs(&request.compression, request.document_tokens(), request.max_tokens())?;
+        let needs = self.needs(&request.compression, request.document_tokens(), request.cache_tokens())?;
         let mut pages = Vec::new();
         for (shape, capacity) in std::iter::once(&needs.first).chain(&needs.targets) {
             let (open, sealed) = shape.pages_of_list(capacity.tail_tokens);
@@ -383,6 +383,16 @@ impl Caches {
         self.fresh.extend(slots);
     }
 
+    /// Slots that begin at zero in the next step.
+    pub(super) fn fresh(&self) -> Vec<u32> {
+        self.fresh.clone()
+    }
+
+    /// Nobody has a slot any more.
+    pub(super) fn forget_fresh(&mut self) {
+        self.fresh.clear();
+    }
+
     /// What an eviction of a cache of `n_tokens` tokens per list keeps, whose policy has observed into `slot`.
     ///
     /// # Errors
@@ -490,6 +500,8 @@ impl Caches {
         }
         if let Some(slot) = plan.slot {
             self.slots[slot as usize] = None;
+            // Whoever takes it next may bring what it holds along.
+            self.fresh.retain(|fresh| *fresh != slot);
         }
         Ok(())
     }

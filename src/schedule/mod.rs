@@ -12,6 +12,7 @@
 //!        grow     page tables by the rows planned (from the commitments, so it can not fail); full pages get a sealed one
 //!        execute  on the backend: one submission
 //!        apply    the tokens it returned; sealed pages lose their open form; sessions that are over return every byte
+//! fails: take back the rows that were planned; smaller steps where memory was short ([`recovery`])
 //! ```
 //!
 //! * *Continuous batching*: sessions in different phases share every step.
@@ -28,20 +29,27 @@
 //!   could never fit is refused when it is submitted, with the numbers; one that does not fit now waits. The line is strictly
 //!   in order: a short session does not overtake a long one, so none starves.
 //!
-//! The scheduler has no clock: time is the sum of what the backend says its steps took, and jumps to the next question where
-//! nobody has anything to compute. With the same requests and the same backend it makes the same plans.
+//! The scheduler has no clock: time is the sum of what the backend says its steps took, and jumps to the next question, or to
+//! the next session that is expected ([`arrivals`]), where nobody has anything to compute. With the same requests and the same
+//! backend it makes the same plans.
 //!
 //! Accepted downside: committing the worst case keeps bytes idle that a session may never use.
 
 pub mod admission;
+pub mod arrivals;
 pub mod batch;
 pub mod caches;
+pub mod one_list;
 pub mod preemption;
+pub mod record;
+pub mod recovery;
 pub mod selection;
 pub mod session;
 pub mod sharing;
 pub mod simulation;
 pub mod suspension;
+pub mod virtual_device;
+pub mod workload;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -51,32 +59,38 @@ use crate::geometry::Bytes;
 
 use crate::pool::{PoolError, PoolReport};
 pub use admission::SubmitError;
-pub use batch::{Direction, PlannedRows, StepPlan, Transfer};
+pub use arrivals::PlaceInLine;
+pub use batch::{Direction, PlannedRows, StepPlan, Store, Transfer};
 pub use caches::{Caches, REPEAT_ROOM};
+pub use one_list::OneList;
 pub use preemption::{HostConfig, Method, Rates};
+pub use record::SessionRecord;
+use recovery::Limit;
+pub use recovery::{BackendError, Fault, Loss, Shortage};
 pub use selection::{Abilities, Merging, Observation, Observed, Selection};
 pub use session::{Answer, Finish, Moves, Phase, Place, Request, Round, Session, SessionId, SessionTimes};
 pub use sharing::Shared;
-pub use suspension::SuspendedCache;
+pub use suspension::{CacheRecord, SuspendedCache};
 
 /// What executes a plan: the engine on a device, or a simulation.
 pub trait Backend {
     /// What can go wrong.
-    type Error: From<PoolError>;
+    type Error: BackendError;
 
     /// Executes one step. The page tables already hold room for the planned rows, and pages for what comes back. Returns one
     /// token for each planned segment that samples, in order, and how long the step took. Pages that leave can be overwritten
     /// from the next step on; a copy in host memory lasts until its last page is back, or it is forgotten.
     ///
     /// # Errors
-    /// Whatever the backend runs into; the scheduler's state is unchanged except for the grown page tables.
+    /// Whatever the backend runs into. What was there before the step is as it was, unless the device was lost: cached tokens,
+    /// slots, copies in host memory. What was planned may be there in part; it is written again by a later step.
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, Self::Error>;
 
     /// Evicts from the cache of a session that is due, which has seen `tokens` and nothing after them, and swaps its table; how
     /// long that took.
     ///
     /// # Errors
-    /// Whatever the backend runs into.
+    /// Whatever the backend runs into. The cache is as it was, and its eviction still due, unless the device was lost.
     fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, Self::Error>;
 }
 
@@ -87,6 +101,8 @@ pub struct StepResult {
     pub tokens: Vec<u32>,
     /// How long it took.
     pub elapsed: Duration,
+    /// Sessions whose copies away from the device could not be kept.
+    pub lost: Vec<SessionId>,
 }
 
 /// Limits of the schedule.
@@ -141,6 +157,26 @@ pub struct StepReport {
     pub prefill_rows: u32,
     /// How long the step took.
     pub elapsed: Duration,
+    /// That the device had no memory for its rows, so that none were computed; the next step is smaller.
+    pub shortage: Option<Shortage>,
+}
+
+/// Bytes that a store holds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Held {
+    held: Bytes,
+    peak: Bytes,
+}
+
+impl Held {
+    fn take(&mut self, bytes: Bytes) {
+        self.held += bytes;
+        self.peak = self.peak.max(self.held);
+    }
+
+    const fn give_back(&mut self, bytes: Bytes) {
+        self.held = self.held.saturating_sub(bytes);
+    }
 }
 
 /// Sessions and their caches.
@@ -157,15 +193,22 @@ pub struct Scheduler {
     admitted: Vec<SessionId>,
     /// Caches in host memory.
     hosted: BTreeMap<SessionId, SuspendedCache>,
-    host_held: Bytes,
-    host_peak: Bytes,
+    /// Bytes of caches that are away, of each [`Store`].
+    away: [Held; 2],
+    /// Whether a file could not be written.
+    disk_full: bool,
     rates: Rates,
     /// Copies in host memory that the backend may drop.
     forgotten: Vec<SessionId>,
-    /// Who has got pages since the last report, whether for the first time, and what of them is another's.
-    begun: Vec<(SessionId, bool, Option<Shared>)>,
+    limit: Limit,
+    /// What happened since the last report, or in a step that ended in an error.
+    unreported: StepReport,
     next_id: u32,
     next_ticket: u64,
+    /// When the next session comes, where that is known.
+    next_arrival: Option<Duration>,
+    /// Sessions that asked since the last step.
+    asked: Vec<SessionId>,
     now: Duration,
 }
 
@@ -184,13 +227,16 @@ impl Scheduler {
             thinking: BTreeSet::new(),
             admitted: Vec::new(),
             hosted: BTreeMap::new(),
-            host_held: Bytes::ZERO,
-            host_peak: Bytes::ZERO,
+            away: Default::default(),
+            disk_full: false,
             rates: config.host.rates,
             forgotten: Vec::new(),
-            begun: Vec::new(),
+            limit: Limit::new(config.max_rows),
+            unreported: StepReport::default(),
             next_id: 0,
             next_ticket: 0,
+            next_arrival: None,
+            asked: Vec::new(),
             now: Duration::ZERO,
         }
     }
@@ -200,20 +246,18 @@ impl Scheduler {
     /// # Errors
     /// [`SubmitError`] when it is empty, longer than the context, or larger than the pool will ever be.
     pub fn submit(&mut self, request: Request) -> Result<SessionId, SubmitError> {
-        admission::check(&request, &self.config, &self.caches)?;
-        let id = SessionId(self.next_id);
-        self.next_id += 1;
-        let page_size = self.caches.full.page.page_size;
-        self.sessions.insert(id, Session::new(request, page_size, self.now));
-        self.stand_in_line(id);
-        Ok(id)
+        let place = self.take_place(self.now);
+        self.submit_in(place, request)
+    }
+
+    const fn draw_ticket(&mut self) -> u64 {
+        self.next_ticket += 1;
+        self.next_ticket - 1
     }
 
     /// Puts a session behind those of its priority.
     fn stand_in_line(&mut self, id: SessionId) {
-        let ticket = self.next_ticket;
-        self.next_ticket += 1;
-        self.session_mut(id).ticket = ticket;
+        self.session_mut(id).ticket = self.draw_ticket();
         self.enqueue(id);
     }
 
@@ -233,13 +277,15 @@ impl Scheduler {
         self.admitted.iter().filter(|id| self.sessions[id].seated).count()
     }
 
-    /// Ends a session; every byte of it returns. An unknown or finished session stays as it is.
+    /// Ends a session; every byte of it returns. One that is over gives up the cache that it kept; an unknown one stays as it
+    /// is.
     ///
     /// # Errors
     /// [`PoolError`], which would be a defect.
     pub fn cancel(&mut self, id: SessionId) -> Result<(), PoolError> {
         match self.sessions.get(&id).map(|s| s.phase) {
-            None | Some(Phase::Finished(_)) => Ok(()),
+            None => Ok(()),
+            Some(Phase::Finished(_)) => self.let_go(id),
             Some(_) => self.finish(id, Finish::Cancelled),
         }
     }
@@ -249,22 +295,28 @@ impl Scheduler {
         if let Phase::Thinking(until) = self.sessions[&id].phase {
             self.thinking.remove(&(until, id));
         }
+        let now = self.now;
+        let session = self.session_mut(id);
+        session.phase = Phase::Finished(why);
+        session.seated = false;
+        session.idle_since = now;
+        session.times.finished = Some(now - session.submitted);
+        if session.request.keep && why != Finish::Cancelled { Ok(()) } else { self.let_go(id) }
+    }
+
+    /// Returns everything that a session holds.
+    fn let_go(&mut self, id: SessionId) -> Result<(), PoolError> {
         // What was copied to the host is not wanted any more.
         let (copied, held) = match (self.sessions[&id].place, self.hosted.remove(&id)) {
             (Place::Leaving(pages), _) => (pages > 0, self.caches.suspended_bytes(id)),
             (_, Some(suspended)) => (true, suspended.bytes()),
             (_, None) => (false, Bytes::ZERO),
         };
-        self.host_held = self.host_held.saturating_sub(held);
+        self.away[self.sessions[&id].store as usize].give_back(held);
         self.forgotten.extend(copied.then_some(id));
-        self.let_go(id, |caches| caches.release(id))?;
+        self.hand_over(id, |caches| caches.release(id))?;
         self.admitted.retain(|a| *a != id);
-        let now = self.now;
-        let session = self.session_mut(id);
-        session.phase = Phase::Finished(why);
-        session.place = Place::Nowhere;
-        session.seated = false;
-        session.times.finished = Some(now - session.submitted);
+        self.session_mut(id).place = Place::Nowhere;
         Ok(())
     }
 
@@ -272,24 +324,21 @@ impl Scheduler {
         self.sessions.get_mut(&id).expect("a scheduled session exists")
     }
 
-    /// Whether every session is over.
+    /// Whether every session is over, and no cache is on its way or due to be evicted from.
     pub fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.admitted.is_empty() && self.thinking.is_empty()
+        let kept = |id: &SessionId| {
+            let session = &self.sessions[id];
+            session.is_finished() && session.place == Place::Device && !self.caches.is_due(*id)
+        };
+        self.waiting.is_empty() && self.thinking.is_empty() && self.admitted.iter().all(kept)
     }
 
-    /// Tokens of a session's sequence that its cache has seen, wherever that is.
-    pub fn cached_tokens(&self, id: SessionId) -> u32 {
-        let hosted = || self.hosted.get(&id).map_or(0, SuspendedCache::n_tokens);
-        self.caches.tables.get(&id).map_or_else(hosted, |table| table.n_tokens())
-    }
-
-    /// Sessions whose time to think is over ask their next question.
-    fn wake(&mut self) -> Vec<SessionId> {
+    /// Sessions whose time to think was over by then ask their next question.
+    fn wake(&mut self, by: Duration) -> Vec<SessionId> {
         let mut asked = Vec::new();
-        while let Some((until, id)) = self.thinking.first().copied().filter(|(until, _)| *until <= self.now) {
+        while let Some((until, id)) = self.thinking.first().copied().filter(|(until, _)| *until <= by) {
             self.thinking.remove(&(until, id));
-            let cached = self.cached_tokens(id);
-            self.session_mut(id).ask(cached, until);
+            self.session_mut(id).ask(until);
             self.stand_in_line(id);
             asked.push(id);
         }
@@ -297,45 +346,81 @@ impl Scheduler {
     }
 
     /// One step: wake, admit, evict, plan, execute, apply. Where nobody has anything to compute, time passes until the next
-    /// question; where there is none, nothing happens.
+    /// question or the next session that is expected; where there is none, nothing happens. Where the device has no memory for
+    /// the rows, they are taken back and the next step is smaller, as the report says.
     ///
     /// # Errors
-    /// The backend's.
+    /// The backend's; the schedule is as before the rows, and could go on.
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
-        let mut report = StepReport { asked: self.wake(), ..StepReport::default() };
-        self.admit(backend, &mut report)?;
-        self.tell_begun(&mut report);
+        let mut report = std::mem::take(&mut self.unreported);
+        let failed = match self.try_step(backend, &mut report) {
+            Err(error) if error.fault() != Fault::OutOfMemory || !self.shrink(&mut report)? => Some(error),
+            _ => None,
+        };
+        report.admitted.append(&mut self.unreported.admitted);
+        report.shared.append(&mut self.unreported.shared);
+        match failed {
+            Some(error) => {
+                self.unreported = report;
+                Err(error)
+            }
+            None => Ok(report),
+        }
+    }
+
+    fn try_step<B: Backend>(&mut self, backend: &mut B, report: &mut StepReport) -> Result<(), B::Error> {
+        report.asked.append(&mut self.asked);
+        report.asked.extend(self.wake(self.now));
+        self.admit(backend, report)?;
         let here = |id: &SessionId| self.sessions[id].place == Place::Device && self.caches.is_due(*id);
         let due: Vec<_> = self.admitted.iter().copied().filter(here).collect();
         for id in due {
-            let tokens = &self.sessions[&id].tokens[..self.cached_tokens(id) as usize];
-            report.elapsed += backend.evict(id, tokens, &mut self.caches)?;
+            let session = &self.sessions[&id];
+            let tokens = &session.tokens[..session.cached() as usize];
+            let elapsed = backend.evict(id, tokens, &mut self.caches)?;
+            self.spend(elapsed, report);
             report.evicted.push(id);
         }
-        self.now += report.elapsed;
         let admitted = self.admitted.iter().map(|id| (*id, &self.sessions[id]));
-        let mut plan = batch::plan(&self.config, &self.caches, admitted.filter(|(_, session)| session.runs()));
+        let mut plan = batch::plan(self.limit.rows, &self.caches, admitted.filter(|(_, session)| session.runs()));
         plan.transfers = self.plan_transfers();
         plan.forgotten = std::mem::take(&mut self.forgotten);
         if plan.is_empty() {
-            if let Some((until, _)) = self.thinking.first() {
+            if let Some(until) = self.next_event() {
                 report.idle = until.saturating_sub(self.now);
                 self.now += report.idle;
             }
-            return Ok(report);
+            return Ok(());
         }
-        self.caches.grow(&plan)?;
-        let result = backend.execute(&plan, &mut self.caches)?;
+        let fresh = self.caches.fresh();
+        let grown = self.caches.grow(&plan).map_err(B::Error::from);
+        let result = match grown.and_then(|()| backend.execute(&plan, &mut self.caches)) {
+            Ok(result) => result,
+            Err(error) => {
+                self.caches.ungrow(&plan)?;
+                self.caches.forget_fresh();
+                self.caches.begin_slots(fresh.into_iter());
+                self.forgotten = plan.forgotten;
+                return Err(error);
+            }
+        };
         self.caches.retire(&plan);
-        self.now += result.elapsed;
-        report.elapsed += result.elapsed;
+        if plan.n_rows() > 0 {
+            self.limit.went_well(self.config.max_rows);
+        }
+        self.spend(result.elapsed, report);
         report.decode_rows = plan.decode_rows();
         report.prefill_rows = plan.n_rows() - plan.decode_rows();
-        self.moved(&plan, &mut report)?;
-        self.learn(&report, result.elapsed);
-        self.apply(&plan, &result, &mut report)?;
-        self.tell_begun(&mut report);
-        Ok(report)
+        self.moved(&plan, &result.lost, report)?;
+        self.lose(&result.lost, report)?;
+        self.learn(report, result.elapsed);
+        self.apply(&plan, &result, report)?;
+        Ok(())
+    }
+
+    fn spend(&mut self, elapsed: Duration, report: &mut StepReport) {
+        self.now += elapsed;
+        report.elapsed += elapsed;
     }
 
     fn apply(&mut self, plan: &StepPlan, result: &StepResult, report: &mut StepReport) -> Result<(), PoolError> {
@@ -401,9 +486,10 @@ impl Scheduler {
         &self.caches
     }
 
-    /// Bytes of host memory that hold caches, those on their way included, and the most that ever did.
-    pub const fn host_bytes(&self) -> (Bytes, Bytes) {
-        (self.host_held, self.host_peak)
+    /// Bytes of caches that are in a store, those on their way included, and the most that ever were.
+    pub const fn away_bytes(&self, store: Store) -> (Bytes, Bytes) {
+        let Held { held, peak } = self.away[store as usize];
+        (held, peak)
     }
 
     /// What the pool holds.

@@ -24,8 +24,8 @@
 
 use std::time::Duration;
 
-use super::batch::{Direction, Transfer};
-use super::{Backend, Place, Scheduler, SessionId, Shared, StepPlan, StepReport};
+use super::batch::{Direction, Store, Transfer};
+use super::{Backend, Place, Request, Scheduler, Session, SessionId, Shared, StepPlan, StepReport};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -48,14 +48,19 @@ pub struct HostConfig {
     pub budget: Bytes,
     /// What swap and recompute are predicted from.
     pub rates: Rates,
+    /// Bytes of files for caches that host memory has no room for.
+    pub disk_budget: Bytes,
+    /// Bytes per second into files, and out of them; zero where nobody knows.
+    pub disk_rates: [f64; 2],
     /// How often a session may lose its place in the middle of one round.
     pub max_preemptions: u32,
 }
 
 impl Default for HostConfig {
-    /// No host memory: what does not fit is computed again.
+    /// Neither host memory nor files: what does not fit is computed again.
     fn default() -> Self {
-        Self { budget: Bytes::ZERO, rates: Rates::default(), max_preemptions: 2 }
+        let (budget, disk_budget) = (Bytes::ZERO, Bytes::ZERO);
+        Self { budget, rates: Rates::default(), disk_budget, disk_rates: [0.0; 2], max_preemptions: 2 }
     }
 }
 
@@ -129,38 +134,84 @@ impl Scheduler {
             return Ok(false);
         }
         let Some(victim) = self.victim(waiting, shared.map(|shared| shared.donor)) else { return Ok(false) };
-        let (bytes, tokens) = (self.caches.suspended_bytes(victim), self.cached_tokens(victim));
-        let swaps = self.caches.abilities.swap_bytes > Bytes::ZERO;
-        let free = if swaps { self.config.host.budget.saturating_sub(self.host_held) } else { Bytes::ZERO };
-        let elsewhere = self.prefix(victim).0.map_or(0, |shared| shared.tokens);
-        let again = tokens.saturating_sub(elsewhere);
-        let rung = self.rates.choose(bytes, again, free, true) == Method::Compress && self.harden(victim)?;
-        match self.rates.choose(bytes, again, free, rung) {
-            Method::Compress => {
-                let tokens = &self.sessions[&victim].tokens[..tokens as usize];
-                report.elapsed += backend.evict(victim, tokens, &mut self.caches)?;
-                report.compressed.push(victim);
-                Ok(true)
-            }
-            Method::Swap => {
-                self.unseat(victim, report);
-                self.host_held += bytes;
-                self.host_peak = self.host_peak.max(self.host_held);
-                self.session_mut(victim).place = Place::Leaving(0);
-                Ok(false)
-            }
-            Method::Recompute => {
-                self.unseat(victim, report);
-                self.let_go(victim, |caches| caches.release(victim))?;
-                self.admitted.retain(|id| *id != victim);
-                self.session_mut(victim).forget();
-                if tokens > 0 {
-                    self.session_mut(victim).moves.dropped += 1;
-                    report.dropped.push(victim);
+        let rung = self.way_out(victim, true) == Method::Compress && self.harden(victim)?;
+        let method = self.way_out(victim, rung);
+        if method != Method::Compress {
+            self.give_up(victim, method, report)?;
+            return Ok(method == Method::Recompute);
+        }
+        // Where it fails, it is due.
+        report.compressed.push(victim);
+        let session = &self.sessions[&victim];
+        let tokens = &session.tokens[..session.cached() as usize];
+        let elapsed = backend.evict(victim, tokens, &mut self.caches)?;
+        self.spend(elapsed, report);
+        Ok(true)
+    }
+
+    /// A session gives up its place: its cache sets out for the host, or is dropped at once.
+    pub(super) fn give_up(&mut self, id: SessionId, method: Method, report: &mut StepReport) -> Result<(), PoolError> {
+        self.unseat(id, report);
+        if method == Method::Swap {
+            let bytes = self.caches.suspended_bytes(id);
+            let (store, ..) = self.store_for(bytes);
+            self.away[store as usize].take(bytes);
+            let session = self.session_mut(id);
+            (session.place, session.store) = (Place::Leaving(0), store);
+            return Ok(());
+        }
+        let tokens = self.sessions[&id].cached();
+        self.hand_over(id, |caches| caches.release(id))?;
+        self.admitted.retain(|admitted| *admitted != id);
+        let session = self.session_mut(id);
+        session.forget();
+        if tokens > 0 {
+            session.moves.dropped += 1;
+            report.dropped.push(id);
+        }
+        Ok(())
+    }
+
+    /// What keeps so many bytes, how many more it has room for, and how fast they move: host memory as long as it has room,
+    /// then files.
+    pub(super) fn store_for(&self, bytes: Bytes) -> (Store, Bytes, Rates) {
+        if self.caches.abilities.swap_bytes == Bytes::ZERO {
+            return (Store::Host, Bytes::ZERO, self.rates);
+        }
+        let HostConfig { budget, disk_budget, disk_rates: [out, back], .. } = self.config.host;
+        let free = |store: Store, budget: Bytes| budget.saturating_sub(self.away[store as usize].held);
+        let (host, disk) = (free(Store::Host, budget), free(Store::Disk, disk_budget));
+        if bytes <= host || bytes > disk || self.disk_full {
+            return (Store::Host, host, self.rates);
+        }
+        (Store::Disk, disk, Rates { out, back, ..self.rates })
+    }
+
+    /// Caches whose copies could not be kept, because a file could not be written or read: one that was on its way stays where it
+    /// is, others are computed again. Nothing is sent to files any more.
+    pub(super) fn lose(&mut self, lost: &[SessionId], report: &mut StepReport) -> Result<(), PoolError> {
+        for id in lost {
+            self.disk_full = true;
+            let (place, store) = (self.sessions[id].place, self.sessions[id].store);
+            let bytes = match place {
+                Place::Leaving(_) => self.caches.suspended_bytes(*id),
+                _ => self.hosted.remove(id).map_or(Bytes::ZERO, |suspended| suspended.bytes()),
+            };
+            self.away[store as usize].give_back(bytes);
+            match place {
+                Place::Leaving(_) => self.session_mut(*id).place = Place::Device,
+                Place::Host | Place::Coming(_) => {
+                    self.admitted.retain(|admitted| admitted != id);
+                    self.caches.release(*id)?;
+                    let session = self.session_mut(*id);
+                    session.moves.dropped += 1;
+                    session.forget();
+                    report.dropped.push(*id);
                 }
-                Ok(true)
+                Place::Nowhere | Place::Device => {}
             }
         }
+        Ok(())
     }
 
     /// Puts a session that runs back in line.
@@ -179,12 +230,18 @@ impl Scheduler {
     fn harden(&mut self, id: SessionId) -> Result<bool, PoolError> {
         let session = &self.sessions[&id];
         // A document is compressed whole.
-        if self.cached_tokens(id) < session.request.document_tokens() {
+        if session.cached() < session.request.document_tokens() {
             return Ok(false);
         }
-        let tail = session.request.max_tokens() - self.cached_tokens(id);
+        let tail = session.request.max_tokens() - session.cached();
         for at in session.rungs..session.request.ladder.len() {
             let rung = self.sessions[&id].request.ladder[at].clone();
+            // A cache that is dropped later begins with its document in f16 where the rung evicts: an empty pool has to hold that.
+            let again = Request { compression: rung.clone(), ..self.sessions[&id].request.clone() };
+            let fits = |pages: Vec<_>| self.caches.pool.slabs_for(&pages) <= self.caches.pool.capacity();
+            if !self.caches.pages_needed(&again).is_ok_and(fits) {
+                continue;
+            }
             if self.caches.harden(id, &rung, tail)? {
                 let session = self.session_mut(id);
                 session.rungs = at + 1;
@@ -210,12 +267,22 @@ impl Scheduler {
             return Some(*id);
         }
         let priority = self.sessions[&waiting].request.priority;
-        let lower = here.filter(|id| {
+        self.last_seated(donor, |id, session| session.request.priority < priority && returns(&id))
+    }
+
+    /// The last in line of the sessions that run and may lose their place in this round, `donor` where there is no other.
+    pub(super) fn last_seated(
+        &self,
+        donor: Option<SessionId>,
+        of: impl Fn(SessionId, &Session) -> bool,
+    ) -> Option<SessionId> {
+        let may = |id: &&SessionId| {
             let session = &self.sessions[id];
             let again = session.preempted_in_round < self.config.host.max_preemptions;
-            session.seated && session.request.priority < priority && again
-        });
-        lower.max_by_key(|id| (Some(**id) != donor, line(id))).copied()
+            session.runs() && again && of(**id, session)
+        };
+        let last = |id: &&SessionId| (Some(**id) != donor, self.sessions[id].line());
+        self.admitted.iter().filter(may).max_by_key(last).copied()
     }
 
     /// Pages that move in the next step: of the sessions on their way, in order, one chunk in each direction.
@@ -229,7 +296,8 @@ impl Scheduler {
                 _ => continue,
             };
             let left = &mut left[direction as usize];
-            let transfer = self.caches.transfer(*id, direction, from, *left);
+            let store = self.sessions[id].store;
+            let transfer = Transfer { store, ..self.caches.transfer(*id, direction, from, *left) };
             *left = left.saturating_sub(transfer.bytes);
             if !transfer.pages.is_empty() || transfer.last {
                 transfers.push(transfer);
@@ -239,8 +307,14 @@ impl Scheduler {
     }
 
     /// Pages have moved.
-    pub(super) fn moved(&mut self, plan: &StepPlan, report: &mut StepReport) -> Result<(), PoolError> {
-        for Transfer { session: id, direction, pages, bytes, last } in &plan.transfers {
+    pub(super) fn moved(
+        &mut self,
+        plan: &StepPlan,
+        lost: &[SessionId],
+        report: &mut StepReport,
+    ) -> Result<(), PoolError> {
+        let kept = plan.transfers.iter().filter(|transfer| !lost.contains(&transfer.session));
+        for Transfer { session: id, direction, pages, bytes, last, .. } in kept {
             match direction {
                 Direction::Out => report.out_bytes += *bytes,
                 Direction::In => report.in_bytes += *bytes,
@@ -249,7 +323,7 @@ impl Scheduler {
                 (Direction::Out, false) => Place::Leaving(pages.end),
                 (Direction::In, false) => Place::Coming(pages.end),
                 (Direction::Out, true) => {
-                    let suspended = self.let_go(*id, |caches| caches.suspend(*id))?;
+                    let suspended = self.hand_over(*id, |caches| caches.suspend(*id))?;
                     self.session_mut(*id).moves.swapped_out += 1;
                     self.admitted.retain(|admitted| admitted != id);
                     self.hosted.insert(*id, suspended);
@@ -259,7 +333,8 @@ impl Scheduler {
                 (Direction::In, true) => {
                     self.session_mut(*id).moves.swapped_in += 1;
                     let suspended = self.hosted.remove(id).expect("what comes back was kept");
-                    self.host_held = self.host_held.saturating_sub(suspended.bytes());
+                    let store = self.sessions[id].store;
+                    self.away[store as usize].give_back(suspended.bytes());
                     report.swapped_in.push(*id);
                     Place::Device
                 }

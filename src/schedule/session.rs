@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::ops::Range;
 use std::time::Duration;
 
+use super::batch::Store;
 use super::sharing;
 use crate::compression::Compression;
 use crate::kernels::sample::Sampling;
@@ -34,6 +35,8 @@ pub struct Request {
     pub document: Option<u32>,
     /// Sessions of a higher priority come first, and take the place of lower ones.
     pub priority: i32,
+    /// Whether its cache stays after its last answer, as that of a session that thinks does, until it is cancelled.
+    pub keep: bool,
 }
 
 /// A question after an answer.
@@ -60,6 +63,7 @@ impl Request {
             ladder: Vec::new(),
             document: None,
             priority: 0,
+            keep: false,
         }
     }
 
@@ -81,6 +85,16 @@ impl Request {
     /// When they are not counted in 32 bits, which [`Scheduler::submit`](super::Scheduler::submit) refuses.
     pub fn max_tokens(&self) -> u32 {
         u32::try_from(self.all_tokens().saturating_sub(1)).expect("sessions are counted in 32 bits")
+    }
+
+    /// Tokens that the cache is made for. That of a session that is kept may go on later, so that one which is evicted from
+    /// again and again stands ready for that.
+    ///
+    /// # Panics
+    /// As [`Self::max_tokens`].
+    pub fn cache_tokens(&self) -> u32 {
+        let every = self.compression.token.eviction().and_then(|eviction| eviction.every).filter(|_| self.keep);
+        every.map_or(self.max_tokens(), |every| self.max_tokens().max(self.document_tokens() + every + 1))
     }
 
     /// Tokens that a round, counted from 0, may produce.
@@ -114,7 +128,7 @@ pub enum Place {
     Device,
     /// On its way to the host; this many pages have been copied.
     Leaving(u32),
-    /// In host memory.
+    /// Away, in the session's store.
     Host,
     /// On its way back; this many pages have been copied.
     Coming(u32),
@@ -193,7 +207,7 @@ pub struct Session {
     pub shared_tokens: u64,
     /// Hashes of its prompt up to each page's edge.
     pub(super) edges: Vec<u64>,
-    /// Of its prompt, the tokens that were read as one, not as an answer.
+    /// Of its prompt, the tokens that were read as one, not as an answer; none where nobody knows how they were read.
     pub(super) read_as_prompt: usize,
     /// The session that it was forked from.
     pub(super) parent: Option<SessionId>,
@@ -205,6 +219,8 @@ pub struct Session {
     pub(super) ticket: u64,
     /// How often it lost its place in this round.
     pub(super) preempted_in_round: u32,
+    /// Where its cache is kept while it is away.
+    pub(super) store: Store,
     /// Since when nobody has needed its cache, on the clock of the schedule.
     pub(super) idle_since: Duration,
     /// Submission on the clock of the schedule.
@@ -231,6 +247,7 @@ impl Session {
             rungs: 0,
             ticket: 0,
             preempted_in_round: 0,
+            store: Store::Host,
             idle_since: now,
             submitted: now,
             times: SessionTimes::default(),
@@ -304,8 +321,23 @@ impl Session {
         }
     }
 
-    /// Begins the next round: its question follows the answer. `cached` tokens of the sequence are cached.
-    pub(super) fn ask(&mut self, cached: u32, now: Duration) {
+    /// Tokens of its sequence that its cache has seen, wherever that is. Positions can be fewer, where an eviction turns kept
+    /// keys to their places in the cache.
+    ///
+    /// # Panics
+    /// For more than are counted in 32 bits, which [`Scheduler::submit`](super::Scheduler::submit) refuses.
+    pub fn cached(&self) -> u32 {
+        match (self.place, self.phase) {
+            (Place::Nowhere, _) | (_, Phase::Waiting) => 0,
+            (_, Phase::Prefill(done)) => done,
+            // The last token that was produced is not fed back until there is another question.
+            _ => u32::try_from(self.tokens.len() - 1).expect("sessions are counted in 32 bits"),
+        }
+    }
+
+    /// Begins the next round: its question follows the answer.
+    pub(super) fn ask(&mut self, now: Duration) {
+        let cached = self.cached();
         let round = self.next_round().expect("a session that thinks has a round to come").clone();
         self.tokens.truncate(self.without_stop().len());
         self.tokens.extend(round.tokens);

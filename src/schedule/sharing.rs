@@ -84,7 +84,8 @@ fn count(n: usize) -> u32 {
 
 impl Scheduler {
     /// A session that goes on from where another is now: its tokens so far, then a question. It shares the other's pages if that
-    /// one still holds them when this one is admitted; compression, sampling and priority are the other's.
+    /// one still holds them when this one is admitted, and did not come from a file; compression, sampling and priority are the
+    /// other's.
     ///
     /// # Errors
     /// [`SubmitError`], as [`Self::submit`]; [`SubmitError::Unknown`] where there is no such session.
@@ -101,7 +102,10 @@ impl Scheduler {
         };
         let id = self.submit(request)?;
         let session = self.session_mut(id);
-        (session.parent, session.read_as_prompt) = (Some(from), read_as_prompt);
+        session.parent = Some(from);
+        if read_as_prompt > 0 {
+            session.read_as_prompt = read_as_prompt;
+        }
         Ok(id)
     }
 
@@ -127,7 +131,7 @@ impl Scheduler {
 
     /// Lets a session leave. Where the first in line that needs pages would begin with some of its, that one names them before
     /// they return, and is admitted if the rest of what it needs then fits.
-    pub(super) fn let_go<T>(
+    pub(super) fn hand_over<T>(
         &mut self,
         donor: SessionId,
         leave: impl FnOnce(&mut Caches) -> Result<T, PoolError>,
@@ -162,7 +166,7 @@ impl Scheduler {
         }
         // Where prompts skip layers, their last row does not.
         let last = usize::from(self.caches.skip_from(&from.request.compression).is_some());
-        &from.request.prompt[..from.read_as_prompt - last]
+        &from.request.prompt[..from.read_as_prompt.saturating_sub(last)]
     }
 
     /// Tokens that two sessions begin with, at most, by their hashes.
@@ -186,8 +190,8 @@ impl Scheduler {
     fn offer(&self, id: SessionId, donor: SessionId, common: u32) -> Option<Offer> {
         let (session, from) = (&self.sessions[&id], &self.sessions[&donor]);
         let compression = &session.request.compression;
-        // What was compressed later is not what it would be from the start.
-        let alike = from.rungs == 0 && from.request.compression == *compression;
+        // What was compressed later is not what it would be from the start; of what came from a file nobody knows.
+        let alike = from.rungs == 0 && from.read_as_prompt > 0 && from.request.compression == *compression;
         if !alike || !matches!(from.place, Place::Device | Place::Leaving(_)) {
             return None;
         }
@@ -207,7 +211,7 @@ impl Scheduler {
         let document = session.request.document_tokens();
         let same = from.request.document_tokens() == document && document <= limit;
         let worth_it = document >= table.shape().page.page_size;
-        let turns = Caches::turns(compression, document, session.request.max_tokens()).is_some();
+        let turns = Caches::turns(compression, document, session.request.cache_tokens()).is_some();
         if !worth_it || !Caches::shares_kept(compression, turns) {
             return None;
         }
@@ -251,7 +255,7 @@ impl Caches {
     /// For a compression that [`Self::serves`] refuses, or pages that the other does not have.
     pub fn adopt(&mut self, id: SessionId, shared: Shared, request: &Request) -> Result<(), PoolError> {
         let (compression, document, max_tokens) =
-            (&request.compression, request.document_tokens(), request.max_tokens());
+            (&request.compression, request.document_tokens(), request.cache_tokens());
         let needs = self.needs(compression, document, max_tokens);
         let Needs { first, targets, layers, .. } = needs.expect("a session that is served has its tables");
         // The document itself is gone; evictions that are still to come need the tables after the first.
@@ -278,7 +282,7 @@ impl Caches {
 
     /// The only table of a session that begins with pages of another, where no evictions follow.
     fn alone_after(&self, request: &Request) -> Option<(TableShape, Capacity)> {
-        let needs = self.needs(&request.compression, request.document_tokens(), request.max_tokens()).ok()?;
+        let needs = self.needs(&request.compression, request.document_tokens(), request.cache_tokens()).ok()?;
         let own = needs.targets.first().copied().unwrap_or(needs.first);
         (!own.1.turns).then_some(own)
     }

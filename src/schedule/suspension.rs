@@ -1,14 +1,14 @@
 //! Caches that leave the pool whole and come back as they were, or stay and get smaller.
 
 use super::SessionId;
-use super::batch::{Direction, Transfer};
+use super::batch::{Direction, Store, Transfer};
 use super::caches::{Caches, Plan};
 use crate::compression::Compression;
 use crate::compression::token::{Score, TokenPolicy};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
-use crate::pool::page_table::PageTable;
-use crate::pool::suspended::SuspendedTable;
+use crate::pool::page_table::{Capacity, PageTable, Quest};
+use crate::pool::suspended::{SuspendedTable, TableRecord};
 
 /// A session's cache without its pages.
 #[derive(Clone, Debug)]
@@ -30,7 +30,45 @@ struct SuspendedPlan {
     targets: Vec<SuspendedTable>,
 }
 
+/// What a cache holds and what is still to happen to it: all that is needed to make it again, for a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheRecord {
+    /// Which tokens.
+    pub table: TableRecord,
+    /// Pages that a decode row chooses at most, where rows choose.
+    pub chosen_pages: Option<u32>,
+    /// Length of the tail at which the next eviction is due, where one is to come.
+    pub due: Option<u32>,
+    /// Bytes of what its slot holds, where it has one.
+    pub slot: Option<Bytes>,
+}
+
 impl SuspendedCache {
+    /// Its pages.
+    pub fn n_pages(&self) -> u32 {
+        self.table.n_pages()
+    }
+
+    /// Bytes of its pages.
+    pub fn page_bytes(&self) -> Bytes {
+        self.table.bytes()
+    }
+
+    /// What it is on record; `None` while its document is being read for an eviction, when it is as well read again.
+    pub fn record(&self) -> Option<CacheRecord> {
+        let table = self.table.record();
+        if self.plan.is_some() && table.tail_start == 0 {
+            return None;
+        }
+        let observes = self.plan.as_ref().is_some_and(|plan| plan.observes);
+        Some(CacheRecord {
+            table,
+            chosen_pages: self.table.shape().quest.map(|quest| quest.pages),
+            due: self.plan.as_ref().map(|plan| plan.due),
+            slot: observes.then_some(self.slot),
+        })
+    }
+
     /// Bytes of what is kept of it: its pages, and its slot.
     pub fn bytes(&self) -> Bytes {
         self.table.bytes() + self.slot
@@ -65,7 +103,8 @@ impl Caches {
     /// # Panics
     /// When it is not admitted.
     pub fn transfer(&self, id: SessionId, direction: Direction, from: u32, most: Bytes) -> Transfer {
-        let mut transfer = Transfer { session: id, direction, pages: from..from, bytes: Bytes::ZERO, last: true };
+        let (pages, store) = (from..from, Store::Host);
+        let mut transfer = Transfer { session: id, direction, store, pages, bytes: Bytes::ZERO, last: true };
         for (_, page) in self.tables[&id].page_ids().skip(from as usize) {
             if transfer.bytes + page > most {
                 transfer.last = false;
@@ -85,15 +124,74 @@ impl Caches {
     /// # Panics
     /// When it is not admitted.
     pub fn suspend(&mut self, id: SessionId) -> Result<SuspendedCache, PoolError> {
+        let suspended = self.suspended(id);
+        self.release(id)?;
+        Ok(suspended)
+    }
+
+    /// What a session's cache is without its pages; it stays as it is.
+    ///
+    /// # Panics
+    /// When it is not admitted.
+    pub fn suspended(&self, id: SessionId) -> SuspendedCache {
         let plan = self.plans.get(&id).map(|plan| SuspendedPlan {
             compression: plan.compression.clone(),
             due: plan.due,
             observes: plan.slot.is_some(),
             targets: plan.targets.iter().map(PageTable::suspended).collect(),
         });
-        let (table, slot) = (self.tables[&id].suspended(), self.slot_bytes(id));
-        self.release(id)?;
-        Ok(SuspendedCache { table, slot, plan })
+        SuspendedCache { table: self.tables[&id].suspended(), slot: self.slot_bytes(id), plan }
+    }
+
+    /// The cache of a record, which has seen `cached` tokens, with room for a sequence of `max_tokens`.
+    ///
+    /// # Errors
+    /// A sentence when this engine does not serve its compression, or the record can not be of such a cache.
+    pub fn restore(
+        &self,
+        compression: &Compression,
+        record: CacheRecord,
+        cached: u32,
+        max_tokens: u32,
+    ) -> Result<SuspendedCache, String> {
+        self.serves(compression)?;
+        let CacheRecord { table, chosen_pages, due, slot } = record;
+        let mut shape = self.shape(compression)?;
+        if let TokenPolicy::Quest { dense_layers, .. } = compression.token {
+            let pages = chosen_pages.filter(|pages| (1..=max_tokens).contains(pages));
+            let pages = pages.ok_or_else(|| format!("{chosen_pages:?} is no number of pages that rows choose"))?;
+            shape.quest = Some(Quest { pages, dense_layers });
+        }
+        if table.tail_start == 0 && Self::evicts(compression) {
+            return Err(format!("nothing was evicted from a cache of {}", compression.short()));
+        }
+        // Positions are fewer than tokens where kept keys were turned to their places in the cache.
+        let rerotates = compression.token.eviction().is_some_and(|eviction| eviction.rerotate);
+        let positions = u64::from(table.tail_start) + u64::from(table.tail);
+        if positions > u64::from(cached) || (positions < u64::from(cached) && !rerotates) {
+            return Err(format!("a cache of {positions} positions has seen {cached} tokens"));
+        }
+        let layers = self.layers(compression)?;
+        let every = compression.token.eviction().and_then(|eviction| eviction.every);
+        let Some(due) = due else {
+            let capacity = table.capacity(&shape, table.tail.saturating_add(max_tokens.saturating_sub(cached)));
+            let capacity = Capacity { turns: every.is_some(), ..capacity };
+            let table = SuspendedTable::restore(shape, &layers, table, capacity)?;
+            return Ok(SuspendedCache { table, slot: Bytes::ZERO, plan: None });
+        };
+        let every = every.filter(|every| *every == due);
+        let every = every.ok_or_else(|| format!("an eviction after {due} tokens is not of {}", compression.short()))?;
+        let observes = Self::observes(compression);
+        if slot != observes.then_some(self.abilities.slot_bytes) {
+            let expected = observes.then_some(self.abilities.slot_bytes);
+            return Err(format!("a slot of {slot:?} where one of {expected:?} is scored into"));
+        }
+        let capacity = Capacity { turns: true, ..self.capacity_of_turns(compression, every)? };
+        let next = SuspendedTable::restore(shape, &layers, TableRecord::empty(&shape), capacity)?;
+        let table = SuspendedTable::restore(shape, &layers, table, capacity)?;
+        let (compression, targets) = (compression.clone(), vec![next]);
+        let plan = Some(SuspendedPlan { compression, due, observes, targets });
+        Ok(SuspendedCache { table, slot: slot.unwrap_or_default(), plan })
     }
 
     /// Takes pages, commitments, table entries and a slot for a session that was suspended. What its pages and its slot hold has

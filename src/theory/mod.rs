@@ -1,5 +1,8 @@
-//! The theory: what a cache costs and how many fit, before anything runs (arXiv:2405.08944).
+//! The theory: what a cache costs, how many fit, and how long a step takes, before anything runs (arXiv:2405.08944).
 //!
-//! [`predict`] holds the equations, with units; every measured number is shown beside its prediction.
+//! [`predict`] and [`step`] hold the equations, with units; [`presets`] the models and GPUs that have names. Every measured
+//! number is shown beside its prediction.
 
 pub mod predict;
+pub mod presets;
+pub mod step;

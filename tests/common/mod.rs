@@ -5,6 +5,8 @@
 
 #![expect(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod sessions;
+
 use std::sync::OnceLock;
 
 use concertina::device::{AdapterRequest, Device, Tier};

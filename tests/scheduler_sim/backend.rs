@@ -6,9 +6,8 @@ use std::time::Duration;
 
 use concertina::compression::keep::Domain;
 use concertina::compression::token::{Rows, Score};
-use concertina::pool::PoolError;
 use concertina::pool::page_table::PageTable;
-use concertina::schedule::simulation::Simulation;
+use concertina::schedule::simulation::{Simulation, SimulationError};
 use concertina::schedule::{Backend, Caches, Observation, Request, Selection, SessionId, StepPlan, StepResult};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -148,14 +147,14 @@ fn positions(table: &PageTable, (layer, head): (u32, u32), n: u32, recent: u32) 
 }
 
 impl Backend for Watched {
-    type Error = PoolError;
+    type Error = SimulationError;
 
-    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, PoolError> {
+    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, SimulationError> {
         self.observe(plan, caches);
         self.simulation.execute(plan, caches)
     }
 
-    fn evict(&mut self, id: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, PoolError> {
+    fn evict(&mut self, id: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, SimulationError> {
         assert_eq!(
             tokens.len(),
             caches.tables[&id].n_tokens() as usize,

@@ -2,6 +2,8 @@
 //! traces. Sessions ask for codecs and for evictions, of a whole prompt or of a document before a question.
 
 mod backend;
+mod faults;
+mod restarts;
 mod rounds;
 mod sharing;
 mod world;

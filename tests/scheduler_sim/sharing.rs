@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use concertina::geometry::Bytes;
-use concertina::pool::{PageId, PoolError};
-use concertina::schedule::simulation::Simulation;
+use concertina::pool::PageId;
+use concertina::schedule::simulation::{Simulation, SimulationError};
 use concertina::schedule::{
     Backend, Caches, Finish, HostConfig, Phase, Place, Request, Round, ScheduleConfig, Scheduler, SessionId, StepPlan,
     StepReport, StepResult, SubmitError,
@@ -251,7 +251,7 @@ fn schedule(max_sessions: u32, slabs: u64, codecs: &[&str]) -> Scheduler {
 }
 
 /// Steps until everybody is over; the reports.
-fn finish(s: &mut Scheduler, backend: &mut impl Backend<Error = PoolError>) -> Vec<StepReport> {
+fn finish(s: &mut Scheduler, backend: &mut impl Backend<Error = SimulationError>) -> Vec<StepReport> {
     let mut reports = Vec::new();
     while !s.is_idle() {
         reports.push(s.step(backend).expect("a simulation does not fail"));
@@ -440,9 +440,9 @@ struct Confused {
 }
 
 impl Backend for Confused {
-    type Error = PoolError;
+    type Error = SimulationError;
 
-    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, PoolError> {
+    fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, SimulationError> {
         let begins = |id: SessionId| plan.segments.iter().any(|rows| rows.session == id && rows.first_index == 192);
         let pair = self.pair.filter(|(a, b)| begins(*a) && begins(*b));
         let swap = |caches: &mut Caches| {
@@ -457,7 +457,7 @@ impl Backend for Confused {
         result
     }
 
-    fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, PoolError> {
+    fn evict(&mut self, session: SessionId, tokens: &[u32], caches: &mut Caches) -> Result<Duration, SimulationError> {
         self.simulation.evict(session, tokens, caches)
     }
 }

@@ -13,7 +13,7 @@
 //! | `pyramidkv:0.25:beta20` | the same | less per layer with depth | [`pyramidkv`] |
 //! | `adakv:0.25:h2o:floor0.2` | any of the others | across the heads of a layer | [`adakv`] |
 //! | `expected:0.25:future512` | attention expected of coming queries | per list | [`expected`] |
-//! | `keydiff:0.5` | difference of a key from the mean key | per list | [`keydiff`] |
+//! | `keydiff:0.5` | difference of a key from the mean key | per layer | [`keydiff`] |
 //! | `knorm:0.5` | small keys first | per list | [`knorm`] |
 //! | `kvzip:0.3` | attention while the prompt is repeated | across all lists | [`kvzip`] |
 //! | `quest:1024:dense2` | nothing leaves; few pages are read | | [`quest`] |

@@ -52,7 +52,7 @@ fn rules_are_those_of_the_papers() {
         ("pyramidkv:0.25:beta9", 100, Rule { allocation: Allocation::Pyramid { beta: 9 }, ..window }),
         ("adakv:0.25", 100, Rule { allocation: Allocation::AcrossHeads { floor_permille: 200 }, ..window }),
         ("expected:0.25", 100, Rule { score: Score::Expected { future: 512, n_skip: 4 }, sink: 4, ..plain }),
-        ("keydiff:0.5", 100, Rule::of_score(Score::KeyDifference)),
+        ("keydiff:0.5", 100, Rule { share: Share::Layer, ..Rule::of_score(Score::KeyDifference) }),
         ("knorm:0.5", 100, Rule::of_score(Score::KeyNorm)),
         ("kvzip:0.3", 100, Rule { allocation: Allocation::AcrossAll, ..Rule::of_score(Score::Reconstruction) }),
         ("random:0.5:seed7", 100, Rule::of_score(Score::Random { seed: 7 })),

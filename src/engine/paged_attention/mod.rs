@@ -473,7 +473,7 @@ impl<'d> PagedAttention<'d> {
             kernels.record_scores(&mut recorder, plan, lists, layer);
         }
         drop(recorder);
-        self.device.queue.submit([encoder.finish()]);
+        self.device.submit(encoder)?;
         Ok(())
     }
 
