@@ -155,8 +155,9 @@ fn schedule(c: &mut Criterion) {
                 let pool = pool(8, Bytes(2 << 30), &window);
                 let abilities = Abilities { codecs: vec![kivi4().hidden], slots: Some(0), ..Abilities::default() };
                 let mut s = Scheduler::new(config, Caches::new(pool, SHAPE, window, abilities));
-                for i in 0..32 {
-                    let prompt = vec![1; 500 + 40 * i];
+                for (i, n) in (0..32).zip((500..).step_by(40)) {
+                    // Nothing in common to share.
+                    let prompt = vec![i; n];
                     let request = Request { compression: compression.clone(), ..Request::new(prompt, 64) };
                     s.submit(request).expect("each fits alone");
                 }

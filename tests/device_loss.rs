@@ -10,7 +10,7 @@ use concertina::compression::Compression;
 use concertina::device::loss::Failure;
 use concertina::device::staging::{Uploader, download};
 use concertina::device::{AdapterRequest, Device, DeviceError};
-use concertina::engine::swap::HostCopies;
+use concertina::engine::host_cache::HostCopies;
 use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
 use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;

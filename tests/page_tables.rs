@@ -3,8 +3,12 @@
 //! The model decides by itself which session fits, which pages a step or an eviction takes and which promises return;
 //! tables and pool have to agree on every byte after every step. Which tokens a table names is `tests/page_runs.rs`.
 
+#[path = "common/page_admissions.rs"]
+mod admissions;
 #[path = "common/pool_model.rs"]
 mod model;
+#[path = "common/page_sharing.rs"]
+mod sharing;
 
 use std::collections::BTreeMap;
 
@@ -152,70 +156,6 @@ fn no_window() -> Window {
     Window::new(SHAPE.page, SHAPE.num_kv_heads, 0, false)
 }
 
-#[test]
-fn an_admission_that_fails_leaves_everything_as_it_was() {
-    let (mut pool, _) = roomy();
-    let mut few = TableRanges::new(20);
-    pool.commit(SHAPE.open_page(), 0).expect("no pages always fit");
-    let before = (pool.report(), format!("{few:?}"));
-    let error = admit(&mut pool, &mut few, SHAPE, 16 * 4).expect_err("24 entries of 20");
-    assert_eq!(error, PoolError::TablesFull { wanted: 24, total: 20 }, "the refusal should carry the numbers");
-    assert_eq!((pool.report(), format!("{few:?}")), before, "too few table entries");
-    let error = admit(&mut pool, &mut few, SHAPE, 16 * 5_000).expect_err("58 MiB of 5");
-    assert!(matches!(error, PoolError::DoesNotFit { pages: 30_000, .. }), "{error}");
-    assert_eq!((pool.report(), format!("{few:?}")), before, "too few pages");
-    let table = admit(&mut pool, &mut few, SHAPE, 16 * 3).expect("18 entries of 20");
-    assert_ne!(format!("{few:?}"), before.1, "an admission that succeeds shows in this comparison");
-    table.release(&mut pool, &mut few).expect("the pool should agree");
-}
-
-#[test]
-fn growth_beyond_the_admission_is_refused_and_takes_nothing_from_others() {
-    let (mut pool, mut ranges) = roomy();
-    let mut small = admit(&mut pool, &mut ranges, SHAPE, 16).expect("the pool is roomy");
-    let mut other = admit(&mut pool, &mut ranges, SHAPE, 160).expect("the pool is roomy");
-    small.grow(&mut pool, &mut no_window(), 16).expect("growth within the admission");
-    let before = pool.report();
-    let error = small.grow(&mut pool, &mut no_window(), 1).expect_err("a second page per list was never admitted");
-    assert_eq!(error, PoolError::NotCommitted(SHAPE.open_page()), "the refusal should name the page size");
-    assert_eq!(pool.report(), before, "another session's commitments should be untouched");
-    other.grow(&mut pool, &mut no_window(), 160).expect("what was admitted can be taken");
-}
-
-#[test]
-fn an_admission_whose_sealed_pages_do_not_fit_leaves_everything_as_it_was() {
-    let (mut pool, mut ranges) = roomy();
-    let shape = TableShape { codec: "f32".parse().expect("a codec"), ..SHAPE };
-    for page in [shape.open_page(), shape.sealed_page()] {
-        pool.commit(page, 0).expect("no pages always fit");
-    }
-    let before = (pool.report(), format!("{ranges:?}"));
-    let error = admit(&mut pool, &mut ranges, shape, 16 * 1_000).expect_err("24 MiB of 5");
-    assert!(
-        matches!(error, PoolError::DoesNotFit { pages: 6_000, page, .. } if page == shape.sealed_page()),
-        "{error}"
-    );
-    assert_eq!((pool.report(), format!("{ranges:?}")), before, "the open pages are not committed either");
-}
-
-#[test]
-#[should_panic(expected = "rows that leave a page should end on an edge")]
-fn rows_beyond_the_cut_are_noticed() {
-    let (mut pool, mut ranges) = roomy();
-    let shape = TableShape { codec: "rot2".parse().expect("a codec"), ..SHAPE };
-    let mut table = admit(&mut pool, &mut ranges, shape, 40).expect("the pool is roomy");
-    let _ = table.grow(&mut pool, &mut Window::new(shape.page, shape.num_kv_heads, 64, true), 20);
-}
-
-#[test]
-fn an_admission_of_more_pages_than_32_bits_count_is_refused() {
-    let (mut pool, mut ranges) = roomy();
-    let shape = TableShape { num_layers: 64, num_kv_heads: 64, ..SHAPE };
-    // 64 * 64 * 2^20 pages: exactly 2^32, which wraps to none.
-    let error = admit(&mut pool, &mut ranges, shape, 1 << 24).expect_err("32 TiB of 5 MiB");
-    assert!(matches!(error, PoolError::DoesNotFit { .. }), "{error}");
-}
-
 /// Shapes of the sessions of [`SessionWalk`]: several codecs on two page sizes, one whose pages are as large as open
 /// ones, one whose pages are larger.
 fn session_shapes() -> Vec<TableShape> {
@@ -238,7 +178,7 @@ struct ModelSession {
     sealed: u32,
     /// Kept pages of each list; `None` where it is closed.
     kept: Vec<Option<u32>>,
-    /// Whether an eviction has filled it, after which none can.
+    /// Whether an eviction has filled it, or it began as another did, after which none can.
     filled: bool,
     /// Pages that may still be taken.
     promised: (u64, u64),
@@ -259,6 +199,21 @@ impl ModelSession {
     }
 }
 
+/// What the model expects of a wish for pages.
+struct Expected {
+    /// The model after it, or the page size that there is too little of.
+    model: Result<Model, Bytes>,
+    /// First entry, and entries.
+    place: Option<(usize, usize)>,
+}
+
+/// Open pages, and those in the codec, that a list's tail can need.
+fn of_tail(shape: &TableShape, capacity: Capacity) -> (u64, u64) {
+    let size = shape.page.page_size;
+    let (all, full) = (u64::from(capacity.tail_tokens.div_ceil(size)), u64::from(capacity.tail_tokens / size));
+    if shape.codec.seals() { (1, full) } else { (all, 0) }
+}
+
 /// How often each kind of step happened.
 #[derive(Debug, Default)]
 struct SessionsSeen {
@@ -270,6 +225,13 @@ struct SessionsSeen {
     evicted: u32,
     refused_eviction: u32,
     closed_lists: u32,
+    adopted: u32,
+    refused_adoption: u32,
+    succeeded: u32,
+    refused_succession: u32,
+    shared_pages: u32,
+    lets_go: u32,
+    backing_returned: u32,
     taken_back: u32,
     released: u32,
 }
@@ -298,7 +260,7 @@ impl SessionWalk {
         let mut pool = PagePool::new(&layout).expect("the layout should fit its budget");
         sizes.iter().for_each(|page| pool.commit(*page, 0).expect("no pages always fit"));
         // Fewer than the pool would have, so that they run out as well.
-        let n = pool.tables().0 / 4 / 10;
+        let n = pool.tables().0 / 4 / 20;
         let ranges = TableRanges::new(u32::try_from(n).expect("a small pool"));
         let entries = vec![false; usize::try_from(n).expect("a small pool")];
         let model = Model::new(&layout, &sizes);
@@ -312,7 +274,9 @@ impl SessionWalk {
             0..15 => self.admit(),
             15..65 => self.grow(),
             65..80 => self.keep(),
-            80..90 => self.rewind(),
+            80..86 => self.adopt(),
+            86..88 => self.succeed(),
+            88..93 => self.rewind(),
             _ => self.release(),
         }
     }
@@ -324,58 +288,82 @@ impl SessionWalk {
         if self.rng.random_bool(0.5) {
             let most = self.rng.random_range(1..40);
             let kept_pages = self.rng.random_range(most..=most * shape.num_lists());
-            let tail_tokens = self.rng.random_range(1..200);
-            capacity = Capacity { tail_tokens, kept_pages, kept_pages_of_list: most, ..Capacity::default() };
+            let (tail_tokens, turns) = (self.rng.random_range(1..200), self.rng.random_bool(0.5));
+            capacity = Capacity { tail_tokens, kept_pages, kept_pages_of_list: most, turns, ..Capacity::default() };
         }
-        let (all, full) =
-            (capacity.tail_tokens.div_ceil(shape.page.page_size), capacity.tail_tokens / shape.page.page_size);
-        let tail = if shape.codec.seals() { (1, full) } else { (all, 0) };
+        let tail = of_tail(&shape, capacity);
         let lists = u64::from(shape.num_lists());
-        let promised = (u64::from(tail.0) * lists, u64::from(tail.1) * lists + u64::from(capacity.kept_pages));
+        let promised = (tail.0 * lists, tail.1 * lists + u64::from(capacity.kept_pages));
+        let expected = self.expected(&shape, capacity, promised);
+        let before = self.ledger();
+        let result = PageTable::admit(&mut self.pool, &mut self.ranges, shape, &Layers::OWN, capacity);
+        if let Some((table, entries)) = self.settle(result, expected, &before) {
+            let kept = vec![Some(0); shape.num_lists() as usize];
+            let (pages, filled, tail) = (Vec::new(), false, 0);
+            let session = ModelSession {
+                shape,
+                capacity,
+                tail,
+                open: 0,
+                sealed: 0,
+                kept,
+                filled,
+                promised,
+                entries,
+                table,
+                pages,
+            };
+            self.sessions.push(session);
+            self.seen.admitted += 1;
+        }
+    }
+
+    /// What a refusal must leave as it is.
+    fn ledger(&self) -> (PoolReport, String) {
+        (self.pool.report(), format!("{:?}", self.ranges))
+    }
+
+    /// What becomes of a wish for so many pages: the model after it, or the page size that there is too little of; and where its
+    /// entries go.
+    fn expected(&self, shape: &TableShape, capacity: Capacity, (open, in_codec): (u64, u64)) -> Expected {
         // Open pages first, then what is left for those in the codec.
-        let mut expected = Ok(());
         let mut model = self.model.clone();
-        for (page, n) in [(shape.open_page(), promised.0), (shape.sealed_page(), promised.1)] {
+        let tail = of_tail(shape, capacity);
+        let of_list = tail.0 + tail.1 + u64::from(capacity.kept_pages_of_list);
+        let n = usize::try_from(of_list * u64::from(shape.num_lists())).expect("few entries");
+        let mut places = 0..=self.entries.len().saturating_sub(n);
+        let place = places.find(|start| self.entries.get(*start..start + n).is_some_and(|e| e.iter().all(|t| !t)));
+        for (page, n) in [(shape.open_page(), open), (shape.sealed_page(), in_codec)] {
             if n > model.available(page) {
-                expected = Err(page);
-                break;
+                return Expected { model: Err(page), place: None };
             }
             model.commit(page, n);
         }
-        let of_list = u64::from(tail.0 + tail.1 + capacity.kept_pages_of_list);
-        let n = usize::try_from(of_list * lists).expect("few entries");
-        let mut places = 0..=self.entries.len().saturating_sub(n);
-        let place = places.find(|start| self.entries.get(*start..start + n).is_some_and(|e| e.iter().all(|t| !t)));
-        let before = (self.pool.report(), format!("{:?}", self.ranges));
-        let result = PageTable::admit(&mut self.pool, &mut self.ranges, shape, &Layers::OWN, capacity);
-        match (result, expected, place) {
-            (Ok(table), Ok(()), Some(start)) => {
+        Expected { model: Ok(model), place: place.map(|start| (start, n)) }
+    }
+
+    /// Compares a wish's outcome with what was expected; the table and its entries where it was granted.
+    fn settle(
+        &mut self,
+        result: Result<PageTable, PoolError>,
+        expected: Expected,
+        before: &(PoolReport, String),
+    ) -> Option<(PageTable, (usize, usize))> {
+        match (result, expected.model, expected.place) {
+            (Ok(table), Ok(model), Some((start, n))) => {
                 self.model = model;
                 self.entries[start..start + n].fill(true);
-                self.sessions.push(ModelSession {
-                    shape,
-                    capacity,
-                    tail: 0,
-                    open: 0,
-                    sealed: 0,
-                    kept: vec![Some(0); shape.num_lists() as usize],
-                    filled: false,
-                    promised,
-                    entries: (start, n),
-                    table,
-                    pages: Vec::new(),
-                });
-                self.seen.admitted += 1;
-                return;
+                return Some((table, (start, n)));
             }
             (Err(PoolError::DoesNotFit { page, .. }), Err(expected), _) => {
                 assert_eq!(page, expected, "the page size that does not fit");
                 self.seen.refused += 1;
             }
-            (Err(PoolError::TablesFull { .. }), Ok(()), None) => self.seen.tables_full += 1,
-            (result, expected, place) => panic!("{shape:?}: {result:?}; the model expects {expected:?} at {place:?}"),
+            (Err(PoolError::TablesFull { .. }), Ok(_), None) => self.seen.tables_full += 1,
+            (result, _, place) => panic!("{result:?}; the model expects entries at {place:?}"),
         }
-        assert_eq!((self.pool.report(), format!("{:?}", self.ranges)), before, "a refusal changes nothing");
+        assert_eq!(&self.ledger(), before, "a refusal changes nothing");
+        None
     }
 
     fn pick(&mut self) -> Option<usize> {
@@ -478,7 +466,15 @@ impl SessionWalk {
         if s.shape.codec.seals() || s.tail == 0 {
             return;
         }
-        let n = self.rng.random_range(1..=s.tail);
+        // Pages that others name too stay whole.
+        let lists = (0..s.shape.num_layers).flat_map(|l| (0..s.shape.num_kv_heads).map(move |h| (l, h)));
+        let shared = |page: &PageId| self.model.holders[page] > 1;
+        let whole = lists.map(|(l, h)| s.table.list(l, h).1.iter().rposition(shared).map_or(0, |at| at + 1)).max();
+        let whole = u32::try_from(whole.unwrap_or(0)).expect("few pages") * s.size();
+        if whole >= s.tail {
+            return;
+        }
+        let n = self.rng.random_range(1..=s.tail - whole);
         let before = self.pool.report();
         s.table.rewind(n);
         s.tail -= n;
@@ -488,14 +484,26 @@ impl SessionWalk {
     }
 
     fn release(&mut self) {
-        let Some(at) = self.pick() else { return };
+        if let Some(at) = self.pick() {
+            self.release_at(at);
+            self.seen.released += 1;
+        }
+    }
+
+    fn release_at(&mut self, at: usize) {
         let s = self.sessions.swap_remove(at);
         s.table.release(&mut self.pool, &mut self.ranges).expect("the pool should agree");
-        s.pages.into_iter().for_each(|page| self.model.release(page));
+        for page in s.pages {
+            let bytes = self.model.pages[&page];
+            if !self.model.release(page) {
+                self.seen.lets_go += 1;
+                self.seen.backing_returned += u32::from(s.capacity.turns);
+                self.model.uncommit(bytes, u64::from(s.capacity.turns));
+            }
+        }
         self.model.uncommit(s.shape.open_page(), s.promised.0);
         self.model.uncommit(s.shape.sealed_page(), s.promised.1);
         self.entries[s.entries.0..s.entries.0 + s.entries.1].fill(false);
-        self.seen.released += 1;
         self.check();
     }
 
@@ -513,12 +521,11 @@ impl SessionWalk {
             now.extend(open.iter().map(|page| (*page, s.shape.open_page())));
         }
         assert!(s.pages.iter().all(|page| now.contains_key(page)), "a table returns no page before it is released");
-        s.pages = now.keys().copied().collect();
-        for (page, bytes) in now {
-            if !self.model.pages.contains_key(&page) {
-                self.model.take(page, bytes).unwrap_or_else(|e| panic!("{e}"));
-            }
+        // A page that it did not name before is nobody's.
+        for (page, bytes) in now.iter().filter(|(page, _)| !s.pages.contains(page)) {
+            self.model.take(*page, *bytes).unwrap_or_else(|e| panic!("{e}"));
         }
+        s.pages = now.into_keys().collect();
         let held: u64 = s.pages.iter().map(|page| self.model.pages[page].0).sum();
         assert_eq!(s.table.held_bytes(), Bytes(held), "bytes of the table's pages");
         self.check();
@@ -549,7 +556,17 @@ fn sessions_that_are_evicted_from_agree_with_the_model() {
         let s = &walk.seen;
         println!("{s:?}");
         let least = [s.admitted, s.refused, s.tables_full, s.grown, s.refused_growth, s.evicted, s.refused_eviction];
-        let least = least.into_iter().chain([s.closed_lists, s.taken_back, s.released]).min().unwrap_or(0);
+        let shared = [
+            s.adopted,
+            s.refused_adoption,
+            s.succeeded,
+            s.refused_succession,
+            s.shared_pages,
+            s.lets_go,
+            s.backing_returned,
+        ];
+        let least =
+            least.into_iter().chain([s.closed_lists, s.taken_back, s.released]).chain(shared).min().unwrap_or(0);
         assert!(least >= 20, "every kind of step should have happened often: {s:?}");
     }
 }

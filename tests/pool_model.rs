@@ -28,7 +28,10 @@ struct Seen {
     refused_uncommits: u32,
     takes: u32,
     refused_takes: u32,
+    shares: u32,
     releases: u32,
+    /// Releases of pages that other tables still name.
+    lets_go: u32,
     refused_releases: u32,
     emptied: u32,
 }
@@ -64,7 +67,7 @@ impl Walk {
 
     fn step(&mut self, filling: bool) {
         let page = PAGES[self.rng.random_range(0..PAGES.len())];
-        let weights = if filling { [15, 3, 60, 15] } else { [8, 10, 30, 45] };
+        let weights = if filling { [15, 3, 55, 6, 14] } else { [8, 10, 25, 6, 44] };
         let mut draw = self.rng.random_range(0..100);
         let choice = weights.iter().position(|w| {
             let here = draw < *w;
@@ -75,8 +78,9 @@ impl Walk {
             Some(0) => self.commit(page),
             Some(1) => self.uncommit(page),
             Some(2) => self.take(page),
+            Some(3) => self.share_one(),
             Some(_) => self.release_one(),
-            None => self.release_wrongly(),
+            None => self.misuse(),
         }
     }
 
@@ -127,20 +131,34 @@ impl Walk {
         self.seen.takes += 1;
     }
 
-    fn release_one(&mut self) {
-        let n = self.model.pages.len();
-        if n == 0 {
-            self.seen.emptied += 1;
-            return;
-        }
+    /// Some page that is in use.
+    fn some_page(&mut self) -> Option<PageId> {
         // A random place in the pool's address range, so that no list of ids has to be kept.
         let arena = u16::try_from(self.rng.random_range(0..self.model.arenas.len())).expect("arenas are few");
         let from = PageId { arena, cell: self.rng.random_range(0..28_672) };
-        let id = self.model.pages.range(from..).next().or(self.model.pages.iter().next()).map(|(id, _)| *id);
-        let id = id.expect("some page should be in use");
-        self.pool.release(id).expect("a page in use can be released");
-        self.model.release(id);
+        self.model.pages.range(from..).next().or(self.model.pages.iter().next()).map(|(id, _)| *id)
+    }
+
+    fn share_one(&mut self) {
+        let Some(id) = self.some_page() else { return };
+        self.pool.share(id).expect("a page in use can be shared");
+        self.model.share(id);
+        assert_eq!(u64::from(self.pool.holders(id)), self.model.holders[&id], "tables that name it");
+        self.seen.shares += 1;
+    }
+
+    fn release_one(&mut self) {
+        let Some(id) = self.some_page() else {
+            self.seen.emptied += 1;
+            return;
+        };
+        let returned = self.pool.release(id).expect("a page in use can be released");
+        assert_eq!(returned, self.model.release(id), "a page returns with the last that names it");
         self.seen.releases += 1;
+        if !returned {
+            self.seen.lets_go += 1;
+            return;
+        }
         self.stale.push(id);
         if self.stale.len() > 64 {
             let at = self.rng.random_range(0..64);
@@ -148,8 +166,8 @@ impl Walk {
         }
     }
 
-    /// Releases a page that is not in use: twice, in a foreign arena, beyond the end, or inside another page.
-    fn release_wrongly(&mut self) {
+    /// Releases or shares a page that is not in use: released before, in a foreign arena, beyond the end, or inside another page.
+    fn misuse(&mut self) {
         let kind = self.rng.random_range(0..4);
         let some = self.model.pages.keys().next_back().copied();
         let id = match (kind, some) {
@@ -162,8 +180,10 @@ impl Walk {
         if self.model.pages.contains_key(&id) {
             return;
         }
-        let error = self.refused(|pool| pool.release(id));
+        let shares = self.rng.random_bool(0.5);
+        let error = self.refused(|pool| if shares { pool.share(id) } else { pool.release(id).map(drop) });
         assert_eq!(error, PoolError::NotInUse { page: id }, "the page is not in use");
+        assert_eq!(self.pool.holders(id), 0, "nobody names it");
         self.seen.refused_releases += 1;
     }
 
@@ -189,7 +209,7 @@ impl Walk {
 
     /// Releases everything, and shows that each page size alone can then have every slab.
     fn finish(&mut self) {
-        for id in self.model.pages.keys().copied().collect::<Vec<_>>() {
+        while let Some(id) = self.model.pages.keys().next().copied() {
             self.pool.release(id).expect("a page in use can be released");
             self.model.release(id);
         }
@@ -228,7 +248,7 @@ fn a_hundred_thousand_random_steps_agree_with_the_model() {
         walk.finish();
         let s = &walk.seen;
         let least = [s.refused_commits, s.uncommits, s.refused_uncommits, s.takes, s.refused_takes, s.releases];
-        let least = least.into_iter().chain([s.refused_releases]).min().unwrap_or(0);
+        let least = least.into_iter().chain([s.shares, s.lets_go, s.refused_releases]).min().unwrap_or(0);
         assert!(least >= 50, "every kind of step should have happened often: {s:?}");
         let (peak, capacity) = (walk.model.peak_pages, walk.model.arenas.iter().copied().sum::<Bytes>());
         assert!(2 * peak.0 > capacity.0, "the walk should have filled the pool: {peak} of {capacity}");
@@ -244,6 +264,10 @@ fn the_model_notices_a_wrong_number_and_an_overlap() {
     report.slack_bytes += Bytes(16);
     let error = walk.model.compare(&report).expect_err("a wrong number should be noticed");
     assert!(error.starts_with("slack"), "{error}");
+    let mut report = walk.pool.report();
+    report.shared_bytes += Bytes(16);
+    let error = walk.model.compare(&report).expect_err("a wrong number should be noticed");
+    assert!(error.starts_with("shared"), "{error}");
     let (id, page) = walk.model.pages.iter().next().map(|(id, page)| (*id, *page)).expect("pages are in use");
     let inside = PageId { cell: id.cell + 1, ..id };
     assert!(walk.model.clone().take(inside, page).is_err(), "an overlap should be noticed");

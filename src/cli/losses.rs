@@ -2,7 +2,7 @@
 
 use anyhow::{Result, anyhow};
 use concertina::device::{AdapterRequest, Device};
-use concertina::engine::swap::HostCopies;
+use concertina::engine::host_cache::HostCopies;
 use concertina::engine::{Engine, EngineError};
 use concertina::report::FaultsReport;
 use concertina::schedule::recovery::MAX_FAILURES;

@@ -31,7 +31,7 @@ use super::session_dir::{self, SessionDir};
 /// Ask questions about many documents at once, within one byte budget
 ///
 /// Each document becomes a session: a prompt of the document and its question, the model's answer, and so on for the questions
-/// of --then. Sessions share the budget: one begins when the pool can promise all pages that its prompts and answers can
+/// of --then. Questions about one document share its pages, and only the first reads it. Sessions share the budget: one begins when the pool can promise all pages that its prompts and answers can
 /// need, and those that hold pages compute together, their prompts cut into chunks that fit beside the decode rows. The
 /// others wait in the order given; one that has answered gives up its pages to them. At the end every page is back; if not,
 /// the command fails.
@@ -43,6 +43,7 @@ use super::session_dir::{self, SessionDir};
 Examples:
   concertina run --model model.gguf --document a.txt b.txt c.txt --ask 'What is this about?'
   concertina run --model model.gguf --document a.txt --ask 'Who?' --document b.txt --ask 'When?'
+  concertina run --model model.gguf --document a.txt a.txt a.txt --ask 'Who?' 'When?' 'Why?'
   concertina run --model owner/name --document *.txt --ask 'Summarise.' --document-tokens 1000 --kv-budget 64MiB
   concertina run --model model.gguf --document *.txt --ask 'Summarise.' --compress kivi4 --kv-budget 64MiB
   concertina run --model model.gguf --document a.txt b.txt --ask 'Why?' --compress full k:kivi2,v:rot4
@@ -169,8 +170,15 @@ struct Running {
     ids: Vec<SessionId>,
     meter: Meter,
     trace: Option<Trace>,
-    /// Bytes of pages that each session held last.
-    cached: Vec<Bytes>,
+    /// What each session held.
+    held: Vec<Held>,
+}
+
+/// Bytes of pages that a session held last, and the most of them that others held too.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    last: Bytes,
+    shared: Bytes,
 }
 
 /// Runs sessions.
@@ -221,7 +229,7 @@ fn run_by(step: Step<'_>, args: &RunArgs, global: &Global) -> Result<ExitCode> {
             Err(error) => losses.take(error, &mut engine, &mut running.scheduler)?,
         }
     };
-    let Running { mut scheduler, ids, meter, trace, cached } = running.expect("it ran");
+    let Running { mut scheduler, ids, meter, trace, held } = running.expect("it ran");
     if let (Some(file), Some(trace)) = (trace_file, trace) {
         file.write(trace.json(scheduler.now()).as_bytes())?;
     }
@@ -235,7 +243,7 @@ fn run_by(step: Step<'_>, args: &RunArgs, global: &Global) -> Result<ExitCode> {
         program: Program::THIS,
         device: device_report,
         model: model_report,
-        sessions: session_reports(&job, &model, &ids, &scheduler, (&cached, saved)),
+        sessions: session_reports(&job, &model, &ids, &scheduler, (&held, saved)),
         settings: job.settings,
         metrics: meter.metrics(&scheduler),
         pool: scheduler.report(),
@@ -392,7 +400,7 @@ fn begin(job: &Job, model: &Model, rates: Rates, caches: Caches, trace: Option<T
         meter.session(&scheduler, &request);
         ids.push(scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?);
     }
-    let mut running = Running { scheduler, meter, trace, cached: vec![Bytes::ZERO; ids.len()], ids };
+    let mut running = Running { scheduler, meter, trace, held: vec![Held::default(); ids.len()], ids };
     if let Some(trace) = &mut running.trace {
         running.ids.iter().zip(&job.inquiries).for_each(|(id, inquiry)| trace.name(*id, &inquiry.document));
         trace.step(&running.scheduler);
@@ -402,7 +410,7 @@ fn begin(job: &Job, model: &Model, rates: Rates, caches: Caches, trace: Option<T
 
 /// Steps until every session has ended, or an interrupt cancels those that have not, or the engine fails.
 fn steps(job: &Job, step: Step<'_>, engine: &mut Engine<'_>, running: &mut Running) -> Result<Result<(), EngineError>> {
-    let Running { scheduler, ids, meter, trace, cached } = running;
+    let Running { scheduler, ids, meter, trace, held } = running;
     let bars = SessionBars::new(ids.iter().copied().zip(job.inquiries.iter().map(|i| i.document.as_str())));
     while !scheduler.is_idle() && !interrupt::requested() {
         bars.update(scheduler);
@@ -422,9 +430,10 @@ fn steps(job: &Job, step: Step<'_>, engine: &mut Engine<'_>, running: &mut Runni
         if let Some(trace) = trace {
             trace.step(scheduler);
         }
-        for (id, cached) in ids.iter().zip(&mut *cached) {
+        for (id, held) in ids.iter().zip(&mut *held) {
             if let Some(table) = scheduler.caches().tables.get(id) {
-                *cached = table.held_bytes();
+                held.last = table.held_bytes();
+                held.shared = held.shared.max(scheduler.caches().shared_bytes(*id));
             }
         }
     }
@@ -467,10 +476,10 @@ fn session_reports(
     model: &Model,
     ids: &[SessionId],
     scheduler: &Scheduler,
-    (cached, saved): (&[Bytes], Vec<Option<SavedAs>>),
+    (held, saved): (&[Held], Vec<Option<SavedAs>>),
 ) -> Vec<SessionReport> {
-    let all = ids.iter().zip(cached.iter().zip(saved)).zip(job.inquiries.iter().zip(&job.prompts));
-    all.map(|((id, (cached, saved)), (inquiry, prompt))| {
+    let all = ids.iter().zip(held.iter().zip(saved)).zip(job.inquiries.iter().zip(&job.prompts));
+    all.map(|((id, (held, saved)), (inquiry, prompt))| {
         let (saved_as, saved_bytes) = saved.unzip();
         let session = scheduler.session(*id).expect("a submitted session is known");
         let questions = std::iter::once(&inquiry.question).chain(job.later.iter().map(|(question, _)| question));
@@ -482,9 +491,10 @@ fn session_reports(
             rounds: questions.zip(&session.answers).map(round).collect(),
             document_tokens: prompt.document_tokens,
             used_tokens: prompt.used_tokens,
+            kv_shared_bytes: held.shared,
             saved_as,
             saved_bytes,
-            ..SessionReport::new(inquiry.document.clone(), session, *cached)
+            ..SessionReport::new(inquiry.document.clone(), session, held.last)
         }
     })
     .collect()

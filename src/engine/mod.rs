@@ -9,6 +9,7 @@
 mod config;
 mod eviction;
 mod expected;
+pub mod host_cache;
 mod layers;
 mod merged;
 mod moves;

@@ -1,6 +1,6 @@
 //! Sessions that outlive the engine: into a file between two steps, and back.
 
-use super::swap::{HostCache, HostPages};
+use super::host_cache::{HostCache, HostPages};
 use super::{Engine, EngineError};
 use crate::disk::session_file::{Origin, SavedSession, Turn};
 use crate::disk::{SessionFile, SessionFileError};

@@ -9,12 +9,13 @@
 //! engine. A chunk that left is read while the device computes the next step.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::host_cache::{HostCache, HostCopies, HostPages};
 use super::{Engine, EngineError, Evictions};
 use crate::device::Device;
 use crate::device::staging::{ReadBack, Uploader};
@@ -31,89 +32,6 @@ use crate::schedule::{Caches, Direction, Rates, SessionId, StepPlan, Store, Tran
 const PLAIN_COPIES: usize = 8;
 /// Bytes of an item.
 const ITEM_BYTES: u64 = size_of::<MovePagesItem>() as u64;
-
-/// A session's cache away from the device.
-#[derive(Debug)]
-pub struct HostCache {
-    /// Its pages, as they are, in the order of its table.
-    pub pages: HostPages,
-    /// What was observed of it for a coming eviction.
-    pub slot: Vec<u8>,
-    /// Bytes of pages that are back on the device.
-    returned: u64,
-    /// Bytes of pages that it has when it is whole.
-    all: Bytes,
-}
-
-/// Whole caches away from the device, which outlive their engine.
-#[derive(Debug, Default)]
-pub struct HostCopies(BTreeMap<SessionId, HostCache>);
-
-impl HostCopies {
-    /// Whose caches they are.
-    pub fn sessions(&self) -> BTreeSet<SessionId> {
-        self.0.keys().copied().collect()
-    }
-}
-
-/// Pages away from the device.
-#[derive(Debug)]
-pub enum HostPages {
-    /// In host memory.
-    Memory(Vec<u8>),
-    /// In a file.
-    File(PagesFile),
-}
-
-impl HostCache {
-    /// A whole one: its pages, and what its slot held.
-    pub const fn new(pages: HostPages, slot: Vec<u8>) -> Self {
-        let all = pages.bytes();
-        Self { pages, slot, returned: 0, all }
-    }
-}
-
-impl HostPages {
-    /// Their bytes.
-    pub const fn bytes(&self) -> Bytes {
-        match self {
-            Self::Memory(pages) => Bytes(pages.len() as u64),
-            Self::File(file) => Bytes(file.len()),
-        }
-    }
-
-    /// `n` bytes from `at` on.
-    ///
-    /// # Errors
-    /// [`io::Error`] of the file, or where they are not there.
-    pub fn read(&self, at: u64, n: usize) -> io::Result<Cow<'_, [u8]>> {
-        match self {
-            Self::Memory(pages) => {
-                let at = usize::try_from(at).ok();
-                let found = at.and_then(|at| pages.get(at..at.checked_add(n)?));
-                found.map(Cow::Borrowed).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
-            }
-            Self::File(file) => file.read(at, n).map(Cow::Owned),
-        }
-    }
-
-    /// All of them.
-    ///
-    /// # Errors
-    /// [`io::Error`] of the file.
-    pub fn all(&self) -> io::Result<Vec<u8>> {
-        let length = usize::try_from(self.bytes().0).map_err(io::Error::other)?;
-        Ok(self.read(0, length)?.into_owned())
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Memory(pages) => pages.extend_from_slice(bytes),
-            Self::File(file) => file.append(bytes)?,
-        }
-        Ok(())
-    }
-}
 
 /// How large the buffers are.
 #[derive(Clone, Copy, Debug)]

@@ -382,9 +382,10 @@ impl Simulation {
         let kind = match error {
             SubmitError::TooLong { .. } => "too long",
             SubmitError::NeverFits { .. } => "never fits",
-            SubmitError::Empty { .. } | SubmitError::NothingToCompute { .. } | SubmitError::NotServed(_) => {
-                "not served"
-            }
+            SubmitError::Empty { .. }
+            | SubmitError::NothingToCompute { .. }
+            | SubmitError::NotServed(_)
+            | SubmitError::Unknown(_) => "not served",
         };
         let first = || Refused { kind, sessions: 0, first: self.lists.whole_refusal(error).to_string() };
         self.refused.entry(kind).or_insert_with(first).sessions += 1;

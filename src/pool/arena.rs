@@ -1,7 +1,7 @@
 //! One arena: a buffer cut into slabs, each serving one page size while any of its pages is in use.
 //!
 //! Taking and releasing a page is O(1): free slabs are a stack; partly used slabs of a class are a vector in which each
-//! slab knows its place; free pages of a slab are a stack; a bit per page tells whether it is in use.
+//! slab knows its place; free pages of a slab are a stack; a count per page tells how many tables name it.
 
 use crate::geometry::{Bytes, CELL_BYTES};
 
@@ -11,7 +11,8 @@ struct Slab {
     class: Option<usize>,
     /// Indices of free pages, next on top.
     free: Vec<u32>,
-    in_use: Vec<bool>,
+    /// Tables that name each page.
+    holders: Vec<u32>,
     /// Place in the class's list of partly used slabs.
     place: usize,
 }
@@ -83,8 +84,8 @@ impl Arena {
             slab.class = Some(class);
             slab.free.clear();
             slab.free.extend((0..c.pages_per_slab).rev());
-            slab.in_use.clear();
-            slab.in_use.resize(c.pages_per_slab as usize, false);
+            slab.holders.clear();
+            slab.holders.resize(c.pages_per_slab as usize, 0);
             slab.place = c.partial.len();
             c.partial.push(index);
             c.free_in_partial += c.pages_per_slab;
@@ -93,7 +94,7 @@ impl Arena {
         let index = *c.partial.last()?;
         let slab = &mut self.slabs[index as usize];
         let page = slab.free.pop()?;
-        slab.in_use[page as usize] = true;
+        slab.holders[page as usize] = 1;
         c.free_in_partial -= 1;
         if slab.free.is_empty() {
             c.partial.pop();
@@ -101,24 +102,48 @@ impl Arena {
         Some(index * self.slab_cells + page * c.page_cells)
     }
 
-    /// Returns the page that begins at `cell`; its class, or `None` when no such page is in use.
-    pub(super) fn release(&mut self, cell: u32) -> Option<usize> {
-        let index = cell / self.slab_cells;
-        let slab = self.slabs.get_mut(index as usize)?;
+    /// The slab, the class and the place in the slab of a page that is in use.
+    fn locate(&self, cell: u32) -> Option<(usize, usize, usize)> {
+        let index = (cell / self.slab_cells) as usize;
+        let slab = self.slabs.get(index)?;
         let class = slab.class?;
+        let (offset, page_cells) = (cell % self.slab_cells, self.classes[class].page_cells);
+        let page = (offset / page_cells) as usize;
+        let in_use = slab.holders.get(page).is_some_and(|holders| *holders > 0);
+        (in_use && offset.is_multiple_of(page_cells)).then_some((index, class, page))
+    }
+
+    /// Tables that name the page that begins at `cell`.
+    pub(super) fn holders(&self, cell: u32) -> u32 {
+        self.locate(cell).map_or(0, |(index, _, page)| self.slabs[index].holders[page])
+    }
+
+    /// One table more names the page that begins at `cell`; its class, and how many do now, or `None` when no such page is in
+    /// use.
+    pub(super) fn share(&mut self, cell: u32) -> Option<(usize, u32)> {
+        let (index, class, page) = self.locate(cell)?;
+        let holders = &mut self.slabs[index].holders[page];
+        *holders += 1;
+        Some((class, *holders))
+    }
+
+    /// One table less names the page that begins at `cell`, which is free when none does; its class, and how many still do, or
+    /// `None` when no such page is in use.
+    pub(super) fn release(&mut self, cell: u32) -> Option<(usize, u32)> {
+        let (index, class, page) = self.locate(cell)?;
         let c = &mut self.classes[class];
-        let offset = cell % self.slab_cells;
-        let page = offset / c.page_cells;
-        let in_use = slab.in_use.get_mut(page as usize)?;
-        if !offset.is_multiple_of(c.page_cells) || !*in_use {
-            return None;
+        let slab = &mut self.slabs[index];
+        slab.holders[page] -= 1;
+        let left = slab.holders[page];
+        if left > 0 {
+            return Some((class, left));
         }
-        *in_use = false;
+        let index = u32::try_from(index).expect("slabs are counted in 32 bits");
         if slab.free.is_empty() {
             slab.place = c.partial.len();
             c.partial.push(index);
         }
-        slab.free.push(page);
+        slab.free.push(u32::try_from(page).expect("pages of a slab are counted in 32 bits"));
         c.free_in_partial += 1;
         if slab.free.len() == c.pages_per_slab as usize {
             // The last page came back: the slab serves anyone again.
@@ -131,6 +156,6 @@ impl Arena {
             }
             self.free_slabs.push(index);
         }
-        Some(class)
+        Some((class, 0))
     }
 }

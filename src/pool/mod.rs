@@ -13,6 +13,8 @@
 //! Pages are *committed* before they are *taken*: admission commits what a session can need at most, so that no step
 //! ever finds the pool empty half-way; taking and releasing single pages is O(1) in the number of pages.
 //!
+//! A page can be named by several tables. It is held once, however many name it, and returns when the last lets go.
+//!
 //! A layer prefers one arena, chosen by its index, so that a layer's attention is normally one dispatch; when that
 //! arena is full its pages come from others, and the plan groups its work by arena.
 //!
@@ -29,6 +31,7 @@ pub mod table_layers;
 pub mod table_ranges;
 pub mod table_runs;
 pub mod table_shape;
+pub mod table_sharing;
 
 use serde::Serialize;
 
@@ -130,8 +133,9 @@ pub struct PoolLayout {
 }
 
 impl PoolLayout {
-    /// Table entries per page: twice one entry, so that regions of ended sessions can be reused without moving any.
-    const ENTRIES_PER_PAGE: u64 = 2;
+    /// Table entries per page: twice one entry, so that regions of ended sessions can be reused without moving any; and twice
+    /// that, since tables that share pages each have entries for them.
+    pub const ENTRIES_PER_PAGE: u64 = 4;
 
     /// Bytes of arenas, and of tables to address them, within the budget.
     ///
@@ -181,6 +185,10 @@ pub struct PagePool {
     slab: Bytes,
     budget: Budget,
     released_pages: u64,
+    /// Bytes of pages that several tables name, and what these would hold more if each had pages of its own.
+    shared: Bytes,
+    spared: Bytes,
+    spared_peak: Bytes,
 }
 
 /// What the pool holds, for people and for `--json`.
@@ -214,6 +222,12 @@ pub struct PoolReport {
     pub committed_bytes: Bytes,
     /// Pages returned so far.
     pub released_pages: u64,
+    /// Of the bytes of pages in use, those that several tables name.
+    pub shared_bytes: Bytes,
+    /// Bytes that tables would hold more if each had pages of its own.
+    pub spared_bytes: Bytes,
+    /// Most bytes ever spared so.
+    pub spared_peak_bytes: Bytes,
 }
 
 impl PagePool {
@@ -232,7 +246,9 @@ impl PagePool {
         budget.hold(Kind::Scratch, layout.scratch);
         budget.hold(Kind::Tables, tables);
         let arenas = arenas.into_iter().map(|bytes| Arena::new(bytes, layout.slab)).collect();
-        Ok(Self { arenas, classes: Vec::new(), slab: layout.slab, budget, released_pages: 0 })
+        let (classes, slab) = (Vec::new(), layout.slab);
+        let [shared, spared, spared_peak] = [Bytes::ZERO; 3];
+        Ok(Self { arenas, classes, slab, budget, released_pages: 0, shared, spared, spared_peak })
     }
 
     /// Arena sizes, in order.
@@ -361,8 +377,12 @@ impl PagePool {
     ///
     /// # Errors
     /// [`PoolError::NotInUse`].
+    ///
+    /// # Panics
+    /// When another table names it too.
     pub fn untake(&mut self, page: PageId) -> Result<(), PoolError> {
-        let class = self.free(page)?;
+        let (class, left) = self.let_go(page)?;
+        assert_eq!(left, 0, "a page that was taken just now is nobody else's");
         self.classes[class].committed += 1;
         Ok(())
     }
@@ -389,24 +409,48 @@ impl PagePool {
             .sum()
     }
 
-    /// Returns one page. Its commitment is spent.
+    /// One table more names a page; nothing is taken for it.
     ///
     /// # Errors
     /// [`PoolError::NotInUse`].
-    pub fn release(&mut self, page: PageId) -> Result<(), PoolError> {
-        self.free(page)?;
-        self.released_pages += 1;
+    pub fn share(&mut self, page: PageId) -> Result<(), PoolError> {
+        let arena = self.arenas.get_mut(usize::from(page.arena));
+        let (class, holders) = arena.and_then(|a| a.share(page.cell)).ok_or(PoolError::NotInUse { page })?;
+        let bytes = self.classes[class].page;
+        self.shared += if holders == 2 { bytes } else { Bytes::ZERO };
+        self.spared += bytes;
+        self.spared_peak = self.spared_peak.max(self.spared);
         Ok(())
     }
 
-    /// Makes a page free; its class.
-    fn free(&mut self, page: PageId) -> Result<usize, PoolError> {
-        let not_in_use = PoolError::NotInUse { page };
-        let arena = self.arenas.get_mut(usize::from(page.arena)).ok_or(not_in_use.clone())?;
-        let class = arena.release(page.cell).ok_or(not_in_use)?;
-        self.classes[class].in_use -= 1;
-        self.budget.release_pages(self.classes[class].page);
-        Ok(class)
+    /// Tables that name a page.
+    pub fn holders(&self, page: PageId) -> u32 {
+        self.arenas.get(usize::from(page.arena)).map_or(0, |arena| arena.holders(page.cell))
+    }
+
+    /// One table less names a page, which returns when none does: then its commitment is spent. Whether it returned.
+    ///
+    /// # Errors
+    /// [`PoolError::NotInUse`].
+    pub fn release(&mut self, page: PageId) -> Result<bool, PoolError> {
+        let (_, left) = self.let_go(page)?;
+        self.released_pages += u64::from(left == 0);
+        Ok(left == 0)
+    }
+
+    /// One table less names a page, which is free when none does; its class, and how many still do.
+    fn let_go(&mut self, page: PageId) -> Result<(usize, u32), PoolError> {
+        let arena = self.arenas.get_mut(usize::from(page.arena));
+        let (class, left) = arena.and_then(|a| a.release(page.cell)).ok_or(PoolError::NotInUse { page })?;
+        let bytes = self.classes[class].page;
+        if left > 0 {
+            self.shared -= if left == 1 { bytes } else { Bytes::ZERO };
+            self.spared -= bytes;
+        } else {
+            self.classes[class].in_use -= 1;
+            self.budget.release_pages(bytes);
+        }
+        Ok((class, left))
     }
 
     /// What the pool holds now.
@@ -429,6 +473,9 @@ impl PagePool {
             slack_bytes: slack,
             committed_bytes: Bytes(self.classes.iter().map(|c| u64::from(c.committed) * c.page.0).sum()),
             released_pages: self.released_pages,
+            shared_bytes: self.shared,
+            spared_bytes: self.spared,
+            spared_peak_bytes: self.spared_peak,
         }
     }
 }

@@ -371,6 +371,7 @@ impl PageTable {
         let tail = self.tail.checked_add(n).filter(|tail| *tail <= self.admitted.tail_tokens);
         let tail = tail.ok_or(PoolError::NotCommitted(shape.open_page()))?;
         assert_eq!(self.cut(n), n, "rows that leave a page should end on an edge");
+        assert!(n == 0 || self.writes_its_own(pool), "pages that another table names too are not written");
         let passing = shape.window_pages(self.tail, n);
         let slot = window.take(passing).expect("the window should hold the pages of a step");
         self.filled = self.tail / shape.page.page_size..tail / shape.page.page_size;
@@ -533,8 +534,11 @@ impl PageTable {
     /// # Errors
     /// [`PoolError`] when the pool disagrees about any of them, which would be a defect.
     pub fn release(self, pool: &mut PagePool, ranges: &mut TableRanges) -> Result<(), PoolError> {
-        for page in self.lists.iter().flat_map(|list| list.parts.iter().flat_map(|part| &part.pages)) {
-            pool.release(*page)?;
+        for (page, bytes) in self.page_ids() {
+            let returned = pool.release(page)?;
+            if self.admitted.turns && !returned {
+                pool.uncommit(bytes, 1)?;
+            }
         }
         for (page, n) in Self::page_sizes(&self.shape).iter().zip(self.committed) {
             pool.uncommit(*page, n)?;

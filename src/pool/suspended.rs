@@ -49,6 +49,7 @@ impl TableRecord {
             kept_pages_of_list: kept.max().unwrap_or(0),
             merged_pages: merged.clone().sum(),
             merged_pages_of_list: merged.max().unwrap_or(0),
+            turns: false,
         }
     }
 
@@ -124,11 +125,8 @@ impl PageTable {
         let pages = self.lists.iter().map(|list| PARTS.map(|part| list.part(part).len())).collect();
         let mut table = self.clone();
         table.lists.iter_mut().for_each(|list| list.parts = Default::default());
-        for (index, committed) in table.committed.iter_mut().enumerate() {
-            let held = |list: &PageList| {
-                PARTS.iter().filter(|part| part.size() == index).map(|part| list.part(*part).len()).sum::<u32>()
-            };
-            *committed += self.lists.iter().map(held).sum::<u32>();
+        for (size, committed) in table.committed.iter_mut().enumerate() {
+            *committed += self.pages_of_size(size);
         }
         SuspendedTable { table, pages }
     }

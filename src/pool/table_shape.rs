@@ -100,12 +100,22 @@ pub struct Capacity {
     pub merged_pages: u32,
     /// The most of them in one list.
     pub merged_pages_of_list: u32,
+    /// Whether evictions go on, in tables that take turns: then what a table returns is committed again at once. So each of its
+    /// pages that another table names too is backed by a commitment, which returns with whoever lets go of the page first.
+    pub turns: bool,
 }
 
 impl Capacity {
     /// Room for appended tokens alone.
     pub const fn tokens(tail_tokens: u32) -> Self {
-        Self { tail_tokens, kept_pages: 0, kept_pages_of_list: 0, merged_pages: 0, merged_pages_of_list: 0 }
+        Self {
+            tail_tokens,
+            kept_pages: 0,
+            kept_pages_of_list: 0,
+            merged_pages: 0,
+            merged_pages_of_list: 0,
+            turns: false,
+        }
     }
 }
 

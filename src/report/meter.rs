@@ -97,6 +97,7 @@ impl Meter {
             },
             prefill: PrefillMetric {
                 prompt_tokens: prefill.prompt_rows,
+                shared_tokens: scheduler.sessions().map(|(_, session)| session.shared_tokens).sum(),
                 decode_tokens: prefill.decode_rows,
                 steps: prefill.steps,
                 elapsed_s: prefill.elapsed.as_secs_f64(),
@@ -226,6 +227,8 @@ pub struct ConcurrencyMetric {
 pub struct PrefillMetric {
     /// Prompt tokens computed.
     pub prompt_tokens: u64,
+    /// Tokens that were not read, because pages of other sessions held them.
+    pub shared_tokens: u64,
     /// Tokens that other sessions decoded in the same steps.
     pub decode_tokens: u64,
     /// Steps.
@@ -297,7 +300,7 @@ mod tests {
         let page = PageGeometry { page_size: 16, head_dim: 8 };
         let bytes = HiddenCodec::F16.page_bytes(page);
         let layout = PoolLayout {
-            budget: Bytes(256 + 2 * (bytes.0 + 8)),
+            budget: Bytes(256 + 2 * (bytes.0 + 4 * PoolLayout::ENTRIES_PER_PAGE)),
             staging: Bytes::ZERO,
             scratch: Bytes::ZERO,
             max_binding: Bytes(1 << 20),

@@ -100,6 +100,8 @@ pub struct SessionReport {
     pub used_tokens: usize,
     /// Tokens of the first prompt: the used part of the document, the question and the chat template.
     pub prompt_tokens: usize,
+    /// Tokens that it did not read, because pages of other sessions held them; counted again where its cache was dropped.
+    pub shared_tokens: u64,
     /// Tokens produced in all rounds, those that ended answers included.
     pub new_tokens: usize,
     /// From submission until it got its pages.
@@ -120,6 +122,8 @@ pub struct SessionReport {
     pub preempted: u32,
     /// Bytes of pages that it held at its end.
     pub kv_bytes: Bytes,
+    /// Most bytes of its pages that other sessions held too, at once.
+    pub kv_shared_bytes: Bytes,
     /// `stop` (it produced a stop token), `length` (it produced as many tokens as it may), `cancelled`, or `running`.
     pub ended_by: &'static str,
     /// What it is called in the folder of sessions; `null` where it was not saved.
@@ -167,8 +171,8 @@ pub const fn finish_name(phase: Phase) -> &'static str {
 }
 
 impl SessionReport {
-    /// A finished session; its rounds and the tokens of its document come from the caller. `cached` are the bytes of pages that
-    /// it held when it ended.
+    /// A finished session; its rounds, the tokens of its document and what it shared come from the caller. `cached` are the bytes
+    /// of pages that it held when it ended.
     pub fn new(document: String, session: &Session, cached: Bytes) -> Self {
         let times = session.times;
         let seconds = |t: std::time::Duration| t.as_secs_f64();
@@ -186,6 +190,7 @@ impl SessionReport {
             document_tokens: 0,
             used_tokens: 0,
             prompt_tokens: session.request.prompt.len(),
+            shared_tokens: session.shared_tokens,
             new_tokens: session.produced.len(),
             waited_s: times.admitted.map(seconds),
             first_token_s: times.first_token.map(seconds),
@@ -196,6 +201,7 @@ impl SessionReport {
             compressed: session.moves.compressed,
             preempted: session.moves.preempted,
             kv_bytes: cached,
+            kv_shared_bytes: Bytes::ZERO,
             ended_by: finish_name(session.phase),
             saved_as: None,
             saved_bytes: None,

@@ -114,13 +114,16 @@ fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {
     if c.resident_max < c.sessions && c.resident_max >= max_sessions as usize {
         concurrency.push_str(&format!("; more than {max_sessions} were not allowed"));
     }
-    let prefill = format!(
+    let mut prefill = format!(
         "{} in {} s, {} tokens/s ({} with prompt rows)",
         counted(p.prompt_tokens, "token"),
         number(Some(p.elapsed_s)),
         number(p.tokens_per_s),
         steps(p.steps)
     );
+    if p.shared_tokens > 0 {
+        prefill.push_str(&format!("; {} were in pages of other sessions", counted(p.shared_tokens, "token")));
+    }
     let decode = format!(
         "{} in {} s, {} ms per step, {} tokens/s ({} without prompt rows)",
         counted(d.decode_tokens, "token"),
@@ -183,6 +186,7 @@ pub(super) fn pool_block(pool: &PoolReport) -> String {
         ("budget", pool.budget_bytes.to_string()),
         ("allocated", format!("{}, pages in {arenas} of {}", pool.allocated_bytes, pool.arenas_bytes)),
         ("peak in use", format!("{}, of which pages {}", pool.peak_bytes, pool.pages_peak_bytes)),
+        ("shared", format!("{} of pages at most were not held again", pool.spared_peak_bytes)),
         (
             "at the end",
             format!(

@@ -56,6 +56,7 @@ impl Trace {
         let pool = scheduler.report();
         let bytes = json!({
             "pages": pool.pages_in_use_bytes.0,
+            "shared": pool.shared_bytes.0,
             "promised": pool.committed_bytes.0,
             "host": scheduler.away_bytes(Store::Host).0.0,
         });

@@ -2,9 +2,9 @@
 
 use std::ops::Bound;
 
-use super::{Backend, Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, StepReport};
+use super::{Backend, Caches, Phase, Place, Request, ScheduleConfig, Scheduler, SessionId, Shared, StepReport};
 use crate::geometry::Bytes;
-use crate::pool::PoolError;
+use crate::pool::{PoolError, PoolLayout};
 
 /// Why a session can not even wait.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +30,9 @@ pub enum SubmitError {
         /// Longest context.
         context_length: u32,
     },
+    /// Nothing to go on from.
+    #[error("there is no session {} to fork", .0.0)]
+    Unknown(SessionId),
     /// Nothing here can carry out its compression.
     #[error("{0}")]
     NotServed(String),
@@ -84,7 +87,7 @@ pub(super) fn check(request: &Request, config: &ScheduleConfig, caches: &Caches)
         // A slab more for rounding, and the table entries that come with the additional pages.
         let more = Bytes(needed.0 - capacity.0 + 16 * caches.full.open_page().0);
         let smallest = pages.iter().map(|(page, _)| page.0).min().unwrap_or(more.0);
-        let entries = Bytes(more.0 / smallest * 8);
+        let entries = Bytes(more.0 / smallest * 4 * PoolLayout::ENTRIES_PER_PAGE);
         let enough = fixed + capacity + (more + entries).align_up(1 << 20);
         return Err(SubmitError::NeverFits { tokens, needed, capacity, enough });
     }
@@ -129,37 +132,58 @@ impl Scheduler {
         })
     }
 
-    /// Takes pages for a session that has none, from others where there are no more; whether it has them now.
+    /// Takes pages for a session that has none, from others where there are no more; whether it has them now. One whose tokens
+    /// another is reading waits for that.
     fn enter<B: Backend>(&mut self, id: SessionId, backend: &mut B, report: &mut StepReport) -> Result<bool, B::Error> {
-        loop {
+        let shared = loop {
             let request = &self.sessions[&id].request;
-            let taken = match self.hosted.get(&id) {
-                Some(suspended) => self.caches.resume(id, suspended),
-                None => {
+            let (shared, waits) = if self.hosted.contains_key(&id) { (None, false) } else { self.prefix(id) };
+            if waits {
+                return Ok(false);
+            }
+            let taken = match (self.hosted.get(&id), shared) {
+                (Some(suspended), _) => self.caches.resume(id, suspended),
+                (None, Some(shared)) => self.caches.adopt(id, shared, request),
+                (None, None) => {
                     let (document, max_tokens) = (request.document_tokens(), request.cache_tokens());
                     self.caches.admit(id, &request.compression, document, max_tokens)
                 }
             };
             match taken {
-                Ok(()) => break,
+                Ok(()) => break shared,
                 Err(PoolError::DoesNotFit { .. } | PoolError::TablesFull { .. } | PoolError::SlotsTaken(_)) => {
-                    if !self.reclaim(id, backend, report)? {
+                    if !self.reclaim(id, shared, backend, report)? {
                         return Ok(false);
+                    }
+                    // It may have inherited what it waited for.
+                    if self.sessions[&id].is_admitted() {
+                        return Ok(true);
                     }
                 }
                 Err(other) => return Err(other.into()),
             }
-        }
+        };
+        self.begin(id, shared);
+        Ok(true)
+    }
+
+    /// A session has pages now.
+    pub(super) fn begin(&mut self, id: SessionId, shared: Option<Shared>) {
         self.admitted.push(id);
         let (now, hosted) = (self.now, self.hosted.contains_key(&id));
         let session = self.session_mut(id);
         session.place = if hosted { Place::Coming(0) } else { Place::Device };
         session.moving_since = now;
-        if session.phase == Phase::Waiting {
+        let first = session.phase == Phase::Waiting;
+        if first {
             session.phase = Phase::Prefill(0);
-            report.admitted.push(id);
         }
         session.times.admitted.get_or_insert(now - session.submitted);
-        Ok(true)
+        if let Some(shared) = shared {
+            session.phase = Phase::Prefill(shared.tokens);
+            session.shared_tokens += u64::from(shared.tokens);
+        }
+        self.unreported.admitted.extend(first.then_some(id));
+        self.unreported.shared.extend(shared.map(|shared| (id, shared)));
     }
 }

@@ -36,7 +36,8 @@ impl Scheduler {
         admission::check(&request, &self.config, &self.caches)?;
         let id = SessionId(self.next_id);
         self.next_id += 1;
-        let session = Session { ticket: place.ticket, ..Session::new(request, place.at) };
+        let page_size = self.caches.full.page.page_size;
+        let session = Session { ticket: place.ticket, ..Session::new(request, page_size, place.at) };
         self.sessions.insert(id, session);
         self.enqueue(id);
         Ok(id)
@@ -54,11 +55,12 @@ impl Scheduler {
     }
 
     /// Drops the tokens of a session that is over, which a long simulation has no use for. Its times, its moves and the lengths
-    /// of its answers stay.
+    /// of its answers stay. What it keeps of its cache is shared with nobody any more.
     pub fn shed(&mut self, id: SessionId) {
         if let Some(session) = self.sessions.get_mut(&id).filter(|session| session.is_finished()) {
             (session.request.prompt, session.request.rounds) = (Vec::new(), Vec::new());
             (session.tokens, session.produced, session.prompt_end) = (Vec::new(), Vec::new(), 0);
+            (session.edges, session.read_as_prompt) = (Vec::new(), 0);
         }
     }
 }

@@ -62,10 +62,10 @@ pub struct Caches {
 }
 
 /// Tables that a session needs, with their shapes.
-struct Needs {
-    first: (TableShape, Capacity),
-    targets: Vec<(TableShape, Capacity)>,
-    layers: Layers,
+pub(super) struct Needs {
+    pub(super) first: (TableShape, Capacity),
+    pub(super) targets: Vec<(TableShape, Capacity)>,
+    pub(super) layers: Layers,
     source_layers: Layers,
 }
 
@@ -243,20 +243,21 @@ impl Caches {
         Ok(capacity)
     }
 
-    fn needs(&self, compression: &Compression, document: u32, max_tokens: u32) -> Result<Needs, String> {
+    pub(super) fn needs(&self, compression: &Compression, document: u32, max_tokens: u32) -> Result<Needs, String> {
         let (shape, layers) = (self.shape_of(compression, max_tokens)?, self.layers(compression)?);
         if !Self::evicts(compression) {
             let first = (shape, Capacity::tokens(max_tokens));
             return Ok(Needs { first, targets: Vec::new(), source_layers: layers.clone(), layers });
         }
         let source = TableShape { codec: HiddenCodec::F16, ..shape };
-        let every = compression.token.eviction().and_then(|eviction| eviction.every);
         let rest = max_tokens.saturating_sub(document);
-        let targets = match every {
+        let mut targets = match Self::turns(compression, document, max_tokens) {
             // Both of the tables that take turns hold what stays of a document, and of what stayed and N more.
-            Some(every) if rest > every => vec![(shape, self.capacity_of_turns(compression, every)?); 2],
-            _ => vec![(shape, self.capacity(compression, document, rest)?)],
+            Some(every) => vec![(shape, self.capacity_of_turns(compression, every)?); 2],
+            None => vec![(shape, self.capacity(compression, document, rest)?)],
         };
+        let turns = compression.token.eviction().is_some_and(|eviction| eviction.every.is_some());
+        targets.iter_mut().for_each(|(_, capacity)| capacity.turns = turns);
         // A repetition stands behind the document for a while.
         let repeats = compression.token.eviction().is_some_and(|e| e.rule(u32::MAX).score == Score::Reconstruction);
         let first = (source, Capacity::tokens(document + if repeats { REPEAT_ROOM } else { 0 }));
@@ -329,15 +330,19 @@ impl Caches {
             }
         }
         if !ready.is_empty() {
-            if let Some(slot) = slot {
-                self.slots[slot as usize] = Some(id);
-                self.fresh.push(slot);
-            }
-            let plan = Plan { compression: compression.clone(), due: document, slot, targets: ready };
-            self.plans.insert(id, plan);
+            self.plan(id, Plan { compression: compression.clone(), due: document, slot, targets: ready });
         }
         self.tables.insert(id, table);
         Ok(())
+    }
+
+    /// Notes what is to happen to a cache; its slot begins at zero.
+    pub(super) fn plan(&mut self, id: SessionId, plan: Plan) {
+        if let Some(slot) = plan.slot {
+            self.slots[slot as usize] = Some(id);
+            self.fresh.push(slot);
+        }
+        self.plans.insert(id, plan);
     }
 
     /// A slot that nobody holds.

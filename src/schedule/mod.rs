@@ -24,6 +24,7 @@
 //! * *Rounds*: a session is a document, a question, an answer, time to think, the next question. While it thinks it has no
 //!   seat; its cache stays as long as nobody else needs the pages. Then it goes to the host and comes back, or is dropped and
 //!   computed again.
+//! * *Sharing*: a session that begins with the tokens of another takes over pages of it in place of reading them ([`sharing`]).
 //! * *Admission is by bytes*: a session is admitted when the pool can promise all pages for its prompts and answers. One that
 //!   could never fit is refused when it is submitted, with the numbers; one that does not fit now waits. The line is strictly
 //!   in order: a short session does not overtake a long one, so none starves.
@@ -44,6 +45,7 @@ pub mod record;
 pub mod recovery;
 pub mod selection;
 pub mod session;
+pub mod sharing;
 pub mod simulation;
 pub mod suspension;
 pub mod virtual_device;
@@ -67,6 +69,7 @@ use recovery::Limit;
 pub use recovery::{BackendError, Fault, Loss, Shortage};
 pub use selection::{Abilities, Merging, Observation, Observed, Selection};
 pub use session::{Answer, Finish, Moves, Phase, Place, Request, Round, Session, SessionId, SessionTimes};
+pub use sharing::Shared;
 pub use suspension::{CacheRecord, SuspendedCache};
 
 /// What executes a plan: the engine on a device, or a simulation.
@@ -122,6 +125,8 @@ pub struct StepReport {
     pub asked: Vec<SessionId>,
     /// Sessions that began.
     pub admitted: Vec<SessionId>,
+    /// Sessions that got pages of others, and what these spare them.
+    pub shared: Vec<(SessionId, Shared)>,
     /// Sessions that lost their place in the middle of a round.
     pub preempted: Vec<SessionId>,
     /// Sessions whose caches were compressed harder.
@@ -198,7 +203,7 @@ pub struct Scheduler {
     /// Copies in host memory that the backend may drop.
     forgotten: Vec<SessionId>,
     limit: Limit,
-    /// What happened in a step that ended in an error.
+    /// What happened since the last report, or in a step that ended in an error.
     unreported: StepReport,
     next_id: u32,
     next_ticket: u64,
@@ -311,9 +316,10 @@ impl Scheduler {
         };
         self.away[self.sessions[&id].store as usize].give_back(held);
         self.forgotten.extend(copied.then_some(id));
+        self.hand_over(id, |caches| caches.release(id))?;
         self.admitted.retain(|a| *a != id);
         self.session_mut(id).place = Place::Nowhere;
-        self.caches.release(id)
+        Ok(())
     }
 
     fn session_mut(&mut self, id: SessionId) -> &mut Session {
@@ -349,12 +355,18 @@ impl Scheduler {
     /// The backend's; the schedule is as before the rows, and could go on.
     pub fn step<B: Backend>(&mut self, backend: &mut B) -> Result<StepReport, B::Error> {
         let mut report = std::mem::take(&mut self.unreported);
-        match self.try_step(backend, &mut report) {
-            Err(error) if error.fault() != Fault::OutOfMemory || !self.shrink(&mut report)? => {
+        let failed = match self.try_step(backend, &mut report) {
+            Err(error) if error.fault() != Fault::OutOfMemory || !self.shrink(&mut report)? => Some(error),
+            _ => None,
+        };
+        report.admitted.append(&mut self.unreported.admitted);
+        report.shared.append(&mut self.unreported.shared);
+        match failed {
+            Some(error) => {
                 self.unreported = report;
                 Err(error)
             }
-            _ => Ok(report),
+            None => Ok(report),
         }
     }
 

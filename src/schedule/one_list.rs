@@ -160,6 +160,9 @@ impl OneList {
             slack_bytes: whole(report.slack_bytes),
             committed_bytes: whole(report.committed_bytes),
             released_pages: report.released_pages * u64::from(self.lists),
+            shared_bytes: whole(report.shared_bytes),
+            spared_bytes: whole(report.spared_bytes),
+            spared_peak_bytes: whole(report.spared_peak_bytes),
         }
     }
 }

@@ -11,8 +11,12 @@
 //!       there is a rung left, and recompute if not
 //!
 //! seconds(swap)      = bytes / out + bytes / in            bytes of its pages, link rates in bytes per second
-//! seconds(recompute) = tokens / prefill                    tokens that it has seen, prompt rows per second
+//! seconds(recompute) = tokens / prefill                    tokens that it would read again, prompt rows per second
 //! ```
+//!
+//! Pages that others name too stay when a session leaves. So one that would return nothing is left alone, and one whose pages
+//! the waiting session would share goes last. A copy on the host is whole by itself, and comes back to pages of its own; one
+//! that is computed again shares again what it can, so that only the rest counts as read.
 //!
 //! **Nobody starves.** Sessions wait in order of priority, then of their questions. The first in line takes the place of every
 //! session that does not run, and those that run give theirs up at the end of their round. A session loses its place in a
@@ -21,7 +25,7 @@
 use std::time::Duration;
 
 use super::batch::{Direction, Store, Transfer};
-use super::{Backend, Place, Request, Scheduler, Session, SessionId, StepPlan, StepReport};
+use super::{Backend, Place, Request, Scheduler, Session, SessionId, Shared, StepPlan, StepReport};
 use crate::compression::Compression;
 use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
@@ -126,6 +130,7 @@ impl Scheduler {
     pub(super) fn reclaim<B: Backend>(
         &mut self,
         waiting: SessionId,
+        shared: Option<Shared>,
         backend: &mut B,
         report: &mut StepReport,
     ) -> Result<bool, B::Error> {
@@ -133,7 +138,7 @@ impl Scheduler {
         if self.admitted.iter().any(|id| matches!(self.sessions[id].place, Place::Leaving(_))) {
             return Ok(false);
         }
-        let Some(victim) = self.victim(waiting) else { return Ok(false) };
+        let Some(victim) = self.victim(waiting, shared.map(|shared| shared.donor)) else { return Ok(false) };
         let rung = self.way_out(victim, true) == Method::Compress && self.harden(victim)?;
         let method = self.way_out(victim, rung);
         if method != Method::Compress {
@@ -198,8 +203,8 @@ impl Scheduler {
             return Ok(());
         }
         let tokens = self.sessions[&id].cached();
+        self.hand_over(id, |caches| caches.release(id))?;
         self.admitted.retain(|admitted| *admitted != id);
-        self.caches.release(id)?;
         let session = self.session_mut(id);
         session.forget();
         if tokens > 0 {
@@ -290,29 +295,36 @@ impl Scheduler {
         Ok(false)
     }
 
-    /// Who gives up its pages for a session that waits.
-    fn victim(&self, waiting: SessionId) -> Option<SessionId> {
+    /// Who gives up its pages for a session that waits, its donor last.
+    fn victim(&self, waiting: SessionId, donor: Option<SessionId>) -> Option<SessionId> {
         let line = |id: &SessionId| self.sessions[id].line();
         let first = line(&waiting);
-        let here = self.admitted.iter().filter(|id| self.sessions[id].place == Place::Device);
+        let returns = |id: &SessionId| self.caches.returning_bytes(*id) > Bytes::ZERO;
+        let here = self.admitted.iter().filter(|id| self.sessions[id].place == Place::Device && returns(id));
         let idle = here.clone().filter(|id| {
             let session = &self.sessions[id];
             !session.seated && (!session.wants_rows() || session.line() > first)
         });
-        if let Some(id) = idle.min_by_key(|id| (self.sessions[id].idle_since, **id)) {
+        if let Some(id) = idle.min_by_key(|id| (Some(**id) == donor, self.sessions[id].idle_since, **id)) {
             return Some(*id);
         }
         let priority = self.sessions[&waiting].request.priority;
-        self.last_seated(|session| session.request.priority < priority)
+        self.last_seated(donor, |id, session| session.request.priority < priority && returns(&id))
     }
 
-    /// The last in line of the sessions that run and may lose their place in this round.
-    pub(super) fn last_seated(&self, of: impl Fn(&Session) -> bool) -> Option<SessionId> {
+    /// The last in line of the sessions that run and may lose their place in this round, `donor` where there is no other.
+    pub(super) fn last_seated(
+        &self,
+        donor: Option<SessionId>,
+        of: impl Fn(SessionId, &Session) -> bool,
+    ) -> Option<SessionId> {
         let may = |id: &&SessionId| {
             let session = &self.sessions[id];
-            session.runs() && session.preempted_in_round < self.config.host.max_preemptions && of(session)
+            let again = session.preempted_in_round < self.config.host.max_preemptions;
+            session.runs() && again && of(**id, session)
         };
-        self.admitted.iter().filter(may).max_by_key(|id| self.sessions[id].line()).copied()
+        let last = |id: &&SessionId| (Some(**id) != donor, self.sessions[id].line());
+        self.admitted.iter().filter(may).max_by_key(last).copied()
     }
 
     /// Pages that move in the next step: of the sessions on their way, in order, one chunk in each direction.
@@ -349,27 +361,28 @@ impl Scheduler {
                 Direction::Out => report.out_bytes += *bytes,
                 Direction::In => report.in_bytes += *bytes,
             }
-            let session = self.sessions.get_mut(id).expect("a session that moves exists");
-            report.moves.extend(last.then(|| self.now - session.moving_since));
-            session.place = match (direction, last) {
+            report.moves.extend(last.then(|| self.now - self.sessions[id].moving_since));
+            let place = match (direction, last) {
                 (Direction::Out, false) => Place::Leaving(pages.end),
                 (Direction::In, false) => Place::Coming(pages.end),
                 (Direction::Out, true) => {
-                    session.moves.swapped_out += 1;
+                    let suspended = self.hand_over(*id, |caches| caches.suspend(*id))?;
+                    self.session_mut(*id).moves.swapped_out += 1;
                     self.admitted.retain(|admitted| admitted != id);
-                    let suspended = self.caches.suspend(*id)?;
                     self.hosted.insert(*id, suspended);
                     report.swapped_out.push(*id);
                     Place::Host
                 }
                 (Direction::In, true) => {
-                    session.moves.swapped_in += 1;
+                    self.session_mut(*id).moves.swapped_in += 1;
                     let suspended = self.hosted.remove(id).expect("what comes back was kept");
-                    self.away[session.store as usize].give_back(suspended.bytes());
+                    let store = self.sessions[id].store;
+                    self.away[store as usize].give_back(suspended.bytes());
                     report.swapped_in.push(*id);
                     Place::Device
                 }
             };
+            self.session_mut(*id).place = place;
         }
         Ok(())
     }

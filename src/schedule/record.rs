@@ -38,16 +38,13 @@ pub struct SessionRecord {
 impl SessionRecord {
     fn of(session: &Session, cache: Option<CacheRecord>) -> Self {
         let answered = matches!(session.phase, Phase::Thinking(_) | Phase::Finished(_));
-        let (mut prompt, mut produced) = (session.tokens.clone(), Vec::new());
-        if answered {
-            // The end of a turn is the template's business.
-            if prompt.last().is_some_and(|last| session.request.stop.contains(last)) {
-                prompt.pop();
-            }
+        let (prompt, produced) = if answered {
+            (session.without_stop().to_vec(), Vec::new())
         } else {
             let answer = session.answers.last().expect("a session has a round");
-            produced = prompt.split_off(prompt.len() - answer.produced.len());
-        }
+            let (prompt, produced) = session.tokens.split_at(session.tokens.len() - answer.produced.len());
+            (prompt.to_vec(), produced.to_vec())
+        };
         Self {
             prompt,
             produced,
@@ -90,7 +87,7 @@ impl Scheduler {
         cache: Option<(SuspendedCache, Store)>,
     ) -> Result<SessionId, SubmitError> {
         admission::check(&request, &self.config, &self.caches)?;
-        let mut session = Session::new(request, self.now);
+        let mut session = Session::new(request, self.caches.full.page.page_size, self.now);
         session.tokens.extend_from_slice(produced);
         session.produced = produced.to_vec();
         session.prompt_end = session.tokens.len();
@@ -103,6 +100,8 @@ impl Scheduler {
             session.phase =
                 if !produced.is_empty() && cached as usize + 1 == all { Phase::Decode } else { Phase::Prefill(cached) };
             (session.place, session.store) = (Place::Host, store);
+            // The prompt may have been an answer.
+            session.read_as_prompt = 0;
             self.away[store as usize].take(suspended.bytes());
             self.hosted.insert(SessionId(self.next_id), suspended);
         }

@@ -112,7 +112,7 @@ impl Scheduler {
                 self.limit.rows = (self.limit.rows / 2).max(seated).max(1);
             } else {
                 for _ in 0..seated / 2 {
-                    let Some(last) = self.last_seated(|_| true) else { break };
+                    let Some(last) = self.last_seated(None, |_, _| true) else { break };
                     let method = self.way_out(last, false);
                     self.give_up(last, method, report)?;
                 }
@@ -127,7 +127,9 @@ impl Scheduler {
     pub(super) fn way_out(&self, id: SessionId, rung: bool) -> Method {
         let bytes = self.caches.suspended_bytes(id);
         let (_, free, rates) = self.store_for(bytes);
-        rates.choose(bytes, self.sessions[&id].cached(), free, rung)
+        // What others hold too is not read again.
+        let elsewhere = self.prefix(id).0.map_or(0, |shared| shared.tokens);
+        rates.choose(bytes, self.sessions[&id].cached().saturating_sub(elsewhere), free, rung)
     }
 
     /// Everything in device memory is gone. `copies` are sessions of whose caches the new backend has whole copies in host

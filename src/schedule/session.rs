@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::batch::Store;
+use super::sharing;
 use crate::compression::Compression;
 use crate::kernels::sample::Sampling;
 
@@ -202,6 +203,14 @@ pub struct Session {
     pub answers: Vec<Answer>,
     /// How often it changed places.
     pub moves: Moves,
+    /// Tokens that it did not read, because pages of other sessions held them.
+    pub shared_tokens: u64,
+    /// Hashes of its prompt up to each page's edge.
+    pub(super) edges: Vec<u64>,
+    /// Of its prompt, the tokens that were read as one, not as an answer; none where nobody knows how they were read.
+    pub(super) read_as_prompt: usize,
+    /// The session that it was forked from.
+    pub(super) parent: Option<SessionId>,
     /// Whether it has rows in the next step, or will have as soon as its cache is back.
     pub(super) seated: bool,
     /// Rungs of its ladder that are behind it.
@@ -223,7 +232,7 @@ pub struct Session {
 }
 
 impl Session {
-    pub(super) fn new(request: Request, now: Duration) -> Self {
+    pub(super) fn new(request: Request, page_size: u32, now: Duration) -> Self {
         Self {
             phase: Phase::Waiting,
             place: Place::Nowhere,
@@ -232,6 +241,10 @@ impl Session {
             produced: Vec::new(),
             answers: vec![Answer { produced: 0..0, asked: now, first_token: None, finished: None }],
             moves: Moves::default(),
+            shared_tokens: 0,
+            edges: sharing::edges(&request.prompt, page_size),
+            read_as_prompt: request.prompt.len(),
+            parent: None,
             seated: false,
             rungs: 0,
             ticket: 0,
@@ -301,6 +314,16 @@ impl Session {
         self.request.rounds.get(self.round())
     }
 
+    /// Its sequence as a question follows it, without the token that ended an answer: the end of a turn is the template's business,
+    /// and the question begins with it.
+    pub(super) fn without_stop(&self) -> &[u32] {
+        let answers = self.answers.last().is_some_and(|answer| !answer.produced.is_empty());
+        match self.tokens.split_last() {
+            Some((last, before)) if answers && self.request.stop.contains(last) => before,
+            _ => &self.tokens,
+        }
+    }
+
     /// Tokens of its sequence that its cache has seen, wherever that is. Positions can be fewer, where an eviction turns kept
     /// keys to their places in the cache.
     ///
@@ -319,10 +342,7 @@ impl Session {
     pub(super) fn ask(&mut self, now: Duration) {
         let cached = self.cached();
         let round = self.next_round().expect("a session that thinks has a round to come").clone();
-        // The end of a turn is the template's business, and its question begins with it.
-        if self.tokens.last().is_some_and(|last| self.request.stop.contains(last)) {
-            self.tokens.pop();
-        }
+        self.tokens.truncate(self.without_stop().len());
         self.tokens.extend(round.tokens);
         self.prompt_end = self.tokens.len();
         self.phase = Phase::Prefill(cached);

@@ -2,7 +2,8 @@
 //!
 //! The same schedule code as on a device, driven in tests through thousands of steps. In place of keys and values a cache
 //! holds a hash of the tokens in it, so that a session whose cache was lost, mixed up or copied too early produces other
-//! tokens than alone.
+//! tokens than alone. Where tokens end with a page the hash is the page's, whichever tables name it; so a session that was given
+//! another's pages produces what follows from these.
 //!
 //! Faults happen where a list of them says so: before anything is done, or when half of it is done and the other half is
 //! rubbish. A lost device loses what it had, and of the copies in host memory those whose last pages left in the step before,
@@ -14,11 +15,21 @@ use std::time::Duration;
 
 use super::{Backend, BackendError, Caches, Direction, Fault, Rates, SessionId, StepPlan, StepResult, Store, Transfer};
 use crate::geometry::Bytes;
-use crate::pool::PoolError;
 use crate::pool::page_table::KeptTokens;
+use crate::pool::{PageId, PoolError};
 
-/// What a cache holds, or its copy: of every token a hash of all up to it.
-type Content = (u32, u64);
+/// What a cache holds, a page of it, or a copy: how many positions from the start, and a hash of all tokens up to there.
+pub type Content = (u32, u64);
+
+/// A copy away from the device.
+#[derive(Clone, Debug)]
+struct Copy {
+    /// Pages of it that are whole.
+    whole: u32,
+    content: Content,
+    /// What each page holds, where that is known.
+    pages: Vec<Option<Content>>,
+}
 
 /// What goes wrong in a simulation.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,11 +82,16 @@ pub struct Simulation {
     pub rates: Rates,
     /// What goes wrong, and when.
     pub faults: Vec<SimulatedFault>,
+    /// What each session has read.
     device: BTreeMap<SessionId, Content>,
     /// What the caches held behind which a step that failed has left rubbish.
     torn: BTreeMap<SessionId, Content>,
-    /// Copies away from the device, with the pages that are whole.
-    host: BTreeMap<SessionId, (u32, Content)>,
+    /// What full pages hold, and pages that an eviction filled.
+    pages: BTreeMap<PageId, Content>,
+    /// Pages at which those that no table names any more are dropped.
+    most_pages: usize,
+    /// Copies away from the device.
+    host: BTreeMap<SessionId, Copy>,
     /// Of these, whole ones, and the step that they were whole after.
     whole: BTreeMap<SessionId, u64>,
     /// Bytes that files hold, and for whom.
@@ -95,6 +111,12 @@ const fn hash(before: u64, value: u64) -> u64 {
 /// Where hashes begin.
 const EMPTY: u64 = 0xcbf2_9ce4_8422_2325;
 
+/// What is where a step that failed was to write.
+const RUBBISH: u64 = 0x5bad_5bad;
+
+/// Pages whose contents are remembered without a look at which of them are still there.
+const FEW_PAGES: usize = 1 << 12;
+
 impl Simulation {
     /// A simulation whose tokens are below `vocab`.
     pub fn new(seed: u64, vocab: u32) -> Self {
@@ -107,6 +129,8 @@ impl Simulation {
             faults: Vec::new(),
             device: BTreeMap::new(),
             torn: BTreeMap::new(),
+            pages: BTreeMap::new(),
+            most_pages: FEW_PAGES,
             host: BTreeMap::new(),
             whole: BTreeMap::new(),
             files: BTreeMap::new(),
@@ -128,14 +152,14 @@ impl Simulation {
     }
 
     /// What a session's cache holds, wherever it is: tokens, and their hash.
-    pub fn content(&self, session: SessionId) -> Option<(u32, u64)> {
-        let away = || self.host.get(&session).map(|(_, content)| content);
+    pub fn content(&self, session: SessionId) -> Option<Content> {
+        let away = || self.host.get(&session).map(|copy| &copy.content);
         self.torn.get(&session).or_else(|| self.device.get(&session)).or_else(away).copied()
     }
 
     /// Gives a session that is away its cache of `pages` pages, as it was in another simulation.
-    pub fn insert(&mut self, session: SessionId, pages: u32, content: (u32, u64)) {
-        self.host.insert(session, (pages, content));
+    pub fn insert(&mut self, session: SessionId, pages: u32, content: Content) {
+        self.host.insert(session, Copy { whole: pages, content, pages: vec![None; pages as usize] });
     }
 
     /// Copies away from the device.
@@ -148,17 +172,65 @@ impl Simulation {
         self.trace = hash(self.trace, u64::from(value));
     }
 
+    /// What the cache of a session holds before position `index`: where a page ends there, what its pages say.
+    fn before(&self, session: SessionId, index: u32, caches: &Caches) -> Content {
+        let table = &caches.tables[&session];
+        let start = table.n_tokens() - table.tail();
+        let size = table.shape().page.page_size;
+        if index == 0 {
+            return (0, EMPTY);
+        }
+        let at_edge = (index - start).is_multiple_of(size);
+        let mut held =
+            at_edge.then(|| table.pages_before(index)).into_iter().flatten().map(|page| self.pages.get(&page));
+        let content = held.next().flatten();
+        assert!(held.all(|other| other == content), "{session:?}: pages of one place hold the same tokens");
+        // Nothing was kept, or nobody knows what the pages hold.
+        let read = || self.torn.get(&session).or_else(|| self.device.get(&session));
+        content.or_else(read).copied().unwrap_or((0, EMPTY))
+    }
+
     /// Reads tokens into a cache that holds those before them.
-    fn read(&mut self, session: SessionId, first_index: u32, tokens: &[u32]) -> u64 {
-        let held = self.held(session);
-        let mut content = if first_index == 0 { (0, EMPTY) } else { held };
+    fn read(&mut self, session: SessionId, first_index: u32, tokens: &[u32], caches: &Caches) -> u64 {
+        let mut content = self.before(session, first_index, caches);
         assert_eq!(content.0, first_index, "{session:?} should hold what comes before its rows");
+        let table = &caches.tables[&session];
+        let (start, size) = (table.n_tokens() - table.tail(), table.shape().page.page_size);
         for token in tokens {
             content = (content.0 + 1, hash(content.1, u64::from(*token)));
+            if (content.0 - start).is_multiple_of(size) {
+                self.pages.extend(table.pages_before(content.0).map(|page| (page, content)));
+            }
         }
         self.torn.remove(&session);
         self.device.insert(session, content);
         content.1
+    }
+
+    /// What the cache of a session holds between two steps.
+    pub fn held(&self, session: SessionId, caches: &Caches) -> Content {
+        self.before(session, caches.tables[&session].n_tokens(), caches)
+    }
+
+    /// Notes what an eviction leaves of a cache that held so much: its pages speak for all of it.
+    pub fn kept(&mut self, session: SessionId, (_, read): Content, caches: &Caches) {
+        let table = &caches.tables[&session];
+        // Positions begin anew where kept keys are turned to their places in the cache.
+        let content = (table.n_tokens(), read);
+        self.torn.remove(&session);
+        self.device.insert(session, content);
+        self.pages.extend(table.pages_before(content.0).map(|page| (page, content)));
+    }
+
+    /// Drops what sessions and pages held that are gone, once these are half of all.
+    fn prune(&mut self, caches: &Caches) {
+        if self.pages.len().max(self.device.len()) < self.most_pages {
+            return;
+        }
+        self.device.retain(|session, _| caches.tables.contains_key(session));
+        self.torn.retain(|session, _| caches.tables.contains_key(session));
+        self.pages.retain(|page, _| caches.pool.holders(*page) > 0);
+        self.most_pages = (2 * self.pages.len().max(self.device.len())).max(FEW_PAGES);
     }
 
     /// Whether this call of so many rows fails, and how.
@@ -169,10 +241,15 @@ impl Simulation {
         let fault = self.faults.iter().find(here).cloned()?;
         self.record(u32::MAX);
         if fault.fault == Fault::DeviceLost {
-            self.device.clear();
-            self.torn.clear();
+            self.lose_device();
         }
         Some(fault)
+    }
+
+    fn lose_device(&mut self) {
+        self.device.clear();
+        self.torn.clear();
+        self.pages.clear();
     }
 
     /// The error of the call that was made last.
@@ -181,21 +258,26 @@ impl Simulation {
     }
 
     /// Does half of a step: rows and pages are rubbish where they were to be written, and what was there is as it was.
-    fn tear(&mut self, plan: &StepPlan) {
+    fn tear(&mut self, plan: &StepPlan, caches: &Caches) {
         for (session, n) in plan.rows_of_sessions() {
-            let held = self.held(session);
+            let table = &caches.tables[&session];
+            let held = self.before(session, table.n_tokens() - n, caches);
             self.torn.insert(session, held);
-            self.device.insert(session, (held.0 + n / 2 + 1, 0x5bad_5bad));
+            self.device.insert(session, (held.0 + n / 2 + 1, RUBBISH));
+            let (start, size) = (table.n_tokens() - table.tail(), table.shape().page.page_size);
+            let edges = (held.0 + 1..=table.n_tokens()).filter(|at| (at - start).is_multiple_of(size));
+            self.pages.extend(edges.flat_map(|at| table.pages_before(at).map(move |page| (page, (at, RUBBISH)))));
         }
         for transfer in plan.transfers.iter().filter(|transfer| transfer.direction == Direction::In) {
-            self.device.insert(transfer.session, (1, 0x5bad));
+            self.device.insert(transfer.session, (1, RUBBISH));
+            let pages = caches.tables[&transfer.session].page_ids();
+            self.pages.extend(pages.map(|(page, _)| (page, (1, RUBBISH))));
         }
     }
 
     /// A device in place of one that was lost: it has nothing. The sessions of whose caches whole copies are in host memory.
     pub fn rebuilt(&mut self) -> BTreeSet<SessionId> {
-        self.device.clear();
-        self.torn.clear();
+        self.lose_device();
         let steps = self.steps;
         self.whole.retain(|_, step| *step < steps);
         let whole: BTreeSet<_> = self.whole.keys().copied().collect();
@@ -206,11 +288,6 @@ impl Simulation {
     /// Calls so far, steps and evictions alike.
     pub const fn calls(&self) -> u64 {
         self.calls
-    }
-
-    /// What the pages of a session hold, without the rubbish that may stand behind it.
-    fn held(&self, session: SessionId) -> Content {
-        self.torn.get(&session).or_else(|| self.device.get(&session)).copied().unwrap_or((0, EMPTY))
     }
 
     /// Whether a chunk that leaves finds room; a copy that does not is lost.
@@ -229,6 +306,16 @@ impl Simulation {
         fits
     }
 
+    /// Notes what pages hold now that a copy is in them.
+    fn come_back(&mut self, pages: impl Iterator<Item = (PageId, Option<Content>)>) {
+        for (page, content) in pages {
+            match content {
+                Some(content) => self.pages.insert(page, content),
+                None => self.pages.remove(&page),
+            };
+        }
+    }
+
     /// The time that pages take to move.
     fn transfer(&mut self, transfer: &Transfer, caches: &Caches) -> Duration {
         let Transfer { session, direction, pages, bytes, last, .. } = transfer;
@@ -238,13 +325,15 @@ impl Simulation {
         self.record(pages.end);
         let rate = match direction {
             Direction::Out => {
-                let content = self.held(*session);
+                let content = self.held(*session, caches);
                 if pages.start == 0 {
-                    self.host.insert(*session, (0, content));
+                    let held = caches.tables[session].page_ids().map(|(page, _)| self.pages.get(&page).copied());
+                    self.host.insert(*session, Copy { whole: 0, content, pages: held.collect() });
                 }
                 let copy = self.host.get_mut(session).expect("its first pages left");
-                assert_eq!(*copy, (pages.start, content), "{session:?} should stay as it is while it leaves");
-                copy.0 = pages.end;
+                let before = (copy.whole, copy.content);
+                assert_eq!(before, (pages.start, content), "{session:?} should stay as it is while it leaves");
+                copy.whole = pages.end;
                 if *last {
                     self.device.remove(session);
                     self.torn.remove(session);
@@ -253,13 +342,14 @@ impl Simulation {
                 self.rates.out
             }
             Direction::In => {
-                let (whole, content) = &self.host[session];
-                assert_eq!(*whole as usize, all, "{session:?} should come back whole");
+                let copy = &self.host[session];
+                assert_eq!(copy.whole as usize, all, "{session:?} should come back whole");
                 if *last {
+                    let copy = self.host.remove(session).expect("it was there");
+                    self.device.insert(*session, copy.content);
+                    self.come_back(caches.tables[session].page_ids().map(|(page, _)| page).zip(copy.pages));
                     self.files.remove(session);
-                    self.device.insert(*session, *content);
                     self.torn.remove(session);
-                    self.host.remove(session);
                     self.whole.remove(session);
                 }
                 self.rates.back
@@ -275,11 +365,12 @@ impl Backend for Simulation {
     fn execute(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepResult, SimulationError> {
         if let Some(SimulatedFault { fault, half, .. }) = self.fault(plan.n_rows()) {
             if half && fault != Fault::DeviceLost {
-                self.tear(plan);
+                self.tear(plan, caches);
             }
             return Err(self.failed(fault));
         }
         self.steps += 1;
+        self.prune(caches);
         let mut sampling = BTreeMap::new();
         // Rows that stop below a layer come behind the last one of their prompt.
         let mut in_order: Vec<_> = plan.segments.iter().enumerate().collect();
@@ -289,7 +380,7 @@ impl Backend for Simulation {
             assert!(table.n_tokens() >= rows.first_index + rows.n_rows(), "the table should hold the planned rows");
             self.record(rows.session.0);
             self.record(rows.first_index);
-            let read = self.read(rows.session, rows.first_index, &rows.tokens);
+            let read = self.read(rows.session, rows.first_index, &rows.tokens, caches);
             self.trace = hash(self.trace, read);
             if rows.sample.is_some() {
                 let mixed = (read ^ self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xd6e8_feb8_6659_fd93);
@@ -320,6 +411,7 @@ impl Backend for Simulation {
             return Err(self.failed(fault.fault));
         }
         self.record(session.0);
+        let content = self.held(session, caches);
         let selection = caches.selection(session);
         let mut target = caches.take_target(session);
         let table = &caches.tables[&session];
@@ -345,9 +437,7 @@ impl Backend for Simulation {
             return Err(self.failed(fault.fault));
         }
         caches.swap(session, target)?;
-        let (_, read) = self.held(session);
-        self.torn.remove(&session);
-        self.device.insert(session, (n_tokens, read));
+        self.kept(session, content, caches);
         Ok(self.per_step)
     }
 }

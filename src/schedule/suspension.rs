@@ -7,7 +7,7 @@ use crate::compression::Compression;
 use crate::compression::token::{Score, TokenPolicy};
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
-use crate::pool::page_table::{PageTable, Quest};
+use crate::pool::page_table::{Capacity, PageTable, Quest};
 use crate::pool::suspended::{SuspendedTable, TableRecord};
 
 /// A session's cache without its pages.
@@ -175,6 +175,7 @@ impl Caches {
         let every = compression.token.eviction().and_then(|eviction| eviction.every);
         let Some(due) = due else {
             let capacity = table.capacity(&shape, table.tail.saturating_add(max_tokens.saturating_sub(cached)));
+            let capacity = Capacity { turns: every.is_some(), ..capacity };
             let table = SuspendedTable::restore(shape, &layers, table, capacity)?;
             return Ok(SuspendedCache { table, slot: Bytes::ZERO, plan: None });
         };
@@ -185,7 +186,7 @@ impl Caches {
             let expected = observes.then_some(self.abilities.slot_bytes);
             return Err(format!("a slot of {slot:?} where one of {expected:?} is scored into"));
         }
-        let capacity = self.capacity_of_turns(compression, every)?;
+        let capacity = Capacity { turns: true, ..self.capacity_of_turns(compression, every)? };
         let next = SuspendedTable::restore(shape, &layers, TableRecord::empty(&shape), capacity)?;
         let table = SuspendedTable::restore(shape, &layers, table, capacity)?;
         let (compression, targets) = (compression.clone(), vec![next]);
@@ -258,7 +259,7 @@ impl Caches {
 
     /// Readies a table for what a session's cache keeps under another compression, and room for `tail_tokens` more: its eviction
     /// is due at once. `false`, and nothing changed, where there is no room for both, where an eviction is to come anyway, and
-    /// where it would hold no less.
+    /// where it would take no less than returns: pages that others name too do not.
     ///
     /// # Errors
     /// [`PoolError`] when the pool disagrees, which would be a defect.
@@ -270,7 +271,7 @@ impl Caches {
             return Ok(false);
         }
         let table = &self.tables[&id];
-        let (due, promised) = (table.tail(), table.promised_bytes());
+        let (due, promised) = (table.tail(), table.returning_bytes(&self.pool));
         let n_tokens = self.longest_list(id);
         let slot = match Self::observes(compression).then(|| self.free_slot()).transpose() {
             Ok(slot) => slot,

@@ -25,6 +25,9 @@ pub(crate) struct Model {
     pub(crate) fixed: Bytes,
     pub(crate) arenas: Vec<Bytes>,
     pub(crate) pages: BTreeMap<PageId, Bytes>,
+    /// Tables that name each page.
+    pub(crate) holders: BTreeMap<PageId, u64>,
+    pub(crate) peak_spared: Bytes,
     /// Page size and pages in use of every slab that serves someone.
     pub(crate) slabs: BTreeMap<(u16, u64), (Bytes, u64)>,
     pub(crate) committed: BTreeMap<Bytes, u64>,
@@ -37,9 +40,10 @@ impl Model {
         let (arenas, tables) = layout.split().expect("the test's layout should fit its budget");
         let fixed = layout.staging + layout.scratch + tables;
         let committed = sizes.iter().map(|page| (*page, 0)).collect();
-        let (pages, slabs) = (BTreeMap::new(), BTreeMap::new());
-        let (budget, peak_pages, released) = (layout.budget, Bytes::ZERO, 0);
-        Self { budget, fixed, arenas, pages, slabs, committed, peak_pages, released }
+        let (pages, holders, slabs) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let (budget, released) = (layout.budget, 0);
+        let [peak_pages, peak_spared] = [Bytes::ZERO; 2];
+        Self { budget, fixed, arenas, pages, holders, peak_spared, slabs, committed, peak_pages, released }
     }
 
     pub(crate) fn in_use(&self) -> Bytes {
@@ -90,11 +94,35 @@ impl Model {
         *n += 1;
         self.uncommit(page, 1);
         self.pages.insert(id, page);
+        self.holders.insert(id, 1);
         self.peak_pages = self.peak_pages.max(self.in_use());
         Ok(())
     }
 
-    pub(crate) fn release(&mut self, id: PageId) {
+    /// One table more names a page.
+    pub(crate) fn share(&mut self, id: PageId) {
+        *self.holders.get_mut(&id).expect("the model should hold the page") += 1;
+        self.peak_spared = self.peak_spared.max(self.spared());
+    }
+
+    /// Bytes of pages that several tables name.
+    pub(crate) fn shared(&self) -> Bytes {
+        self.holders.iter().filter(|(_, n)| **n > 1).map(|(id, _)| self.pages[id]).sum()
+    }
+
+    /// What tables would hold more if each had pages of its own.
+    pub(crate) fn spared(&self) -> Bytes {
+        Bytes(self.holders.iter().map(|(id, n)| (n - 1) * self.pages[id].0).sum())
+    }
+
+    /// One table less names a page; whether none does any more.
+    pub(crate) fn release(&mut self, id: PageId) -> bool {
+        let holders = self.holders.get_mut(&id).expect("the model should hold the page");
+        *holders -= 1;
+        if *holders > 0 {
+            return false;
+        }
+        self.holders.remove(&id);
         self.pages.remove(&id).expect("the model should hold the page");
         let slab = (id.arena, u64::from(id.cell) * CELL_BYTES / SLAB.0);
         let (_, n) = self.slabs.get_mut(&slab).expect("the page's slab should be in use");
@@ -103,6 +131,7 @@ impl Model {
             self.slabs.remove(&slab);
         }
         self.released += 1;
+        true
     }
 
     /// Compares every number of a report; the first that differs.
@@ -123,6 +152,9 @@ impl Model {
             ("slack", Bytes(self.slabs.len() as u64 * SLAB.0) - pages, report.slack_bytes),
             ("committed", committed, report.committed_bytes),
             ("released pages", Bytes(self.released), Bytes(report.released_pages)),
+            ("shared", self.shared(), report.shared_bytes),
+            ("spared", self.spared(), report.spared_bytes),
+            ("most spared", self.peak_spared, report.spared_peak_bytes),
             ("arena count", Bytes(self.arenas.len() as u64), Bytes(report.arenas as u64)),
         ] {
             if expected != found {

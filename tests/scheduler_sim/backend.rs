@@ -160,6 +160,7 @@ impl Backend for Watched {
             caches.tables[&id].n_tokens() as usize,
             "{id:?}: the tokens in its cache, no question"
         );
+        let content = self.simulation.held(id, caches);
         let selection = caches.selection(id);
         let mut target = caches.take_target(id);
         let table = &caches.tables[&id];
@@ -185,6 +186,7 @@ impl Backend for Watched {
         self.ragged += u32::from(lengths.any(|n| Some(n) != first));
         target.keep(&mut caches.pool, kept.into_iter().map(Into::into).collect(), &[], n_tokens)?;
         caches.swap(id, target)?;
+        self.simulation.kept(id, content, caches);
         self.judge(id, caches, &selection);
         self.evictions += 1;
         Ok(Duration::from_millis(1))

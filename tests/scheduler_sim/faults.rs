@@ -310,9 +310,9 @@ fn a_cache_moves_to_no_rung_that_could_not_be_computed_again() {
     let mut s = Scheduler::new(config, caches(shape, abilities(&shape, &["kivi4"], 4), 64, 9, 9));
     let ladder = vec![compressed("token=keydiff:0.3,hidden=kivi4")];
     let round = Round { tokens: vec![3; 4], max_new: 4, think: Duration::from_millis(20) };
-    for _ in 0..8 {
+    for document in 0..8 {
         let (compression, rounds) = (compressed("kivi4"), vec![round.clone(); 2]);
-        let request = Request { compression, rounds, ladder: ladder.clone(), ..Request::new(vec![1; 520], 4) };
+        let request = Request { compression, rounds, ladder: ladder.clone(), ..Request::new(vec![document; 520], 4) };
         let rung = Request { compression: ladder[0].clone(), ..request.clone() };
         let pages = s.caches().pages_needed(&rung).expect("it is served");
         assert!(s.caches().pool.slabs_for(&pages) > s.caches().pool.capacity(), "the rung does not fit from the start");

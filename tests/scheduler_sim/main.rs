@@ -5,6 +5,7 @@ mod backend;
 mod faults;
 mod restarts;
 mod rounds;
+mod sharing;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -227,8 +228,10 @@ fn a_pool_holds_more_compressed_sessions_in_the_ratio_of_their_bytes() {
             let mut s = Scheduler::new(config, caches);
             let request = Request { compression: compressed(codec), ..request(n, 1) };
             let each = s.caches().needed(&request).expect("it is served");
-            for _ in 0..config.max_sessions {
-                s.submit(request.clone()).expect("each fits alone");
+            for at in 0..config.max_sessions {
+                // Nothing in common to share.
+                let prompt = vec![at; n];
+                s.submit(Request { prompt, ..request.clone() }).expect("each fits alone");
             }
             let report = s.step(&mut Simulation::new(1, 50)).expect("a simulation does not fail");
             (report.admitted.len() as u64, each, capacity, slab)

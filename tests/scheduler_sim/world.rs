@@ -79,7 +79,7 @@ pub(crate) fn caches(full: TableShape, abilities: Abilities, max_rows: u32, slab
     let pages = abilities.codecs.iter().map(|c| c.page_bytes(full.page)).chain([full.open_page()]);
     let smallest_page = pages.clone().min().expect("open pages at least");
     let slab = slab(&full, &abilities);
-    let tables = slab.0.div_ceil(smallest_page.0) * 8;
+    let tables = slab.0.div_ceil(smallest_page.0) * 4 * PoolLayout::ENTRIES_PER_PAGE;
     let layout = PoolLayout {
         budget: Bytes(slabs * (slab.0 + tables) + 10_000 + u64::from(window.entries()) * 4),
         staging: Bytes(4096),
