@@ -135,6 +135,19 @@ fn documents_are_saved_before_anything_is_asked_gpu() {
     assert!(none.contains("nobody.session"), "{none}");
 }
 
+#[test]
+fn a_codec_for_caches_that_can_not_leave_is_refused() {
+    let folder = Folder::new();
+    let a = folder.path("a.txt");
+    let run = ["run", "--model", &folder.model, "--document", &a, "--ask", "Where?", "--swap-codec"];
+    let nowhere = refused(&[&run[..], &["kivi4"]].concat(), 2);
+    assert!(nowhere.contains("--host-budget or --session-dir"), "{nowhere}");
+    let unknown = refused(&[&run[..], &["kivi5", "--host-budget", "1MiB"]].concat(), 2);
+    assert!(unknown.contains("kivi5"), "{unknown}");
+    let alone = refused(&[&run[..6], &["Where?", "--disk-budget", "1GiB"]].concat(), 2);
+    assert!(alone.contains("--session-dir"), "{alone}");
+}
+
 /// A disk that takes no more: the file that does not fit is named, nothing of it is left, and those that were there stay.
 #[test]
 #[cfg(unix)]

@@ -230,6 +230,38 @@ fn without_room_anywhere_caches_are_compressed_harder_gpu() {
     assert!(changed > 0, "4 bits and half of the tokens should be noticed in sampled answers");
 }
 
+/// A codec on the way out is a loss that was asked for: fewer bytes leave, and answers afterwards are those of the codec.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn caches_can_leave_in_another_codec_gpu() {
+    let (device, weights) = (common::device(), common::tiny_model(4));
+    let all: Vec<_> = (0..5).map(|seed| request(seed, 150, 12, 200, "full")).collect();
+    let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..config(&weights, &["full", "kivi4"]) };
+    let config = EngineConfig { evictions: Some(Default::default()), ..config };
+    // Room for the codes of one that leaves.
+    let config = tight(&weights, &config, &all[0], 26);
+    let host = HostConfig { budget: Bytes::mib(64), ..HostConfig::default() };
+    let as_it_is = run(device, &weights, &config, host, &all);
+    let codec = Some("kivi4".parse().expect("a codec"));
+    let got = run(device, &weights, &config, HostConfig { codec, ..host }, &all);
+    println!("{} encoded, {} on the host at most, {} as they are", got.compressed, got.host_peak, as_it_is.host_peak);
+    assert!(
+        as_it_is.compressed == 0 && got.compressed > 0 && got.swapped > 0,
+        "{} caches were encoded",
+        got.compressed
+    );
+    assert!(got.host_peak < as_it_is.host_peak, "codes are smaller");
+    let mut changed = 0;
+    for (expected, session) in as_it_is.sessions.iter().zip(&got.sessions) {
+        assert_eq!(session.answers.len(), 3, "every question is answered");
+        let encoded = session.moves.compressed > 0;
+        assert_eq!(session.request.compression == compression("kivi4"), encoded, "it says what it came to");
+        assert!(encoded || session.produced == expected.produced, "what was left alone answers as before");
+        changed += usize::from(session.produced != expected.produced);
+    }
+    assert!(changed > 0, "4 bits should be noticed in sampled answers");
+}
+
 #[test]
 fn rungs_that_can_not_be_reached_later_are_refused_with_the_reason() {
     let device = Device::open_noop().expect("the noop backend is compiled into the tests");

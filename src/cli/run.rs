@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::compression::Compression;
+use concertina::compression::hidden::HiddenCodec;
 use concertina::disk::session_file::Origin;
 use concertina::engine::{Engine, EngineConfig, EngineError};
 use concertina::geometry::Bytes;
@@ -48,6 +49,7 @@ Examples:
   concertina run --model model.gguf --document a.txt b.txt --ask 'Why?' --compress full k:kivi2,v:rot4
   concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' 'Why?' --host-budget 1GiB
   concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' --ladder kivi4 token=keydiff:0.5,hidden=kivi4
+  concertina run --model model.gguf --document *.txt --ask 'Who?' --then 'When?' --host-budget 1GiB --swap-codec kivi4
   concertina run --model model.gguf --document *.txt --ask 'Who?' --session-dir sessions
   concertina run --model model.gguf --document a.txt --ask 'Why?' --json - | jq .metrics")]
 pub(super) struct RunArgs {
@@ -125,6 +127,11 @@ pub(super) struct RunArgs {
     /// next that makes it smaller, rather than being dropped
     #[arg(long, value_name = "METHODS", num_args = 1..)]
     ladder: Vec<Compression>,
+
+    /// Encode caches in this codec before they leave the device, where it makes them smaller and there is room for both forms:
+    /// less to copy, and a loss of its own that answers afterwards have
+    #[arg(long, value_name = "CODEC")]
+    swap_codec: Option<HiddenCodec>,
 
     #[command(flatten)]
     calibration: CalibrateArg,
@@ -301,7 +308,13 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         Ok(Sessions { folder: SessionDir::open(path)?, origin })
     };
     let sessions = args.session_dir.as_ref().map(open).transpose()?;
-    let all: Vec<Compression> = compressions.iter().chain(&args.ladder).cloned().collect();
+    if args.swap_codec.is_some() && args.host_budget == Bytes::ZERO && args.session_dir.is_none() {
+        return Err(usage(
+            "--swap-codec is for caches that leave; give them somewhere to go with --host-budget or --session-dir",
+        ));
+    }
+    let swapped = args.swap_codec.map(|hidden| Compression { hidden, ..Compression::default() });
+    let all: Vec<Compression> = compressions.iter().chain(&args.ladder).chain(&swapped).cloned().collect();
     let evictions = args.cache.evictions(&all, &model, max_sessions.min(args.observed))?;
     let config = EngineConfig {
         budget: args.kv_budget,
@@ -313,7 +326,10 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
         codecs: args.cache.codecs(&all, model.geometry())?,
         chooses: chooses(&all),
         // A cache that gets smaller is an eviction, if only of bits.
-        evictions: if args.ladder.is_empty() { evictions } else { Some(evictions.unwrap_or_default()) },
+        evictions: match args.ladder.is_empty() && swapped.is_none() {
+            true => evictions,
+            false => Some(evictions.unwrap_or_default()),
+        },
         swap_chunk: if sessions.is_some() || args.host_budget > Bytes::ZERO {
             args::swap_chunk(args.kv_budget)
         } else {
@@ -324,6 +340,7 @@ fn prepare(args: &RunArgs) -> Result<(Job, Model)> {
     let settings = RunSettings {
         kv_budget_bytes: args.kv_budget,
         host_budget_bytes: args.host_budget,
+        swap_codec: args.swap_codec,
         disk_budget_bytes: if sessions.is_some() { args.disk_budget } else { Bytes::ZERO },
         think_s: args.think.as_secs_f64(),
         max_new_tokens: args.max_new,
@@ -358,6 +375,7 @@ fn begin(job: &Job, model: &Model, rates: Rates, caches: Caches, trace: Option<T
         rates,
         disk_budget: job.settings.disk_budget_bytes,
         disk_rates: disk_rates.unwrap_or_default(),
+        codec: job.settings.swap_codec,
         ..HostConfig::default()
     };
     let config = ScheduleConfig { host, ..load::schedule_config(&job.config) };

@@ -39,6 +39,8 @@ pub struct Meter {
     in_bytes: Bytes,
     moving: Totals,
     steps_shrunk: usize,
+    /// Seconds of each move between device and host.
+    moves: Vec<f64>,
 }
 
 impl Meter {
@@ -55,6 +57,7 @@ impl Meter {
         self.recomputed += step.dropped.len() as u64;
         self.compressed += step.compressed.len() as u64;
         self.preempted += step.preempted.len() as u64;
+        self.moves.extend(step.moves.iter().map(Duration::as_secs_f64));
         self.out_bytes += step.out_bytes;
         self.in_bytes += step.in_bytes;
         if step.prefill_rows + step.decode_rows == 0 {
@@ -122,7 +125,7 @@ impl Meter {
                 sessions_waited: waited.iter().filter(|t| !t.is_zero()).count(),
                 waited_s: waited.iter().sum::<Duration>().as_secs_f64(),
             },
-            service: ServiceMetric::new(scheduler),
+            service: ServiceMetric::new(scheduler, &self.moves),
         }
     }
 }
@@ -158,6 +161,8 @@ pub struct ServiceMetric {
     pub first_token_s: Option<Percentiles>,
     /// Time per token after the first, of each answer, in milliseconds.
     pub per_token_ms: Option<Percentiles>,
+    /// Time of a cache's move to the host or back, beside the rows of others, in seconds.
+    pub switch_s: Option<Percentiles>,
 }
 
 /// Values that half, 95 and 99 of a hundred do not exceed.
@@ -181,7 +186,7 @@ impl Percentiles {
 }
 
 impl ServiceMetric {
-    fn new(scheduler: &Scheduler) -> Self {
+    fn new(scheduler: &Scheduler, moves: &[f64]) -> Self {
         let finished = scheduler
             .sessions()
             .filter(|(_, session)| matches!(session.phase, Phase::Finished(Finish::Stop | Finish::Length)));
@@ -197,6 +202,7 @@ impl ServiceMetric {
             sessions_per_hour: (hours > 0.0).then(|| sessions_finished as f64 / hours),
             first_token_s: Percentiles::of(answers().filter_map(|a| Some(a.first_token?.as_secs_f64())).collect()),
             per_token_ms: Percentiles::of(answers().filter_map(per_token).collect()),
+            switch_s: Percentiles::of(moves.to_vec()),
         }
     }
 }

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::{DeviceReport, FourMetrics, ModelReport, Program};
+use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
 use crate::kernels::sample::Sampling;
 use crate::pool::PoolReport;
@@ -57,6 +58,9 @@ pub struct RunSettings {
     pub kv_budget_bytes: Bytes,
     /// Bytes of host memory for caches that do not fit on the device.
     pub host_budget_bytes: Bytes,
+    /// What caches were encoded in before they left, where that made them smaller.
+    #[serde(serialize_with = "codec_name")]
+    pub swap_codec: Option<HiddenCodec>,
     /// Bytes of files for caches that fit neither on the device nor in host memory.
     pub disk_budget_bytes: Bytes,
     /// Time between an answer and the next question, on the clock of the schedule.
@@ -75,6 +79,10 @@ pub struct RunSettings {
     pub page_tokens: u32,
     /// How tokens were chosen.
     pub sampling: Sampling,
+}
+
+fn codec_name<S: serde::Serializer>(codec: &Option<HiddenCodec>, serializer: S) -> Result<S::Ok, S::Error> {
+    codec.map(|codec| codec.to_string()).serialize(serializer)
 }
 
 /// One session over one document.

@@ -161,6 +161,7 @@ fn four_metrics(metrics: &FourMetrics, max_sessions: u32) -> String {
         ("sessions", throughput),
         ("first token", spread(&service.first_token_s, "s")),
         ("per token", spread(&service.per_token_ms, "ms")),
+        ("switch", spread(&service.switch_s, "s")),
     ];
     block("the four challenges of long context", &lines) + "\n" + &block("what users see", &seen)
 }

@@ -173,6 +173,7 @@ impl Scheduler {
         let (now, hosted) = (self.now, self.hosted.contains_key(&id));
         let session = self.session_mut(id);
         session.place = if hosted { Place::Coming(0) } else { Place::Device };
+        session.moving_since = now;
         let first = session.phase == Phase::Waiting;
         if first {
             session.phase = Phase::Prefill(0);

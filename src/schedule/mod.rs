@@ -137,6 +137,8 @@ pub struct StepReport {
     pub swapped_out: Vec<SessionId>,
     /// Sessions whose last pages came back.
     pub swapped_in: Vec<SessionId>,
+    /// How long the moves took that ended: from the step that began each to the end of this one.
+    pub moves: Vec<Duration>,
     /// Bytes of pages that left.
     pub out_bytes: Bytes,
     /// Bytes of pages that came back.

@@ -26,6 +26,8 @@ use std::time::Duration;
 
 use super::batch::{Direction, Store, Transfer};
 use super::{Backend, Place, Request, Scheduler, Session, SessionId, Shared, StepPlan, StepReport};
+use crate::compression::Compression;
+use crate::compression::hidden::HiddenCodec;
 use crate::geometry::Bytes;
 use crate::pool::PoolError;
 
@@ -52,6 +54,9 @@ pub struct HostConfig {
     pub disk_budget: Bytes,
     /// Bytes per second into files, and out of them; zero where nobody knows.
     pub disk_rates: [f64; 2],
+    /// What caches are encoded in before they leave, where there is room for both forms and the codec makes them smaller: a
+    /// loss that the user chose. As they are where `None`.
+    pub codec: Option<HiddenCodec>,
     /// How often a session may lose its place in the middle of one round.
     pub max_preemptions: u32,
 }
@@ -60,7 +65,7 @@ impl Default for HostConfig {
     /// Neither host memory nor files: what does not fit is computed again.
     fn default() -> Self {
         let (budget, disk_budget) = (Bytes::ZERO, Bytes::ZERO);
-        Self { budget, rates: Rates::default(), disk_budget, disk_rates: [0.0; 2], max_preemptions: 2 }
+        Self { budget, rates: Rates::default(), disk_budget, disk_rates: [0.0; 2], codec: None, max_preemptions: 2 }
     }
 }
 
@@ -137,16 +142,54 @@ impl Scheduler {
         let rung = self.way_out(victim, true) == Method::Compress && self.harden(victim)?;
         let method = self.way_out(victim, rung);
         if method != Method::Compress {
+            if method == Method::Swap && self.encode(victim)? {
+                self.carry_out(victim, backend, report)?;
+            }
             self.give_up(victim, method, report)?;
             return Ok(method == Method::Recompute);
         }
-        // Where it fails, it is due.
-        report.compressed.push(victim);
-        let session = &self.sessions[&victim];
-        let tokens = &session.tokens[..session.cached() as usize];
-        let elapsed = backend.evict(victim, tokens, &mut self.caches)?;
-        self.spend(elapsed, report);
+        self.carry_out(victim, backend, report)?;
         Ok(true)
+    }
+
+    /// Carries out what was readied for a session's cache.
+    fn carry_out<B: Backend>(
+        &mut self,
+        id: SessionId,
+        backend: &mut B,
+        report: &mut StepReport,
+    ) -> Result<(), B::Error> {
+        // Where it fails, it is due.
+        report.compressed.push(id);
+        let session = &self.sessions[&id];
+        let tokens = &session.tokens[..session.cached() as usize];
+        let elapsed = backend.evict(id, tokens, &mut self.caches)?;
+        self.spend(elapsed, report);
+        Ok(())
+    }
+
+    /// Readies a session's cache to leave in another codec, all its tokens and layers as they are; whether there is anything to do,
+    /// and room to do it.
+    fn encode(&mut self, id: SessionId) -> Result<bool, PoolError> {
+        let session = &self.sessions[&id];
+        let before = session.request.compression.clone();
+        let Some(hidden) = self.config.host.codec.filter(|codec| *codec != before.hidden) else { return Ok(false) };
+        // What tokens were evicted by is not done again.
+        let after = Compression { layer: before.layer.clone(), hidden, ..Compression::default() };
+        let whole = session.cached() >= session.request.document_tokens();
+        if !whole || self.caches.serves_later(&before, &after).is_err() {
+            return Ok(false);
+        }
+        let tail = session.request.max_tokens() - session.cached();
+        let readied = self.caches.harden(id, &after, tail)?;
+        if readied {
+            let session = self.session_mut(id);
+            session.moves.compressed += 1;
+            session.request.compression.hidden = hidden;
+            // Pages that were encoded twice are nobody else's beginning.
+            session.read_as_prompt = 0;
+        }
+        Ok(readied)
     }
 
     /// A session gives up its place: its cache sets out for the host, or is dropped at once.
@@ -156,8 +199,9 @@ impl Scheduler {
             let bytes = self.caches.suspended_bytes(id);
             let (store, ..) = self.store_for(bytes);
             self.away[store as usize].take(bytes);
+            let now = self.now;
             let session = self.session_mut(id);
-            (session.place, session.store) = (Place::Leaving(0), store);
+            (session.place, session.store, session.moving_since) = (Place::Leaving(0), store, now);
             return Ok(());
         }
         let tokens = self.sessions[&id].cached();
@@ -319,6 +363,8 @@ impl Scheduler {
                 Direction::Out => report.out_bytes += *bytes,
                 Direction::In => report.in_bytes += *bytes,
             }
+            let session = &self.sessions[id];
+            report.moves.extend(last.then(|| self.now - session.moving_since));
             let place = match (direction, last) {
                 (Direction::Out, false) => Place::Leaving(pages.end),
                 (Direction::In, false) => Place::Coming(pages.end),

@@ -207,7 +207,8 @@ pub struct Session {
     pub shared_tokens: u64,
     /// Hashes of its prompt up to each page's edge.
     pub(super) edges: Vec<u64>,
-    /// Of its prompt, the tokens that were read as one, not as an answer; none where nobody knows how they were read.
+    /// Of its prompt, the tokens that were read as one, not as an answer; none where its cache is not as these would leave
+    /// it, because it came from a file or was encoded again.
     pub(super) read_as_prompt: usize,
     /// The session that it was forked from.
     pub(super) parent: Option<SessionId>,
@@ -221,6 +222,8 @@ pub struct Session {
     pub(super) preempted_in_round: u32,
     /// Where its cache is kept while it is away.
     pub(super) store: Store,
+    /// Since when its cache is on its way, on the clock of the schedule.
+    pub(super) moving_since: Duration,
     /// Since when nobody has needed its cache, on the clock of the schedule.
     pub(super) idle_since: Duration,
     /// Submission on the clock of the schedule.
@@ -248,6 +251,7 @@ impl Session {
             ticket: 0,
             preempted_in_round: 0,
             store: Store::Host,
+            moving_since: now,
             idle_since: now,
             submitted: now,
             times: SessionTimes::default(),

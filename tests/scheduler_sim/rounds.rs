@@ -51,6 +51,7 @@ impl World {
             rates,
             disk_budget: Bytes(if rng.random_bool(0.7) { 0 } else { rng.random_range(0..800_000) }),
             disk_rates: [rates.out / 10.0, rates.back / 10.0],
+            codec: rng.random_bool(0.2).then(|| "kivi4".parse().expect("a codec")),
             max_preemptions: rng.random_range(0..3),
         };
         let config = ScheduleConfig {
