@@ -186,6 +186,8 @@ impl Scheduler {
             let session = self.session_mut(id);
             session.moves.compressed += 1;
             session.request.compression.hidden = hidden;
+            // Pages that were encoded twice are nobody else's beginning.
+            session.read_as_prompt = 0;
         }
         Ok(readied)
     }

@@ -100,7 +100,7 @@ impl Scheduler {
             session.phase =
                 if !produced.is_empty() && cached as usize + 1 == all { Phase::Decode } else { Phase::Prefill(cached) };
             (session.place, session.store) = (Place::Host, store);
-            // The prompt may have been an answer.
+            // Of its prompt, a part may have been produced as an answer.
             session.read_as_prompt = 0;
             self.away[store as usize].take(suspended.bytes());
             self.hosted.insert(SessionId(self.next_id), suspended);

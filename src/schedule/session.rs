@@ -207,7 +207,8 @@ pub struct Session {
     pub shared_tokens: u64,
     /// Hashes of its prompt up to each page's edge.
     pub(super) edges: Vec<u64>,
-    /// Of its prompt, the tokens that were read as one, not as an answer; none where nobody knows how they were read.
+    /// Of its prompt, the tokens that were read as one, not as an answer; none where its cache is not as these would leave
+    /// it, because it came from a file or was encoded again.
     pub(super) read_as_prompt: usize,
     /// The session that it was forked from.
     pub(super) parent: Option<SessionId>,

@@ -84,8 +84,7 @@ fn count(n: usize) -> u32 {
 
 impl Scheduler {
     /// A session that goes on from where another is now: its tokens so far, then a question. It shares the other's pages if that
-    /// one still holds them when this one is admitted, and did not come from a file; compression, sampling and priority are the
-    /// other's.
+    /// one still holds them when this one is admitted, as it read them itself; compression, sampling and priority are the other's.
     ///
     /// # Errors
     /// [`SubmitError`], as [`Self::submit`]; [`SubmitError::Unknown`] where there is no such session.
@@ -190,7 +189,7 @@ impl Scheduler {
     fn offer(&self, id: SessionId, donor: SessionId, common: u32) -> Option<Offer> {
         let (session, from) = (&self.sessions[&id], &self.sessions[&donor]);
         let compression = &session.request.compression;
-        // What was compressed later is not what it would be from the start; of what came from a file nobody knows.
+        // What was compressed later is not what it would be from the start; nor, maybe, is what came from a file.
         let alike = from.rungs == 0 && from.read_as_prompt > 0 && from.request.compression == *compression;
         if !alike || !matches!(from.place, Place::Device | Place::Leaving(_)) {
             return None;

@@ -151,7 +151,7 @@ impl Simulation {
         self.steps
     }
 
-    /// What a session's cache holds, wherever it is: tokens, and their hash.
+    /// What a session's cache holds, wherever it is and whatever was read by itself: positions, and a hash of the tokens.
     pub fn content(&self, session: SessionId) -> Option<Content> {
         let away = || self.host.get(&session).map(|copy| &copy.content);
         self.torn.get(&session).or_else(|| self.device.get(&session)).or_else(away).copied()

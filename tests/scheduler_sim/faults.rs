@@ -30,7 +30,7 @@ const CALLS: u64 = 2_000;
 
 /// What goes wrong, and when: lost devices, errors of no consequence, memory that is short for a few calls whatever they are,
 /// or for many whose steps are large.
-fn random_faults(rng: &mut ChaCha8Rng, max_sessions: u32) -> Vec<SimulatedFault> {
+pub(crate) fn random_faults(rng: &mut ChaCha8Rng, max_sessions: u32) -> Vec<SimulatedFault> {
     let often = rng.random_range(12..60);
     let (mut faults, mut at) = (Vec::new(), 0);
     while at < CALLS {

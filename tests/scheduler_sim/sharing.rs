@@ -8,12 +8,13 @@ use concertina::geometry::Bytes;
 use concertina::pool::PageId;
 use concertina::schedule::simulation::{Simulation, SimulationError};
 use concertina::schedule::{
-    Backend, Caches, Finish, HostConfig, Phase, Place, Request, Round, ScheduleConfig, Scheduler, SessionId, StepPlan,
-    StepReport, StepResult, SubmitError,
+    Backend, BackendError, Caches, Fault, Finish, HostConfig, Phase, Place, Request, Round, ScheduleConfig, Scheduler,
+    SessionId, StepPlan, StepReport, StepResult, SubmitError,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use super::faults::random_faults;
 use super::rounds::{World, check, random_request};
 use super::world::{abilities, caches, compressed, full};
 
@@ -40,6 +41,8 @@ struct Outcome {
     /// Sessions that left for the host, were dropped or were compressed harder, while others named their pages.
     left: u32,
     outlived: u32,
+    /// Devices that were lost.
+    lost: u32,
 }
 
 /// Compares what the pool counts with what the tables name.
@@ -164,11 +167,24 @@ fn arrive(
     }
 }
 
-fn simulate(seed: u64) -> Outcome {
+/// After a step that failed: another device in place of one that is lost.
+fn go_on(s: &mut Scheduler, backend: &mut Simulation, error: &SimulationError) -> u32 {
+    let lost = error.fault() == Fault::DeviceLost;
+    if lost {
+        s.device_lost(&backend.rebuilt()).expect("the pool agrees");
+    }
+    exact(s);
+    u32::from(lost)
+}
+
+fn simulate(seed: u64, faults: bool) -> Outcome {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let world = World::new(&mut rng, seed);
     let library = Library::new(&mut rng);
     let (mut s, mut backend) = world.schedule();
+    if faults {
+        backend.faults = random_faults(&mut ChaCha8Rng::seed_from_u64(seed), world.config.max_sessions);
+    }
     let arrivals = rng.random_range(3..16);
     let mut submitted: BTreeMap<SessionId, Request> = BTreeMap::new();
     let (mut tried, mut still) = (0, 0);
@@ -184,19 +200,27 @@ fn simulate(seed: u64) -> Outcome {
             s.cancel(ids[rng.random_range(0..ids.len())]).expect("the pool agrees");
         }
         let shared: BTreeMap<_, _> = s.caches().tables.keys().map(|id| (*id, s.caches().shared_bytes(*id))).collect();
-        let report = s.step(&mut backend).expect("a simulation does not fail");
+        let report = match s.step(&mut backend) {
+            Ok(report) => report,
+            Err(error) => {
+                assert!(faults, "a simulation does not fail: {error}");
+                outcome.lost += go_on(&mut s, &mut backend, &error);
+                continue;
+            }
+        };
         note(&mut outcome, &s, &report, &shared, &parents);
         for id in &report.preempted {
             *preempted.entry((*id, s.session(*id).expect("it exists").round())).or_default() += 1;
         }
         let bytes = report.in_bytes + report.out_bytes;
         let moved = report.decode_rows + report.prefill_rows > 0 || bytes > Bytes::ZERO || !report.idle.is_zero();
-        let moved = moved || !report.compressed.is_empty() || !report.asked.is_empty();
+        let moved = moved || !report.compressed.is_empty() || !report.asked.is_empty() || report.shortage.is_some();
         still = if moved { 0 } else { still + 1 };
         assert!(still < 4 || s.is_idle(), "nothing happens any more, though {} wait", s.waiting().len());
         check(&s, &world, &preempted);
         exact(&s);
     }
+    backend.faults.clear();
     s.step(&mut backend).expect("a simulation does not fail");
     let report = s.report();
     let rest = (report.pages_in_use_bytes, report.committed_bytes, report.shared_bytes, report.spared_bytes);
@@ -215,8 +239,8 @@ fn simulate(seed: u64) -> Outcome {
 #[test]
 fn sessions_that_share_answer_as_alone_in_1000_seeded_simulations() {
     let run = |seed| {
-        let run = std::panic::catch_unwind(|| simulate(seed));
-        run.unwrap_or_else(|_| panic!("seed {seed} failed: sharing::simulate({seed}) repeats it"))
+        let run = std::panic::catch_unwind(|| simulate(seed, false));
+        run.unwrap_or_else(|_| panic!("seed {seed} failed: sharing::simulate({seed}, false) repeats it"))
     };
     let all: Vec<Outcome> = (0..SEEDS).map(run).collect();
     let sum = |of: &dyn Fn(&Outcome) -> u32| all.iter().map(of).sum::<u32>();
@@ -232,9 +256,22 @@ fn sessions_that_share_answer_as_alone_in_1000_seeded_simulations() {
 }
 
 #[test]
+fn sessions_that_share_answer_as_alone_though_steps_fail() {
+    let run = |seed| {
+        let run = std::panic::catch_unwind(|| simulate(seed, true));
+        run.unwrap_or_else(|_| panic!("seed {seed} failed: sharing::simulate({seed}, true) repeats it"))
+    };
+    let all: Vec<Outcome> = (0..SEEDS / 4).map(run).collect();
+    let sum = |of: &dyn Fn(&Outcome) -> u32| all.iter().map(of).sum::<u32>();
+    let (shared, again, lost) = (sum(&|o| o.shared), sum(&|o| o.again), sum(&|o| o.lost));
+    println!("{shared} sessions shared, {again} of them not for the first time, over {lost} lost devices");
+    assert!(shared > 200 && again > 50 && lost > 200, "all of it should have happened");
+}
+
+#[test]
 fn the_same_seed_gives_the_same_trace_of_sharing() {
-    assert_eq!(simulate(5), simulate(5), "equal seeds");
-    assert_ne!(simulate(5).trace, simulate(6).trace, "different seeds");
+    assert_eq!(simulate(5, false), simulate(5, false), "equal seeds");
+    assert_ne!(simulate(5, false).trace, simulate(6, false).trace, "different seeds");
 }
 
 /// A document of so many tokens, and a question about it.
