@@ -139,32 +139,41 @@ fn sessions_of_every_kind_swap_in_one_schedule_gpu() {
     compare(&ample, &got, "all kinds");
 }
 
-#[test]
-#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
-fn caches_that_are_computed_again_predict_the_same_gpu() {
+/// KL of every position of an answer between a cache that decoded it and one that read it again as a prompt.
+fn computed_again(text: &str) -> Vec<(Vec<f64>, Vec<f64>)> {
     let (device, weights) = (common::device(), common::tiny_model(4));
-    let config = config(&weights, &["full"]);
+    let config = config(&weights, &[text]);
     let (mut engine, mut caches) = Engine::new(device, &weights, &config).expect("ample memory");
     let tokens = common::tokens(77, 190, 200);
     let mut driver = Driver::new(&mut engine, &mut caches);
-    let full = Compression::default();
-    let first = driver.admit(&full, 150, 200).expect("fits");
+    let first = driver.admit(&compression(text), 150, 200).expect("fits");
     let mut decoded = Vec::new();
     driver.prefill(first, &tokens[..150], 149..150, 64, &mut |_, row| decoded.push(widen(&row))).expect("runs");
     for token in &tokens[150..] {
         decoded.extend(driver.decode(&[(first, *token)]).expect("runs").iter().map(|row| widen(row)));
     }
-    let again = driver.admit(&full, 150, 200).expect("fits");
+    let again = driver.admit(&compression(text), 150, 200).expect("fits");
     let mut read = Vec::new();
     driver.prefill(again, &tokens, 149..190, 64, &mut |_, row| read.push(widen(&row))).expect("runs");
     driver.end().expect("the pool agrees");
-    let worst = decoded.iter().zip(&read).map(|(a, b)| kl_divergence(a, b)).fold(0.0, f64::max);
-    println!("{} positions, KL at most {worst:.1e}", read.len());
     assert_eq!(decoded.len(), read.len(), "a row per position");
-    assert!(worst <= 1e-4, "KL of {worst}");
-    assert!(decoded.iter().zip(&read).all(|(a, b)| agree_top1(a, b)), "the most probable token is the same");
-    let other = kl_divergence(&decoded[0], &read[1]);
-    assert!(other > 1e-4, "another position's distribution would be noticed: {other}");
+    decoded.into_iter().zip(read).collect()
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn caches_that_are_computed_again_predict_the_same_gpu() {
+    // Rows of a prompt add in another order than those of decode, by some 1e-7. In f16 that is all; in a codec a number near
+    // the edge of two codes can fall to the other side, which then differs by a whole step of the codec.
+    for (text, most) in [("full", 1e-9), ("int8", 1e-4), ("kivi4", 1e-4), ("kivi2", 1e-3)] {
+        let rows = computed_again(text);
+        let worst = rows.iter().map(|(a, b)| kl_divergence(a, b)).fold(0.0, f64::max);
+        println!("{text}: {} positions, KL at most {worst:.1e}", rows.len());
+        assert!(worst <= most, "{text}: KL of {worst}");
+        assert!(rows.iter().all(|(a, b)| agree_top1(a, b)), "{text}: the most probable token is the same");
+        let other = kl_divergence(&rows[0].0, &rows[1].1);
+        assert!(other > 1e-4, "another position's distribution would be noticed: {other}");
+    }
 }
 
 #[test]
