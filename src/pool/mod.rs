@@ -423,6 +423,11 @@ impl PagePool {
         Ok(())
     }
 
+    /// Bytes of pages that several tables name, each counted once.
+    pub const fn shared_bytes(&self) -> Bytes {
+        self.shared
+    }
+
     /// Tables that name a page.
     pub fn holders(&self, page: PageId) -> u32 {
         self.arenas.get(usize::from(page.arena)).map_or(0, |arena| arena.holders(page.cell))

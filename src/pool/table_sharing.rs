@@ -159,6 +159,10 @@ impl PageTable {
 
     /// Bytes of its pages that other tables name too.
     pub fn shared_bytes(&self, pool: &PagePool) -> Bytes {
+        // The usual case, and a table has thousands of pages.
+        if pool.shared_bytes() == Bytes::ZERO {
+            return Bytes::ZERO;
+        }
         self.page_ids().filter(|(page, _)| pool.holders(*page) > 1).map(|(_, bytes)| bytes).sum()
     }
 

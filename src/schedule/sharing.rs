@@ -111,7 +111,7 @@ impl Scheduler {
     /// What spares a session the most of what it would read, and whether it should wait, because another is reading more.
     pub(super) fn prefix(&self, id: SessionId) -> (Option<Shared>, bool) {
         let (mut best, mut coming): (Option<Shared>, u32) = (None, 0);
-        for donor in self.admitted.iter().filter(|donor| **donor != id) {
+        for donor in self.admitted.iter().filter(|donor| self.begin_alike(id, **donor)) {
             let better = |offer: &Offer, best: Option<Shared>, coming: u32| {
                 (offer.now.tokens > best.map_or(0, |best| best.tokens), offer.coming > coming)
             };
@@ -126,6 +126,26 @@ impl Scheduler {
             coming = if later { offer.coming } else { coming };
         }
         (best, coming > best.map_or(0, |best| best.tokens))
+    }
+
+    /// [`Self::prefix`] of the first in line, who asks in every step: one that begins as nobody does who is admitted goes on so until
+    /// another is admitted.
+    pub(super) fn prefix_in_line(&mut self, id: SessionId) -> (Option<Shared>, bool) {
+        let stranger = Some((id, self.admissions));
+        if self.stranger == stranger {
+            return (None, false);
+        }
+        if !self.admitted.iter().any(|donor| self.begin_alike(id, *donor)) {
+            self.stranger = stranger;
+        }
+        self.prefix(id)
+    }
+
+    /// Whether two sessions have a whole page in common, by its hash, or one is a fork of the other.
+    fn begin_alike(&self, id: SessionId, donor: SessionId) -> bool {
+        let (session, from) = (&self.sessions[&id], &self.sessions[&donor]);
+        let first = session.edges.first();
+        id != donor && (session.parent == Some(donor) || (first.is_some() && first == from.edges.first()))
     }
 
     /// Lets a session leave. Where the first in line that needs pages would begin with some of its, that one names them before
