@@ -3,19 +3,15 @@
 
 mod common;
 
-use std::collections::BTreeSet;
-use std::time::Duration;
-
-use concertina::compression::Compression;
+use common::sessions;
 use concertina::device::loss::Failure;
 use concertina::device::staging::{Uploader, download};
 use concertina::device::{AdapterRequest, Device, DeviceError};
 use concertina::engine::host_cache::HostCopies;
-use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
+use concertina::engine::{Engine, EngineConfig, EngineError};
 use concertina::geometry::Bytes;
-use concertina::kernels::sample::Sampling;
 use concertina::schedule::{
-    BackendError, Caches, Fault, HostConfig, Loss, Place, Request, Round, ScheduleConfig, Scheduler, Session, Store,
+    BackendError, Caches, Fault, HostConfig, Loss, Place, Request, ScheduleConfig, Scheduler, Session, Store,
 };
 use concertina::weights::Weights;
 
@@ -26,49 +22,15 @@ fn own_device() -> Device {
     device.expect("an adapter opens a second device")
 }
 
-fn compression(text: &str) -> Compression {
-    text.parse().unwrap_or_else(|e| panic!("{text}: {e}"))
-}
-
-/// Three rounds over a document; sampled, so that a small difference shows.
+/// Three rounds over a document.
 fn request(seed: usize, n: usize, text: &str) -> Request {
-    let sampling = Sampling { temperature: 1.0, seed: seed as u64, ..Sampling::GREEDY };
-    let round = |at: usize| Round {
-        tokens: common::tokens((1_000 + 10 * seed + at) as u64, 5 + at, 200),
-        max_new: 12,
-        think: Duration::from_millis(at as u64),
-    };
-    Request {
-        rounds: vec![round(1), round(2)],
-        sampling,
-        compression: compression(text),
-        document: Some(u32::try_from(n).expect("short") - 4),
-        ..Request::new(common::tokens(seed as u64, n, 200), 12)
-    }
-}
-
-fn config(texts: &[&str]) -> EngineConfig {
-    let compressions: Vec<_> = texts.iter().map(|text| compression(text)).collect();
-    let codecs: BTreeSet<_> = compressions.iter().flat_map(Caches::codecs_of).collect();
-    EngineConfig {
-        codecs: codecs.into_iter().collect(),
-        evictions: EvictionConfig::of(&compressions, 8),
-        page_size: 32,
-        context_length: 512,
-        ..common::config(64)
-    }
+    sessions::request(seed, n, 12, 200, text)
 }
 
 /// A budget with room for so many tenths of a request's session, and chunks of a few pages.
 fn tight(weights: &Weights, config: &EngineConfig, request: &Request, tenths: u64) -> EngineConfig {
-    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
-    let mut tight = EngineConfig { swap_chunk: Bytes(24 << 10), ..config.clone() };
-    for _ in 0..4 {
-        let (_, caches) = Engine::new(&device, weights, &tight).expect("ample memory");
-        let needed = caches.pool.slabs_for(&caches.pages_needed(request).expect("it is served"));
-        tight.budget = (tight.budget + Bytes(needed.0 * tenths / 10)).saturating_sub(caches.pool.capacity());
-    }
-    tight
+    let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..config.clone() };
+    sessions::tight(weights, &config, request, tenths)
 }
 
 fn schedule(config: &EngineConfig, caches: Caches, all: &[Request]) -> Scheduler {
@@ -152,7 +114,7 @@ fn sessions_survive_devices_that_are_lost_gpu() {
     let weights = common::tiny_model(4);
     for (text, fit) in KINDS {
         let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed, text)).collect();
-        let config = config(&[text]);
+        let config = sessions::config(&weights, &[text]);
         let expected = undisturbed(&weights, &config, &all);
         let (s, losses) = run_through_losses(&weights, &tight(&weights, &config, &all[7], fit), &all, 2);
         assert_eq!(losses.len(), 2, "{text}: two devices were lost");
@@ -182,7 +144,7 @@ fn sessions_survive_devices_that_are_lost_gpu() {
 fn a_copy_that_is_not_handed_over_is_missed_gpu() {
     let weights = common::tiny_model(4);
     let all: Vec<_> = (0..8).map(|seed| request(seed, 150 + 9 * seed, "full")).collect();
-    let config = tight(&weights, &config(&["full"]), &all[7], 26);
+    let config = tight(&weights, &sessions::config(&weights, &["full"]), &all[7], 26);
     let device = common::device();
     let (mut engine, caches) = Engine::new(device, &weights, &config).expect("the budget suffices");
     let mut s = schedule(&config, caches, &all);
@@ -218,7 +180,7 @@ fn submissions_that_find_no_memory_change_no_answer_gpu() {
     let weights = common::tiny_model(4);
     let device = own_device();
     let all: Vec<_> = (0..8).map(|at| request(at, 140 + 7 * at, KINDS[at % 4].0)).collect();
-    let config = config(&KINDS.map(|(text, _)| text));
+    let config = sessions::config(&weights, &KINDS.map(|(text, _)| text));
     let expected = undisturbed(&weights, &config, &all);
     let config = tight(&weights, &config, &all[0], 30);
     let (mut engine, caches) = Engine::new(&device, &weights, &config).expect("the budget suffices");
@@ -250,7 +212,7 @@ fn submissions_that_find_no_memory_change_no_answer_gpu() {
 fn every_call_on_a_lost_device_is_an_error_gpu() {
     let weights = common::tiny_model(4);
     let device = own_device();
-    let config = config(&["full", "token=h2o:96:every32,hidden=kivi4"]);
+    let config = sessions::config(&weights, &["full", "token=h2o:96:every32,hidden=kivi4"]);
     let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..config };
     let mut uploader = Uploader::new(&device, "staging", Bytes(4096)).expect("memory");
     let buffer = device.storage("data", Bytes(4096)).expect("memory");

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use common::sessions::tight;
 use concertina::compression::Compression;
 use concertina::compression::head::HeadScores;
 use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
@@ -18,7 +19,6 @@ use concertina::schedule::{
     Backend, Caches, HostConfig, Phase, Request, Round, ScheduleConfig, Scheduler, SessionId, StepPlan, StepReport,
     StepResult,
 };
-use concertina::weights::Weights;
 
 const VOCAB: u32 = 200;
 
@@ -182,20 +182,6 @@ fn a_fork_predicts_what_its_parent_does_gpu() {
         let other = kl_divergence(&of(parent, 50), &of(fork, 1));
         assert!(other > 1e-4, "{text}: another place would be noticed: {other}");
     }
-}
-
-/// A budget with room for so many tenths of a request's session.
-fn tight(weights: &Weights, config: &EngineConfig, request: &Request, tenths: u64) -> EngineConfig {
-    let device = concertina::device::Device::open_noop().expect("the noop backend is compiled into the tests");
-    let mut tight = config.clone();
-    // Staging shrinks with the budget, so that the arenas come out larger than what was taken off; a few times closer.
-    for _ in 0..4 {
-        let (_, caches) = Engine::new(&device, weights, &tight).expect("ample memory");
-        let needed = caches.pool.slabs_for(&caches.pages_needed(request).expect("it is served"));
-        let wanted = Bytes(needed.0 * tenths / 10);
-        tight.budget = (tight.budget + wanted).saturating_sub(caches.pool.capacity());
-    }
-    tight
 }
 
 /// Caches that others name pages of leave for the host and come back, and those that others go on with are as they were.

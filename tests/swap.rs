@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::sessions::{KINDS, compression, config, request};
+use common::sessions::{KINDS, compression, config, request, tight};
 use concertina::compression::Compression;
 use concertina::device::Device;
 use concertina::engine::{Engine, EngineConfig, EngineError};
@@ -76,20 +76,6 @@ fn run_in(
     outcome.disk_peak = s.away_bytes(Store::Disk).1;
     outcome.sessions = s.sessions().map(|(_, session)| session.clone()).collect();
     outcome
-}
-
-/// A budget with room for so many tenths of a request's session.
-fn tight(weights: &Weights, config: &EngineConfig, request: &Request, tenths: u64) -> EngineConfig {
-    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
-    let mut tight = config.clone();
-    // Staging shrinks with the budget, so that the arenas come out larger than what was taken off; a few times closer.
-    for _ in 0..4 {
-        let (_, caches) = Engine::new(&device, weights, &tight).expect("ample memory");
-        let needed = caches.pool.slabs_for(&caches.pages_needed(request).expect("it is served"));
-        let wanted = Bytes(needed.0 * tenths / 10);
-        tight.budget = (tight.budget + wanted).saturating_sub(caches.pool.capacity());
-    }
-    tight
 }
 
 fn compare(ample: &Outcome, got: &Outcome, what: &str) {

@@ -136,7 +136,7 @@ impl Scheduler {
     /// another is reading waits for that.
     fn enter<B: Backend>(&mut self, id: SessionId, backend: &mut B, report: &mut StepReport) -> Result<bool, B::Error> {
         let shared = loop {
-            let (shared, waits) = if self.hosted.contains_key(&id) { (None, false) } else { self.prefix_in_line(id) };
+            let (shared, waits) = if self.hosted.contains_key(&id) { (None, false) } else { self.prefix(id) };
             let request = &self.sessions[&id].request;
             if waits {
                 return Ok(false);
@@ -170,7 +170,6 @@ impl Scheduler {
     /// A session has pages now.
     pub(super) fn begin(&mut self, id: SessionId, shared: Option<Shared>) {
         self.admitted.push(id);
-        self.admissions += 1;
         let (now, hosted) = (self.now, self.hosted.contains_key(&id));
         let session = self.session_mut(id);
         session.place = if hosted { Place::Coming(0) } else { Place::Device };

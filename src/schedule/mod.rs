@@ -193,10 +193,6 @@ pub struct Scheduler {
     thinking: BTreeSet<(Duration, SessionId)>,
     /// Sessions that hold pages, in the order in which they got them.
     admitted: Vec<SessionId>,
-    /// How often a session has got pages.
-    admissions: u64,
-    /// Who was found to begin as nobody does who was admitted, and how often a session had got pages then.
-    stranger: Option<(SessionId, u64)>,
     /// Caches in host memory.
     hosted: BTreeMap<SessionId, SuspendedCache>,
     /// Bytes of caches that are away, of each [`Store`].
@@ -232,8 +228,6 @@ impl Scheduler {
             waiting: BTreeSet::new(),
             thinking: BTreeSet::new(),
             admitted: Vec::new(),
-            admissions: 0,
-            stranger: None,
             hosted: BTreeMap::new(),
             away: Default::default(),
             disk_full: false,

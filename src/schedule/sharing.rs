@@ -128,19 +128,6 @@ impl Scheduler {
         (best, coming > best.map_or(0, |best| best.tokens))
     }
 
-    /// [`Self::prefix`] of the first in line, who asks in every step: one that begins as nobody does who is admitted goes on so until
-    /// another is admitted.
-    pub(super) fn prefix_in_line(&mut self, id: SessionId) -> (Option<Shared>, bool) {
-        let stranger = Some((id, self.admissions));
-        if self.stranger == stranger {
-            return (None, false);
-        }
-        if !self.admitted.iter().any(|donor| self.begin_alike(id, *donor)) {
-            self.stranger = stranger;
-        }
-        self.prefix(id)
-    }
-
     /// Whether two sessions have a whole page in common, by its hash, or one is a fork of the other.
     fn begin_alike(&self, id: SessionId, donor: SessionId) -> bool {
         let (session, from) = (&self.sessions[&id], &self.sessions[&donor]);

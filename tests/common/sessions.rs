@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use concertina::compression::Compression;
 use concertina::compression::head::HeadScores;
-use concertina::engine::{EngineConfig, EvictionConfig};
+use concertina::device::Device;
+use concertina::engine::{Engine, EngineConfig, EvictionConfig};
+use concertina::geometry::Bytes;
 use concertina::kernels::sample::Sampling;
 use concertina::schedule::{Caches, Request, Round};
 use concertina::weights::Weights;
@@ -60,4 +62,18 @@ pub(crate) fn config(weights: &Weights, texts: &[&str]) -> EngineConfig {
         context_length: 512,
         ..super::config(64)
     }
+}
+
+/// A budget with room for so many tenths of a request's session.
+pub(crate) fn tight(weights: &Weights, config: &EngineConfig, request: &Request, tenths: u64) -> EngineConfig {
+    let device = Device::open_noop().expect("the noop backend is compiled into the tests");
+    let mut tight = config.clone();
+    // Staging shrinks with the budget, so that the arenas come out larger than what was taken off; a few times closer.
+    for _ in 0..4 {
+        let (_, caches) = Engine::new(&device, weights, &tight).expect("ample memory");
+        let needed = caches.pool.slabs_for(&caches.pages_needed(request).expect("it is served"));
+        let wanted = Bytes(needed.0 * tenths / 10);
+        tight.budget = (tight.budget + wanted).saturating_sub(caches.pool.capacity());
+    }
+    tight
 }

@@ -13,12 +13,12 @@ use concertina::schedule::recovery::{GOOD_STEPS, MAX_FAILURES};
 use concertina::schedule::simulation::{SimulatedFault, Simulation, SimulationError};
 use concertina::schedule::{
     Abilities, Backend, BackendError, Caches, Fault, Finish, HostConfig, Loss, Phase, Place, Request, Round,
-    ScheduleConfig, Scheduler, SessionId, Shortage, StepPlan, StepReport, StepResult, Store, SubmitError,
+    ScheduleConfig, Scheduler, SessionId, Shortage, StepPlan, StepReport, StepResult, Store,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::rounds::{self, World, random_request};
+use super::rounds::{self, World, arrive, random_request};
 use super::world::{abilities, caches, compressed, full};
 
 /// Simulations of the test below.
@@ -134,11 +134,7 @@ fn simulate(seed: u64) -> Outcome {
         while tried < arrivals && rng.random_bool(0.2) {
             let request = random_request(&mut rng);
             tried += 1;
-            match s.submit(request.clone()) {
-                Ok(id) => drop(submitted.insert(id, request)),
-                Err(SubmitError::NotServed(_) | SubmitError::NeverFits { .. }) => {}
-                Err(other) => panic!("{other}"),
-            }
+            arrive(&mut s, request, &mut submitted);
         }
         if rng.random_bool(0.004) && !submitted.is_empty() {
             let ids: Vec<_> = submitted.keys().copied().collect();

@@ -115,6 +115,15 @@ pub(crate) fn random_request(rng: &mut ChaCha8Rng) -> Request {
     }
 }
 
+/// Submits a request, unless no empty pool could hold it.
+pub(crate) fn arrive(s: &mut Scheduler, request: Request, submitted: &mut BTreeMap<SessionId, Request>) {
+    match s.submit(request.clone()) {
+        Ok(id) => drop(submitted.insert(id, request)),
+        Err(SubmitError::NotServed(_) | SubmitError::NeverFits { .. }) => {}
+        Err(other) => panic!("{other}"),
+    }
+}
+
 /// What a simulation came to.
 #[derive(Debug, Default, PartialEq)]
 struct Outcome {
@@ -168,11 +177,7 @@ fn simulate(seed: u64) -> Outcome {
         while tried < arrivals && rng.random_bool(0.2) {
             let request = random_request(&mut rng);
             tried += 1;
-            match s.submit(request.clone()) {
-                Ok(id) => drop(submitted.insert(id, request)),
-                Err(SubmitError::NotServed(_) | SubmitError::NeverFits { .. }) => {}
-                Err(other) => panic!("{other}"),
-            }
+            arrive(&mut s, request, &mut submitted);
         }
         if rng.random_bool(0.002) && !submitted.is_empty() {
             let ids: Vec<_> = submitted.keys().copied().collect();
