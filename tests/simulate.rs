@@ -56,7 +56,7 @@ fn small_workload(seed: u64) -> Workload {
 }
 
 fn slow_machine() -> Machine {
-    Machine { flops: 2e9, bandwidth: 4e8, link: 2e7 }
+    Machine { flops: 2e9, bandwidth: 4e8, link: 2e7, parallel: None }
 }
 
 /// Everything of a step that does not depend on how many lists there are; bytes are of all lists.

@@ -3,8 +3,9 @@
 //! ```text
 //! matmul      max(2 * rows * parameters / F, bytes of weights / B)      weights are read once, whoever's rows they are for
 //! attention   max(4 * pairs * q_width / F, bytes of caches / B)         of prompt rows, and of decode rows
+//! sums        between GPUs that share each layer, see [`super::parallel`]
 //! link        max(bytes out, bytes back) / L                            both ways at once, beside the rows
-//! step        max(matmul + attention of prompt rows + attention of decode rows, link)
+//! step        max(matmul + attention of prompt rows + attention of decode rows + sums, link)
 //!
 //! pairs = layers * (n * before + n * (n + 1) / 2)    rows times the tokens that each sees, itself included
 //! F = FLOP/s, B = bytes of device memory per second, L = bytes per second of the link to the host, each way
@@ -24,6 +25,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::model::Decoder;
+use super::parallel::TensorParallel;
 use super::presets::Gpu;
 use crate::geometry::Bytes;
 
@@ -92,8 +94,10 @@ pub struct Machine {
     pub flops: f64,
     /// Bytes of device memory per second.
     pub bandwidth: f64,
-    /// Bytes per second over the link, each way.
+    /// Bytes per second over the link, each way; infinite where host and device have one memory.
     pub link: f64,
+    /// Whether it is several GPUs that share each layer: the rates are those of all of them.
+    pub parallel: Option<TensorParallel>,
 }
 
 /// Seconds of a step, or of many.
@@ -105,6 +109,8 @@ pub struct StepTime {
     pub prefill_attention_s: f64,
     /// Attention of decode rows.
     pub decode_attention_s: f64,
+    /// Sums between GPUs that share each layer.
+    pub all_reduce_s: f64,
     /// Pages on their way, beside all of these.
     pub link_s: f64,
 }
@@ -112,7 +118,7 @@ pub struct StepTime {
 impl StepTime {
     /// The time of a step, which ends when its rows are computed and its pages are there.
     pub const fn total_s(&self) -> f64 {
-        (self.matmul_s + self.prefill_attention_s + self.decode_attention_s).max(self.link_s)
+        (self.matmul_s + self.prefill_attention_s + self.decode_attention_s + self.all_reduce_s).max(self.link_s)
     }
 
     /// Adds another step's.
@@ -120,6 +126,7 @@ impl StepTime {
         self.matmul_s += other.matmul_s;
         self.prefill_attention_s += other.prefill_attention_s;
         self.decode_attention_s += other.decode_attention_s;
+        self.all_reduce_s += other.all_reduce_s;
         self.link_s += other.link_s;
     }
 }
@@ -131,11 +138,30 @@ impl Machine {
             flops: gpu.flops_per_s * achieved.flops,
             bandwidth: gpu.memory_bytes_per_s * achieved.bandwidth,
             link: gpu.link_bytes_per_s * achieved.link,
+            parallel: None,
         }
     }
 
+    /// Several such GPUs, which share each layer.
+    #[must_use]
+    pub fn shared_by(self, parallel: TensorParallel) -> Self {
+        let n = f64::from(parallel.degree);
+        let Self { flops, bandwidth, link, .. } = self;
+        Self { flops: n * flops, bandwidth: n * bandwidth, link: n * link, parallel: Some(parallel) }
+    }
+
+    /// Time of the sums of a step of so many rows between GPUs, in seconds.
+    pub fn all_reduce_s(&self, model: &Decoder, rows: u64) -> f64 {
+        self.parallel.map_or(0.0, |parallel| parallel.all_reduce_s(model, rows))
+    }
+
+    /// Time of so many bytes over the link one way, in seconds; none where there is none.
+    pub fn link_s(&self, bytes: Bytes) -> Option<f64> {
+        self.link.is_finite().then(|| bytes.0 as f64 / self.link)
+    }
+
     /// The later of computing and reading, in seconds.
-    fn roof(&self, flop: u128, bytes: Bytes) -> f64 {
+    pub(super) fn roof(&self, flop: u128, bytes: Bytes) -> f64 {
         (flop as f64 / self.flops).max(bytes.0 as f64 / self.bandwidth)
     }
 
@@ -146,6 +172,7 @@ impl Machine {
             matmul_s: self.roof(model.matmul_flop(work.rows, work.sampling), weights),
             prefill_attention_s: self.roof(model.prefill_attention_flop(work.prefill.pairs), work.prefill.cache),
             decode_attention_s: self.roof(model.decode_attention_flop(work.decode.pairs), work.decode.cache),
+            all_reduce_s: self.all_reduce_s(model, work.rows),
             link_s: work.out.0.max(work.back.0) as f64 / self.link,
         }
     }
@@ -188,7 +215,7 @@ mod tests {
     fn example() -> (Decoder, Machine) {
         let parameters = Parameters { layers: 34_000_000_000, ..Parameters::default() };
         let model = Decoder { parameters, weights: Bytes(68_000_000_000), ..Decoder::dense(yi_34b(), false) };
-        (model, Machine { flops: 312e12, bandwidth: 2e12, link: 20e9 })
+        (model, Machine { flops: 312e12, bandwidth: 2e12, link: 20e9, parallel: None })
     }
 
     fn kv(tokens: u32) -> Bytes {
@@ -213,7 +240,7 @@ mod tests {
             assert_near(250.0 * machine.decode(&model, tokens, kv(tokens)), decode, "decode of 250 tokens");
             assert_near(machine.switch(kv(tokens), kv(tokens)), switch, "context switch");
         }
-        let h100 = Machine { flops: 989e12, bandwidth: 3.35e12, link: 50e9 };
+        let h100 = Machine { flops: 989e12, bandwidth: 3.35e12, link: 50e9, parallel: None };
         assert_near(h100.prefill(&model, 50_000, kv(50_000)), 5.612, "prefill of 50K on an H100");
         assert_near(250.0 * h100.decode(&model, 50_000, kv(50_000)), 5.992, "decode of 50K on an H100");
         assert_near(h100.switch(kv(50_000), kv(50_000)), 0.4915, "switch of 50K on an H100");
