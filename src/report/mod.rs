@@ -25,6 +25,7 @@ mod checks;
 mod codecs;
 mod device;
 mod heads;
+pub mod html;
 mod kl;
 mod meter;
 mod needle;
@@ -57,5 +58,6 @@ pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, 
 pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
 pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};
 pub use switch::{SwitchReport, SwitchRow};
+pub use table::Align;
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;

@@ -14,10 +14,39 @@ const AREA: (f64, f64, f64, f64) = (84.0, 52.0, 936.0, 578.0);
 const DECADES_MAX: i32 = 7;
 /// Width and height of a character of a label, about.
 const LETTER: (f64, f64) = (7.1, 11.0);
-/// What makes words readable over lines.
-const HALO: &str = "paint-order=\"stroke\" stroke=\"white\" stroke-width=\"3\"";
 /// Radius of a point.
 const RADIUS: f64 = 4.0;
+
+/// The colours of a picture.
+#[derive(Clone, Copy, Debug)]
+struct Colours {
+    ink: &'static str,
+    paper: &'static str,
+    grid: &'static str,
+    point: &'static str,
+    front: &'static str,
+    guide: &'static str,
+}
+
+/// Of a file of its own, which is shown on white.
+const OWN: Colours =
+    Colours { ink: "#222", paper: "white", grid: "#e4e4e4", point: "#1f5fa8", front: "#9dbfe6", guide: "#888" };
+/// Of the page around it.
+const OF_PAGE: Colours = Colours {
+    ink: "currentColor",
+    paper: "var(--paper)",
+    grid: "var(--grid)",
+    point: "var(--point)",
+    front: "var(--front)",
+    guide: "var(--guide)",
+};
+
+impl Colours {
+    /// What makes words readable over lines.
+    fn halo(&self) -> String {
+        format!("paint-order=\"stroke\" stroke=\"{}\" stroke-width=\"3\"", self.paper)
+    }
+}
 
 /// A labelled point.
 #[derive(Clone, Debug, PartialEq)]
@@ -112,41 +141,59 @@ fn overlap(a: &Area, b: &Area) -> bool {
 }
 
 impl Plot {
-    /// The picture.
+    /// The picture as a file of its own.
     pub fn svg(&self) -> String {
         let (width, height) = SIZE;
         let mut svg = format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} \
-             {height}\" font-family=\"sans-serif\" font-size=\"12\" fill=\"#222\">\n<rect width=\"{width}\" \
-             height=\"{height}\" fill=\"white\"/>\n"
+             {height}\" font-family=\"sans-serif\" font-size=\"12\" fill=\"{}\">\n<rect width=\"{width}\" \
+             height=\"{height}\" fill=\"{}\"/>\n",
+            OWN.ink, OWN.paper
         );
+        self.draw(&mut svg, &OWN);
+        svg
+    }
+
+    /// The picture as a part of a page, in the page's colours and as wide as it wants.
+    pub(super) fn inline_svg(&self) -> String {
+        let (width, height) = SIZE;
+        let ink = OF_PAGE.ink;
+        let mut svg = format!(
+            "<svg class=\"plot\" role=\"img\" viewBox=\"0 0 {width} {height}\" font-size=\"12\" fill=\"{ink}\">\n"
+        );
+        self.draw(&mut svg, &OF_PAGE);
+        svg
+    }
+
+    fn draw(&self, svg: &mut String, colours: &Colours) {
         let (x, y) = (self.x_axis(), self.y_axis());
-        self.draw_axes(&mut svg, &x, &y);
+        self.draw_axes(svg, &x, &y, colours);
         let mut taken: Vec<Area> = Vec::new();
         if let Some(guide) = &self.guide {
             let at = x.place(guide.x);
-            line(&mut svg, (at, AREA.1), (at, AREA.3), "stroke=\"#888\" stroke-dasharray=\"5 4\"");
+            let dashed = format!("stroke=\"{}\" stroke-dasharray=\"5 4\"", colours.guide);
+            line(svg, (at, AREA.1), (at, AREA.3), &dashed);
             let half = text_width(&guide.label) / 2.0;
             taken.push((at - half, AREA.1 + 1.0, at + half, AREA.1 + 15.0));
-            text(&mut svg, (at, AREA.1 + 12.0), "middle", HALO, &guide.label);
+            text(svg, (at, AREA.1 + 12.0), "middle", &colours.halo(), &guide.label);
         }
         let places: Vec<(f64, f64)> = self.points.iter().map(|p| (x.place(p.x), y.place(p.y))).collect();
-        self.draw_front(&mut svg, &places);
+        self.draw_front(svg, &places, colours);
         let room = RADIUS + 2.0;
         taken.extend(places.iter().map(|(px, py)| (px - room, py - room, px + room, py + room)));
         for (point, place) in self.points.iter().zip(&places) {
-            label(&mut svg, *place, &point.label, &mut taken);
+            label(svg, *place, &point.label, &mut taken, colours);
         }
         // Over the labels, so that none hides a point.
         for (point, (px, py)) in self.points.iter().zip(&places) {
-            let fill = if y.shows(point.y) { "#1f5fa8" } else { "white" };
+            let stroke = colours.point;
+            let fill = if y.shows(point.y) { stroke } else { colours.paper };
             let _ = writeln!(
                 svg,
-                "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"{RADIUS}\" fill=\"{fill}\" stroke=\"#1f5fa8\"/>"
+                "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"{RADIUS}\" fill=\"{fill}\" stroke=\"{stroke}\"/>"
             );
         }
         svg.push_str("</svg>\n");
-        svg
     }
 
     /// All points and the guide, with some room on both sides.
@@ -172,11 +219,12 @@ impl Plot {
         Axis { scale: Scale::Log, ends: (low.min(high - 1.0), high), at }
     }
 
-    fn draw_axes(&self, svg: &mut String, x: &Axis, y: &Axis) {
+    fn draw_axes(&self, svg: &mut String, x: &Axis, y: &Axis, colours: &Colours) {
         let (left, top, right, bottom) = AREA;
+        let [grid, ink] = [colours.grid, colours.ink].map(|colour| format!("stroke=\"{colour}\""));
         for tick in x.ticks(&[1.0, 2.0, 5.0]) {
             let at = x.place(tick);
-            line(svg, (at, top), (at, bottom), "stroke=\"#e4e4e4\"");
+            line(svg, (at, top), (at, bottom), &grid);
             text(svg, (at, bottom + 18.0), "middle", "", &thousands(tick));
         }
         let ticks: Vec<(f64, String)> = match y.scale {
@@ -185,11 +233,11 @@ impl Plot {
         };
         for (tick, words) in ticks {
             let at = y.place(tick);
-            line(svg, (left, at), (right, at), "stroke=\"#e4e4e4\"");
+            line(svg, (left, at), (right, at), &grid);
             text(svg, (left - 8.0, at + 4.0), "end", "", &words);
         }
         let frame = [((left, top), (left, bottom)), ((left, bottom), (right, bottom))];
-        frame.into_iter().for_each(|(from, to)| line(svg, from, to, "stroke=\"#222\""));
+        frame.into_iter().for_each(|(from, to)| line(svg, from, to, &ink));
         let middle = (f64::midpoint(left, right), f64::midpoint(top, bottom));
         text(svg, (middle.0, 30.0), "middle", "font-size=\"15\"", &self.title);
         text(svg, (middle.0, bottom + 44.0), "middle", "font-size=\"13\"", &self.x_title);
@@ -198,7 +246,7 @@ impl Plot {
     }
 
     /// Joins the points that no other one beats.
-    fn draw_front(&self, svg: &mut String, places: &[(f64, f64)]) {
+    fn draw_front(&self, svg: &mut String, places: &[(f64, f64)], colours: &Colours) {
         // What lies beyond the guide is beaten by what the guide stands for.
         let end = self.guide.as_ref().map_or(f64::INFINITY, |guide| guide.x);
         let candidate = |i: &usize| !self.points[*i].y.is_nan() && self.points[*i].x <= end;
@@ -214,14 +262,15 @@ impl Plot {
         let points: Vec<_> = order.iter().map(|i| format!("{:.1},{:.1}", places[*i].0, places[*i].1)).collect();
         let _ = writeln!(
             svg,
-            "<polyline points=\"{}\" fill=\"none\" stroke=\"#9dbfe6\" stroke-width=\"2\"/>",
-            points.join(" ")
+            "<polyline points=\"{}\" fill=\"none\" stroke=\"{}\" stroke-width=\"2\"/>",
+            points.join(" "),
+            colours.front
         );
     }
 }
 
 /// Puts a label where it hides nothing, as near to its point as there is room.
-fn label(svg: &mut String, (x, y): (f64, f64), words: &str, taken: &mut Vec<Area>) {
+fn label(svg: &mut String, (x, y): (f64, f64), words: &str, taken: &mut Vec<Area>, colours: &Colours) {
     let (w, h) = (text_width(words), LETTER.1);
     let box_at = |dx: f64, dy: f64| {
         let left = if dx > 0.0 { x + dx } else { x + dx - w };
@@ -242,9 +291,9 @@ fn label(svg: &mut String, (x, y): (f64, f64), words: &str, taken: &mut Vec<Area
     let area = box_at(dx, dy);
     if dx.abs().max(dy.abs()) > 12.0 {
         let end = (x.clamp(area.0, area.2), y.clamp(area.1, area.3));
-        line(svg, (x, y), end, "stroke=\"#888\" stroke-width=\"0.7\"");
+        line(svg, (x, y), end, &format!("stroke=\"{}\" stroke-width=\"0.7\"", colours.guide));
     }
-    text(svg, (area.0, area.3 - 1.5), "start", HALO, words);
+    text(svg, (area.0, area.3 - 1.5), "start", &colours.halo(), words);
     taken.push(area);
 }
 
@@ -327,6 +376,15 @@ mod tests {
     }
 
     #[test]
+    fn a_picture_in_a_page_has_only_the_colours_of_the_page() {
+        let plot = plot(&[(3000.0, 0.2, "a"), (6000.0, 0.0, "zero")]);
+        let inline = plot.inline_svg();
+        assert!(!inline.contains("=\"#") && !inline.contains("white") && !inline.contains("http"), "{inline}");
+        assert!(plot.svg().contains("=\"#") && !plot.svg().contains("var("), "a file has its own");
+        assert_eq!(inline.matches("<circle").count(), plot.svg().matches("<circle").count(), "the same points");
+    }
+
+    #[test]
     fn parts_lie_between_0_and_1() {
         let plot =
             Plot { y_scale: Scale::Part, ..plot(&[(3000.0, 0.4, "some"), (6000.0, 0.0, "none"), (7e3, 1.0, "all")]) };
@@ -342,7 +400,7 @@ mod tests {
     #[test]
     fn labels_do_not_cover_one_another() {
         let (mut svg, mut taken) = (String::new(), Vec::new());
-        (0..12).for_each(|_| label(&mut svg, (400.0, 300.0), "k:kivi2,v:rot4", &mut taken));
+        (0..12).for_each(|_| label(&mut svg, (400.0, 300.0), "k:kivi2,v:rot4", &mut taken, &OWN));
         for (i, a) in taken.iter().enumerate() {
             assert!(taken[i + 1..].iter().all(|b| !overlap(a, b)), "label {i} lies over another");
         }
