@@ -18,11 +18,13 @@
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `plan` | [`PlanReport`], which draws [`Curves`] and a page |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
 mod checks;
 mod codecs;
+mod curves;
 mod device;
 mod heads;
 pub mod html;
@@ -30,6 +32,8 @@ mod kl;
 mod meter;
 mod needle;
 mod perplexity;
+mod plan;
+mod plan_tables;
 mod plot;
 mod policies;
 mod run;
@@ -44,6 +48,7 @@ mod trace;
 
 pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
+pub use curves::{Curves, Panel};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
 pub use heads::HeadsReport;
 pub use kl::{KlReport, KlRow};
@@ -52,6 +57,7 @@ pub use meter::{
 };
 pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
 pub use perplexity::{PerplexityReport, PerplexityRow};
+pub use plan::{ContextRow, MachineReport, PlanReport, PlanRow, PlanSettings, Planner};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};
