@@ -20,6 +20,7 @@
 use serde::Serialize;
 
 use super::model::Decoder;
+use super::predict::concurrency;
 use super::step::Machine;
 use crate::compression::Compression;
 use crate::compression::hidden::HiddenCodec;
@@ -124,6 +125,14 @@ impl CacheSize {
                 let numbers = u32::try_from(latent.cached()).expect("a latent's numbers are counted in 32 bits");
                 HeadGeometry { num_kv_heads: 1, head_dim: numbers / 2, ..model.geometry.heads }
             }
+        }
+    }
+
+    /// Sessions that fit in `memory` bytes, of which the last is still being compressed: none where not one can be.
+    pub const fn concurrency(&self, memory: Bytes) -> u64 {
+        match memory.0.checked_sub(self.peak_bytes.0) {
+            None => 0,
+            Some(left) => 1 + concurrency(Bytes(left), self.held_bytes),
         }
     }
 

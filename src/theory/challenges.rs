@@ -2,7 +2,7 @@
 //! and a switch to it take (section 2 of arXiv:2405.08944), under a [`Compression`].
 //!
 //! ```text
-//! concurrency   floor(memory / held)                     bound by device memory
+//! concurrency   floor(memory / held)                     bound by device memory; with evictions 1 + floor((memory - peak) / held)
 //! prefill       sum of steps of `chunk` rows             bound by FLOP/s where a chunk is above the critical intensity
 //! decode        weights read once, each session's cache  bound by the bandwidth of device memory
 //! switch        (held + held) / link                     bound by the link; nothing where memory is one
@@ -19,7 +19,6 @@ use serde::Serialize;
 
 use super::cache::{CacheSize, Seen};
 use super::model::{Decoder, causal_pairs, window_pairs};
-use super::predict::concurrency;
 use super::step::{Machine, StepTime};
 use crate::compression::Compression;
 use crate::geometry::Bytes;
@@ -123,7 +122,7 @@ pub fn challenges(
     let one_way = machine.link_s(cache.held_bytes);
     Ok(Challenges {
         cache,
-        concurrency: concurrency(scene.memory_bytes, cache.held_bytes),
+        concurrency: cache.concurrency(scene.memory_bytes),
         prefill,
         decode: decode(1),
         batched: decode(scene.batch),
@@ -289,7 +288,7 @@ mod tests {
         let of_caches = |c: &Challenges| c.batched.attention_s;
         assert!((of_caches(&quarter) / of_caches(&full) - 0.25).abs() < 1e-3, "a quarter is read");
         assert!((quarter.switch_s.expect("a link") / full.switch_s.expect("a link") - 0.25).abs() < 1e-3, "and moved");
-        assert_eq!(quarter.concurrency, 29, "and held");
+        assert_eq!(quarter.concurrency, 25, "and held, one of them still beside its document");
         // Half of the layers see neither products nor attention of the rows that stop below them, but keys and values.
         let skip = of(&MACHINE, "layer=skip-prefill:30..", &at);
         let part = skip.prefill.seconds / full.prefill.seconds;

@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::cache::{CacheSize, Seen};
 use super::challenges::{Challenges, Scene, challenges, decode, read_prompt};
 use super::model::Decoder;
+use super::predict::concurrency;
 use super::step::Machine;
 use crate::compression::Compression;
 use crate::geometry::Bytes;
@@ -152,9 +153,9 @@ pub fn throughput(
         let at = |n: f64| decode(model, machine, &middle, n.min(f64::from(u32::MAX)) as u32).seconds;
         at(low) * (1.0 - part) + at(low + 1.0) * part
     };
-    let resident = super::predict::concurrency(scene.memory_bytes, last.held_bytes);
+    let resident = last.concurrency(scene.memory_bytes);
     let rate = |there: u64, swaps: bool| rate(&times, &token_s, resident, there, swaps);
-    let away = super::predict::concurrency(host, last.held_bytes);
+    let away = concurrency(host, last.held_bytes);
     let swaps = times.link_s.is_some() && away > 0 && resident > 0;
     Ok(Throughput {
         session_s: times.alone(token_s(1.0)),
