@@ -29,6 +29,7 @@ mod needle;
 mod output;
 mod perplexity;
 mod policies;
+mod presets;
 mod progress;
 mod resume;
 mod run;
@@ -36,6 +37,7 @@ mod run_progress;
 mod session;
 mod session_dir;
 mod simulate;
+mod theory_args;
 mod tokenize;
 mod verify;
 
@@ -80,6 +82,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Codecs(codecs::CodecsArgs),
     Policies(policies::PoliciesArgs),
+    Presets(presets::PresetsArgs),
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
@@ -102,6 +105,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Codecs(args) => codecs::run(args, global),
         Command::Policies(_) => policies::run(global),
+        Command::Presets(args) => presets::run(args, global),
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),

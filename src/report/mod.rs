@@ -13,6 +13,7 @@
 //! | `tokenize` | [`TokenizeReport`] |
 //! | `codecs` | [`CodecsReport`] |
 //! | `policies` | [`PoliciesReport`] |
+//! | `presets` | [`PresetsReport`] |
 //! | `calibrate heads` | [`HeadsReport`] |
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
@@ -31,6 +32,7 @@ mod needle;
 mod perplexity;
 mod plot;
 mod policies;
+mod presets;
 mod run;
 mod run_tables;
 mod session;
@@ -53,6 +55,7 @@ pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow}
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
+pub use presets::{GpuPresetReport, ModelPresetReport, PresetsReport};
 pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
 pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};

@@ -6,4 +6,5 @@
 pub mod model;
 pub mod predict;
 pub mod presets;
+mod presets_file;
 pub mod step;
