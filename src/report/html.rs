@@ -5,8 +5,8 @@
 
 use std::fmt::Write as _;
 
-use super::{Curves, Plot};
 use super::table::Align;
+use super::{Curves, Plot};
 
 /// Markup: text in it is escaped, and what it opens it closes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -122,7 +122,9 @@ fn limit(text: &str, metric: Metric) -> Result<Limit, String> {
         Metric::Users => "a number of sessions, such as 20",
         Metric::Prefill | Metric::Decode | Metric::Switch => "seconds, such as 1.5s or 20ms",
     };
-    value.map(Limit::Number).ok_or_else(|| format!("'{text}' is no limit; write {example}, or the same metric at another context"))
+    value
+        .map(Limit::Number)
+        .ok_or_else(|| format!("'{text}' is no limit; write {example}, or the same metric at another context"))
 }
 
 impl FromStr for Goal {
@@ -132,7 +134,11 @@ impl FromStr for Goal {
         let (left, right, more) = match (text.split_once("<="), text.split_once(">=")) {
             (Some((left, right)), None) => (left, right, false),
             (None, Some((left, right))) => (left, right, true),
-            _ => return Err(format!("'{text}' is no goal; write one such as 'cost(1M) <= cost(4k)' or 'users(50k) >= 20'")),
+            _ => {
+                return Err(format!(
+                    "'{text}' is no goal; write one such as 'cost(1M) <= cost(4k)' or 'users(50k) >= 20'"
+                ));
+            }
         };
         let (metric, context_tokens) = term(left)?;
         if more != (metric == Metric::Users) {
@@ -353,7 +359,7 @@ mod tests {
             chunk_rows: None,
             batch: 1,
         };
-        let model = Decoder::dense(yi_34b(), false);
+        let model = Decoder::dense(yi_34b(), false).expect("a model");
         let goal = goal.parse().unwrap_or_else(|error| panic!("{goal}: {error}"));
         search(&goal, &model, &MACHINE, &scene, &QualityTable::built_in()).expect("a full cache fits")
     }
@@ -381,7 +387,8 @@ mod tests {
         let kl = first.quality.as_ref().and_then(|quality| quality.mean_kl).expect("measured as a whole");
         assert!(kl < 0.01 && first.value <= 6e9, "{first:?}");
         // Each listed one is the cheapest so far, and costs more than those before it of its kind.
-        let known: Vec<_> = found.found.iter().filter(|s| s.quality.as_ref().is_some_and(|q| q.mean_kl.is_some())).collect();
+        let known: Vec<_> =
+            found.found.iter().filter(|s| s.quality.as_ref().is_some_and(|q| q.mean_kl.is_some())).collect();
         assert!(known.windows(2).all(|w| w[1].times_smaller > w[0].times_smaller), "none beats another");
         let users = find("users(50k) >= 10");
         assert!(users.found.iter().all(|stack| stack.value >= 10.0), "at least ten");
@@ -406,6 +413,10 @@ mod tests {
             assert!(refused.contains(why), "{text}: {refused}");
         }
         let goal: Goal = " decode( 1M ) <= 25ms ".parse().expect("a goal");
-        assert_eq!((goal.metric, goal.context_tokens, goal.limit), (Metric::Decode, 1_000_000, Limit::Number(0.025)), "read");
+        assert_eq!(
+            (goal.metric, goal.context_tokens, goal.limit),
+            (Metric::Decode, 1_000_000, Limit::Number(0.025)),
+            "read"
+        );
     }
 }

@@ -94,7 +94,7 @@ pub struct Machine {
     pub flops: f64,
     /// Bytes of device memory per second.
     pub bandwidth: f64,
-    /// Bytes per second over the link, each way; infinite where host and device have one memory.
+    /// Bytes per second over the link, each way; infinite where device memory is the host's and nothing crosses a link.
     pub link: f64,
     /// Whether it is several GPUs that share each layer: the rates are those of all of them.
     pub parallel: Option<TensorParallel>,
@@ -137,7 +137,7 @@ impl Machine {
         Self {
             flops: gpu.flops_per_s * achieved.flops,
             bandwidth: gpu.memory_bytes_per_s * achieved.bandwidth,
-            link: gpu.link_bytes_per_s * achieved.link,
+            link: gpu.link_bytes_per_s.map_or(f64::INFINITY, |link| link * achieved.link),
             parallel: None,
         }
     }
@@ -214,7 +214,8 @@ mod tests {
     /// 20 GB/s.
     fn example() -> (Decoder, Machine) {
         let parameters = Parameters { layers: 34_000_000_000, ..Parameters::default() };
-        let model = Decoder { parameters, weights: Bytes(68_000_000_000), ..Decoder::dense(yi_34b(), false) };
+        let model =
+            Decoder { parameters, weights: Bytes(68_000_000_000), ..Decoder::dense(yi_34b(), false).expect("a model") };
         (model, Machine { flops: 312e12, bandwidth: 2e12, link: 20e9, parallel: None })
     }
 
