@@ -144,7 +144,7 @@ impl Unsound {
     }
 }
 
-/// The largest of the numbers of a shape, as in [`ModelGeometry::check`].
+/// The largest of the numbers of a shape, as in [`ModelGeometry::check`](crate::geometry::ModelGeometry::check).
 pub(super) const NUMBER_MAX: u32 = 1 << 24;
 
 fn at_most(part: &str, field: &'static str, value: u32) -> Result<(), Unsound> {
