@@ -17,10 +17,13 @@
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
+//! | `bench device` | [`CeilingsReport`] |
+//! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
+mod ceilings;
 mod checks;
 mod codecs;
 mod device;
@@ -28,6 +31,7 @@ mod heads;
 pub mod html;
 mod kl;
 mod meter;
+mod metrics;
 mod needle;
 mod perplexity;
 mod plot;
@@ -42,6 +46,7 @@ mod table;
 mod text;
 mod trace;
 
+pub use ceilings::{CeilingFigures, CeilingsReport};
 pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
@@ -50,6 +55,7 @@ pub use kl::{KlReport, KlRow};
 pub use meter::{
     ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, Percentiles, PrefillMetric, ServiceMetric,
 };
+pub use metrics::{MetricsReport, Scaled};
 pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plot::{Guide, Plot, Point, Scale};
