@@ -15,8 +15,9 @@ use concertina::schedule::{
     Abilities, Caches, Finish, HostConfig, OneList, Phase, Rates, Request, Round, ScheduleConfig, Scheduler, SessionId,
     StepReport,
 };
+use concertina::theory::model::Decoder;
 use concertina::theory::presets;
-use concertina::theory::step::{Achieved, Decoder, Machine, Parameters};
+use concertina::theory::step::{Achieved, Machine};
 
 const PAGE: PageGeometry = PageGeometry { page_size: 32, head_dim: 32 };
 const MAX_ROWS: u32 = 96;
@@ -55,7 +56,7 @@ fn small_workload(seed: u64) -> Workload {
 }
 
 fn slow_machine() -> Machine {
-    Machine { flops: 2e9, bandwidth: 4e8, link: 2e7 }
+    Machine { flops: 2e9, bandwidth: 4e8, link: 2e7, parallel: None }
 }
 
 /// Everything of a step that does not depend on how many lists there are; bytes are of all lists.
@@ -120,7 +121,7 @@ impl Case {
             ..HostConfig::default()
         };
         let config = ScheduleConfig { max_rows: MAX_ROWS, max_sessions: 5, context_length: 2_000, host };
-        let model = Decoder::new(small_model(), Parameters::of(&small_model(), true), None);
+        let model = Decoder::dense(small_model(), true);
         let mut device = VirtualDevice::new(1, model, slow_machine(), lists);
         let mut scheduler = Scheduler::new(config, caches);
         let mut visits = small_workload(5).visits().peekable();
@@ -286,7 +287,6 @@ fn not_begun(scheduler: &Scheduler) -> usize {
 
 fn machine(model: &str, gpu: &str) -> SimulatedMachine {
     let (preset, gpu) = (presets::model(model).expect(model), presets::gpu(gpu).expect(gpu));
-    let parameters = Parameters::of(&preset.geometry, preset.tied);
     SimulatedMachine {
         machine: Machine::new(&gpu, &Achieved::default()),
         memory: gpu.memory_bytes,
@@ -297,7 +297,7 @@ fn machine(model: &str, gpu: &str) -> SimulatedMachine {
         observed: 1,
         context_length: 200_000,
         page_size: 64,
-        model: Decoder::new(preset.geometry, parameters, None),
+        model: Decoder::dense(preset.geometry, preset.tied),
     }
 }
 
@@ -392,7 +392,7 @@ fn between_questions(think: Duration) -> (Scheduler, VirtualDevice, SessionId) {
     let caches = one.caches(PAGE, MAX_ROWS, budget, Abilities::default()).expect("room");
     let host = HostConfig::default();
     let config = ScheduleConfig { max_rows: MAX_ROWS, max_sessions: 1, context_length: 2_000, host };
-    let model = Decoder::new(small_model(), Parameters::of(&small_model(), true), None);
+    let model = Decoder::dense(small_model(), true);
     let mut device = VirtualDevice::new(1, model, slow_machine(), one);
     let mut scheduler = Scheduler::new(config, caches);
     let rounds = vec![Round { tokens: vec![2; 5], max_new: 1, think }];

@@ -8,14 +8,15 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::compression::Compression;
 use concertina::eval::simulate::{Listener, SimulateError, SimulatedMachine};
-use concertina::geometry::{Bytes, ModelGeometry};
+use concertina::geometry::Bytes;
 use concertina::kernels::registry::DEFAULT_PAGE_SIZE;
 use concertina::model::{GgufFile, locate};
 use concertina::report::{Meter, ModelReport, Program, SimulateReport, SimulateRow, SimulateSettings};
 use concertina::schedule::workload::{Arrivals, Distribution, Workload};
 use concertina::schedule::{Scheduler, SessionId, StepReport};
+use concertina::theory::model::Decoder;
 use concertina::theory::presets;
-use concertina::theory::step::{Achieved, Decoder, Machine, Parameters};
+use concertina::theory::step::{Achieved, Machine};
 use indicatif::ProgressBar;
 
 use super::args::{self, Global, swap_chunk};
@@ -166,19 +167,17 @@ fn token_count(text: &str) -> Result<u32, String> {
     }
 }
 
-/// A model's name, shape and parameters.
+/// A model and what it is called.
 struct Named {
     name: String,
-    geometry: ModelGeometry,
-    parameters: Parameters,
+    decoder: Decoder,
 }
 
 /// A preset, or else the header of a file.
 fn model(spec: &str) -> Result<Named> {
     let unknown = match presets::model(spec) {
         Ok(preset) => {
-            let parameters = Parameters::of(&preset.geometry, preset.tied);
-            return Ok(Named { name: preset.model, geometry: preset.geometry, parameters });
+            return Ok(Named { name: preset.model, decoder: Decoder::dense(preset.geometry, preset.tied) });
         }
         Err(unknown) => unknown,
     };
@@ -188,8 +187,7 @@ fn model(spec: &str) -> Result<Named> {
     let path = locate(spec)?;
     let gguf = GgufFile::open(&path).map_err(|error| anyhow!("'{}': {error}", path.display()))?;
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    let geometry = gguf.geometry().clone();
-    Ok(Named { name, parameters: Parameters::of(&geometry, gguf.tied()), geometry })
+    Ok(Named { name, decoder: Decoder::dense(gguf.geometry().clone(), gguf.tied()) })
 }
 
 /// What is simulated.
@@ -246,7 +244,7 @@ fn refused(error: SimulateError) -> anyhow::Error {
 
 fn prepare(args: &SimulateArgs) -> Result<Job> {
     let gpu = presets::gpu(&args.gpu).map_err(usage)?;
-    let Named { name, geometry, parameters } = model(&args.model)?;
+    let Named { name, decoder } = model(&args.model)?;
     if args.chunk < args.max_sessions {
         let (chunk, max) = (args.chunk, args.max_sessions);
         return Err(usage(format!("--chunk {chunk} has no row for each of {max} sessions at once")));
@@ -254,9 +252,9 @@ fn prepare(args: &SimulateArgs) -> Result<Job> {
     let achieved =
         Achieved { flops: args.achieved_flops, bandwidth: args.achieved_bandwidth, link: args.achieved_link };
     let memory = args.memory.unwrap_or(gpu.memory_bytes);
-    let context_length = args.context_length.unwrap_or(geometry.context_length);
-    let model = ModelReport::new(name, &geometry, None);
-    let decoder = Decoder::new(geometry, parameters, args.weights);
+    let decoder = decoder.with_weights(args.weights);
+    let context_length = args.context_length.unwrap_or(decoder.geometry.context_length);
+    let model = ModelReport::new(name, &decoder.geometry, None);
     let model = ModelReport { weights_bytes: Some(decoder.weights), ..model };
     let page_bytes = Bytes(model.kv_per_token_bytes.0 * u64::from(args.page_size));
     let chunk = match args.host_budget {

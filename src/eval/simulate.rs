@@ -28,8 +28,9 @@ use crate::schedule::{
     Abilities, Caches, HostConfig, OneList, PlaceInLine, REPEAT_ROOM, Rates, Request, ScheduleConfig, Scheduler,
     SessionId, StepReport, Store, SubmitError,
 };
+use crate::theory::model::Decoder;
 use crate::theory::predict::concurrency;
-use crate::theory::step::{Decoder, Machine};
+use crate::theory::step::Machine;
 
 /// Chunks that a swap holds on the device: staging both ways, twice, and what is being packed.
 const SWAP_CHUNKS: u64 = 5;

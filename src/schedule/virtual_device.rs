@@ -7,7 +7,8 @@ use super::simulation::Simulation;
 use super::simulation::SimulationError;
 use super::{Backend, Caches, Direction, OneList, SessionId, StepPlan, StepResult};
 use crate::geometry::Bytes;
-use crate::theory::step::{Decoder, Machine, StepTime, StepWork};
+use crate::theory::model::Decoder;
+use crate::theory::step::{Machine, StepTime, StepWork};
 
 /// A GPU that computes nothing and takes the time for it.
 #[derive(Clone, Debug)]
@@ -73,7 +74,7 @@ impl VirtualDevice {
             // All lists are equally long; what an eviction removed is not seen.
             let before = table.n_held(0, 0) - n;
             let cache = Bytes(table.held_bytes().0 * u64::from(self.lists.read) / u64::from(table.shape().num_lists()));
-            if rows.decode { &mut work.decode } else { &mut work.prefill }.add(n, before, cache);
+            if rows.decode { &mut work.decode } else { &mut work.prefill }.add(&self.model, n, before, cache);
         }
         for transfer in &plan.transfers {
             let bytes = self.lists.whole(transfer.bytes);

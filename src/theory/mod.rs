@@ -3,6 +3,13 @@
 //! [`predict`] and [`step`] hold the equations, with units; [`presets`] the models and GPUs that have names. Every measured
 //! number is shown beside its prediction.
 
+pub mod cache;
+pub mod challenges;
+pub mod model;
+pub mod parallel;
 pub mod predict;
 pub mod presets;
+pub mod quality;
+pub mod search;
 pub mod step;
+pub mod throughput;

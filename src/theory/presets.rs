@@ -84,8 +84,8 @@ mod tests {
     use super::*;
     use crate::compression::Compression;
     use crate::geometry::yi_34b;
+    use crate::theory::model::Decoder;
     use crate::theory::predict::kv_bytes;
-    use crate::theory::step::Parameters;
 
     #[test]
     fn models_have_the_parameters_and_the_caches_that_were_published() {
@@ -102,7 +102,7 @@ mod tests {
         for (name, billions, kib) in published {
             let preset = model(name).expect(name);
             assert_eq!(preset.geometry.check(), Ok(()), "{name}");
-            let parameters = Parameters::of(&preset.geometry, preset.tied).total() as f64 / 1e9;
+            let parameters = Decoder::dense(preset.geometry.clone(), preset.tied).parameters.total() as f64 / 1e9;
             assert!((parameters / billions - 1.0).abs() < 1e-3, "{name}: {parameters} billion, not {billions}");
             let per_token = kv_bytes(&preset.geometry, &Compression::default(), 1).0 as f64 / 1024.0;
             assert!((per_token - kib).abs() < 1e-9, "{name}: {per_token} KiB per token, not {kib}");

@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! matmul      max(2 * rows * parameters / F, bytes of weights / B)      weights are read once, whoever's rows they are for
-//! attention   max(4 * pairs * q_width * layers / F, bytes of caches / B) of prompt rows, and of decode rows
+//! attention   max(4 * pairs * q_width / F, bytes of caches / B)         of prompt rows, and of decode rows
+//! sums        between GPUs that share each layer, see [`super::parallel`]
 //! link        max(bytes out, bytes back) / L                            both ways at once, beside the rows
-//! step        max(matmul + attention of prompt rows + attention of decode rows, link)
+//! step        max(matmul + attention of prompt rows + attention of decode rows + sums, link)
 //!
-//! pairs = n * before + n * (n + 1) / 2    rows times the tokens that each sees, itself included
+//! pairs = layers * (n * before + n * (n + 1) / 2)    rows times the tokens that each sees, itself included
 //! F = FLOP/s, B = bytes of device memory per second, L = bytes per second of the link to the host, each way
 //! ```
+//!
+//! [`Decoder`] has these counts where some layers see a window, and for latents and experts.
 //!
 //! Kernels follow each other on a device, so each has a roof of its own; a product and its addition are two FLOP. Rates are
 //! what is achieved: peaks times the parts in [`Achieved`]. FLOP and bytes are exact integers; only times are not.
@@ -21,105 +24,15 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::model::Decoder;
+use super::parallel::TensorParallel;
 use super::presets::Gpu;
-use crate::geometry::{Bytes, ModelGeometry, WORD_BYTES};
-
-/// Parameters of a decoder, by what a step does with them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Parameters {
-    /// Matrices of all layers: every row is multiplied with them.
-    pub layers: u64,
-    /// The matrix that makes logits: only rows that sample are.
-    pub output: u64,
-    /// Held and not multiplied with: norms, and the embedding where it is not the output matrix as well.
-    pub rest: u64,
-}
-
-impl Parameters {
-    /// Of a model; `tied` where the embedding is the output matrix as well.
-    pub fn of(model: &ModelGeometry, tied: bool) -> Self {
-        let ModelGeometry { num_layers, hidden_size, intermediate_size, heads, vocab_size, .. } = model;
-        let [layers, hidden, inner, vocab] =
-            [num_layers, hidden_size, intermediate_size, vocab_size].map(|n| u64::from(*n));
-        let (q, kv) = (u64::from(heads.q_width()), u64::from(heads.kv_width()));
-        let attention = hidden * (q + 2 * kv) + q * hidden;
-        let output = vocab * hidden;
-        Self {
-            layers: layers * (attention + 3 * inner * hidden),
-            output,
-            rest: (2 * layers + 1) * hidden + if tied { 0 } else { output },
-        }
-    }
-
-    /// All of them.
-    pub const fn total(&self) -> u64 {
-        self.layers + self.output + self.rest
-    }
-}
-
-/// A decoder as a step sees it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Decoder {
-    /// Its shape.
-    pub geometry: ModelGeometry,
-    /// Its parameters.
-    pub parameters: Parameters,
-    /// Bytes of all of them on the device.
-    pub weights: Bytes,
-}
-
-/// Bytes of a parameter where nothing else is said: f16.
-const PARAMETER_BYTES: u64 = 2;
-
-impl Decoder {
-    /// A model whose weights take so many bytes; two for each parameter where not given.
-    pub fn new(geometry: ModelGeometry, parameters: Parameters, weights: Option<Bytes>) -> Self {
-        let weights = weights.unwrap_or(Bytes(parameters.total() * PARAMETER_BYTES));
-        Self { geometry, parameters, weights }
-    }
-
-    /// Bytes of `parameters` of all of them.
-    fn bytes_of(&self, parameters: u64) -> u64 {
-        let bytes = u128::from(self.weights.0) * u128::from(parameters) / u128::from(self.parameters.total().max(1));
-        u64::try_from(bytes).expect("a part of the weights is no more than all")
-    }
-
-    /// Bytes of weights that a step reads: the layers' once, the output matrix where a row samples.
-    pub fn read_bytes(&self, samples: bool) -> Bytes {
-        let output = if samples { self.parameters.output } else { 0 };
-        Bytes(self.bytes_of(self.parameters.layers + output))
-    }
-
-    /// FLOP of products with weights: of all rows with those of the layers, of rows that sample with the output matrix.
-    pub const fn matmul_flop(&self, rows: u64, sampling: u64) -> u64 {
-        2 * (rows * self.parameters.layers + sampling * self.parameters.output)
-    }
-
-    /// FLOP of attention over so many pairs of a row and a token that it sees: scores and values.
-    pub fn attention_flop(&self, pairs: u64) -> u64 {
-        4 * pairs * u64::from(self.geometry.heads.q_width()) * u64::from(self.geometry.num_layers)
-    }
-
-    /// Bytes of activations in f32 of steps of so many rows, and of logits of so many sessions: the residual stream twice,
-    /// queries, keys and values, attention's output, gate and up, their product.
-    pub fn activation_bytes(&self, max_rows: u32, max_sessions: u32) -> Bytes {
-        let ModelGeometry { hidden_size, intermediate_size, heads, vocab_size, .. } = &self.geometry;
-        let [hidden, inner, vocab] = [hidden_size, intermediate_size, vocab_size].map(|n| u64::from(*n));
-        let per_row = 2 * hidden + 2 * u64::from(heads.q_width()) + 2 * u64::from(heads.kv_width()) + 3 * inner;
-        Bytes((u64::from(max_rows) * per_row + u64::from(max_sessions) * vocab) * WORD_BYTES)
-    }
-}
-
-/// Pairs of a row and a token that it sees: `n` rows behind `before` tokens.
-pub fn causal_pairs(n: u32, before: u32) -> u64 {
-    let (n, before) = (u64::from(n), u64::from(before));
-    n * before + n * (n + 1) / 2
-}
+use crate::geometry::Bytes;
 
 /// Attention of rows of one kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AttentionWork {
-    /// Rows times the tokens that each sees.
+    /// Rows times the tokens that each sees, over all layers.
     pub pairs: u64,
     /// Bytes of caches that are read, each session's once.
     pub cache: Bytes,
@@ -127,8 +40,8 @@ pub struct AttentionWork {
 
 impl AttentionWork {
     /// Adds `n` rows of a session behind `before` tokens, over a cache of so many bytes.
-    pub fn add(&mut self, n: u32, before: u32, cache: Bytes) {
-        self.pairs += causal_pairs(n, before);
+    pub fn add(&mut self, model: &Decoder, n: u32, before: u32, cache: Bytes) {
+        self.pairs += model.pairs(n, before);
         self.cache += cache;
     }
 }
@@ -181,8 +94,10 @@ pub struct Machine {
     pub flops: f64,
     /// Bytes of device memory per second.
     pub bandwidth: f64,
-    /// Bytes per second over the link, each way.
+    /// Bytes per second over the link, each way; infinite where host and device have one memory.
     pub link: f64,
+    /// Whether it is several GPUs that share each layer: the rates are those of all of them.
+    pub parallel: Option<TensorParallel>,
 }
 
 /// Seconds of a step, or of many.
@@ -194,6 +109,8 @@ pub struct StepTime {
     pub prefill_attention_s: f64,
     /// Attention of decode rows.
     pub decode_attention_s: f64,
+    /// Sums between GPUs that share each layer.
+    pub all_reduce_s: f64,
     /// Pages on their way, beside all of these.
     pub link_s: f64,
 }
@@ -201,7 +118,7 @@ pub struct StepTime {
 impl StepTime {
     /// The time of a step, which ends when its rows are computed and its pages are there.
     pub const fn total_s(&self) -> f64 {
-        (self.matmul_s + self.prefill_attention_s + self.decode_attention_s).max(self.link_s)
+        (self.matmul_s + self.prefill_attention_s + self.decode_attention_s + self.all_reduce_s).max(self.link_s)
     }
 
     /// Adds another step's.
@@ -209,6 +126,7 @@ impl StepTime {
         self.matmul_s += other.matmul_s;
         self.prefill_attention_s += other.prefill_attention_s;
         self.decode_attention_s += other.decode_attention_s;
+        self.all_reduce_s += other.all_reduce_s;
         self.link_s += other.link_s;
     }
 }
@@ -220,22 +138,41 @@ impl Machine {
             flops: gpu.flops_per_s * achieved.flops,
             bandwidth: gpu.memory_bytes_per_s * achieved.bandwidth,
             link: gpu.link_bytes_per_s * achieved.link,
+            parallel: None,
         }
     }
 
+    /// Several such GPUs, which share each layer.
+    #[must_use]
+    pub fn shared_by(self, parallel: TensorParallel) -> Self {
+        let n = f64::from(parallel.degree);
+        let Self { flops, bandwidth, link, .. } = self;
+        Self { flops: n * flops, bandwidth: n * bandwidth, link: n * link, parallel: Some(parallel) }
+    }
+
+    /// Time of the sums of a step of so many rows between GPUs, in seconds.
+    pub fn all_reduce_s(&self, model: &Decoder, rows: u64) -> f64 {
+        self.parallel.map_or(0.0, |parallel| parallel.all_reduce_s(model, rows))
+    }
+
+    /// Time of so many bytes over the link one way, in seconds; none where there is none.
+    pub fn link_s(&self, bytes: Bytes) -> Option<f64> {
+        self.link.is_finite().then(|| bytes.0 as f64 / self.link)
+    }
+
     /// The later of computing and reading, in seconds.
-    fn roof(&self, flop: u64, bytes: Bytes) -> f64 {
+    pub(super) fn roof(&self, flop: u128, bytes: Bytes) -> f64 {
         (flop as f64 / self.flops).max(bytes.0 as f64 / self.bandwidth)
     }
 
     /// The time of a step.
     pub fn step(&self, model: &Decoder, work: &StepWork) -> StepTime {
-        let attention = |work: &AttentionWork| self.roof(model.attention_flop(work.pairs), work.cache);
-        let weights = if work.rows > 0 { model.read_bytes(work.sampling > 0) } else { Bytes::ZERO };
+        let weights = model.read_bytes(work.rows, work.sampling > 0);
         StepTime {
             matmul_s: self.roof(model.matmul_flop(work.rows, work.sampling), weights),
-            prefill_attention_s: attention(&work.prefill),
-            decode_attention_s: attention(&work.decode),
+            prefill_attention_s: self.roof(model.prefill_attention_flop(work.prefill.pairs), work.prefill.cache),
+            decode_attention_s: self.roof(model.decode_attention_flop(work.decode.pairs), work.decode.cache),
+            all_reduce_s: self.all_reduce_s(model, work.rows),
             link_s: work.out.0.max(work.back.0) as f64 / self.link,
         }
     }
@@ -243,14 +180,14 @@ impl Machine {
     /// Prefill latency in seconds: a prompt of `n_tokens` tokens alone, in one step, whose cache takes `cache` bytes.
     pub fn prefill(&self, model: &Decoder, n_tokens: u32, cache: Bytes) -> f64 {
         let mut work = StepWork { rows: u64::from(n_tokens), sampling: 1, ..StepWork::default() };
-        work.prefill.add(n_tokens, 0, cache);
+        work.prefill.add(model, n_tokens, 0, cache);
         self.step(model, &work).total_s()
     }
 
     /// Decode latency in seconds: one token of a session alone, which sees `n_tokens` tokens in a cache of `cache` bytes.
     pub fn decode(&self, model: &Decoder, n_tokens: u32, cache: Bytes) -> f64 {
         let mut work = StepWork { rows: 1, sampling: 1, ..StepWork::default() };
-        work.decode.add(1, n_tokens.saturating_sub(1), cache);
+        work.decode.add(model, 1, n_tokens.saturating_sub(1), cache);
         self.step(model, &work).total_s()
     }
 
@@ -270,13 +207,15 @@ mod tests {
     use super::*;
     use crate::compression::Compression;
     use crate::geometry::yi_34b;
+    use crate::theory::model::Parameters;
     use crate::theory::predict::kv_bytes;
 
     /// The running example: 34e9 parameters of two bytes, all multiplied with every row; an A100 at its peak with a link of
     /// 20 GB/s.
     fn example() -> (Decoder, Machine) {
-        let parameters = Parameters { layers: 34_000_000_000, output: 0, rest: 0 };
-        (Decoder::new(yi_34b(), parameters, None), Machine { flops: 312e12, bandwidth: 2e12, link: 20e9 })
+        let parameters = Parameters { layers: 34_000_000_000, ..Parameters::default() };
+        let model = Decoder { parameters, weights: Bytes(68_000_000_000), ..Decoder::dense(yi_34b(), false) };
+        (model, Machine { flops: 312e12, bandwidth: 2e12, link: 20e9, parallel: None })
     }
 
     fn kv(tokens: u32) -> Bytes {
@@ -290,7 +229,6 @@ mod tests {
     #[test]
     fn the_four_metrics_of_the_running_example_are_those_that_were_recomputed() {
         let (model, machine) = example();
-        assert_eq!(model.weights, Bytes(68_000_000_000), "two bytes each");
         let gib = |tokens| kv(tokens).0 as f64 / f64::from(1 << 30);
         assert_near(gib(4_000), 0.9155, "KV of 4K in GiB");
         assert_near(gib(50_000), 11.444, "KV of 50K in GiB");
@@ -302,7 +240,7 @@ mod tests {
             assert_near(250.0 * machine.decode(&model, tokens, kv(tokens)), decode, "decode of 250 tokens");
             assert_near(machine.switch(kv(tokens), kv(tokens)), switch, "context switch");
         }
-        let h100 = Machine { flops: 989e12, bandwidth: 3.35e12, link: 50e9 };
+        let h100 = Machine { flops: 989e12, bandwidth: 3.35e12, link: 50e9, parallel: None };
         assert_near(h100.prefill(&model, 50_000, kv(50_000)), 5.612, "prefill of 50K on an H100");
         assert_near(250.0 * h100.decode(&model, 50_000, kv(50_000)), 5.992, "decode of 50K on an H100");
         assert_near(h100.switch(kv(50_000), kv(50_000)), 0.4915, "switch of 50K on an H100");
@@ -312,7 +250,7 @@ mod tests {
     fn attention_is_as_much_of_prefill_as_was_recomputed() {
         let (model, _) = example();
         for (tokens, percent) in [(4_000, 4.8), (50_000, 38.7), (100_000, 55.8), (200_000, 71.7), (1_000_000, 92.7)] {
-            let attention = model.attention_flop(causal_pairs(tokens, 0)) as f64;
+            let attention = model.prefill_attention_flop(model.pairs(tokens, 0)) as f64;
             let matmul = model.matmul_flop(u64::from(tokens), 1) as f64;
             let part = 100.0 * attention / (attention + matmul);
             assert!((part - percent).abs() < 0.06, "{part} % at {tokens} tokens, not {percent} %");
@@ -320,18 +258,10 @@ mod tests {
     }
 
     #[test]
-    fn chunks_attend_to_as_many_pairs_as_the_whole_prompt() {
-        let whole = causal_pairs(1_000, 0);
-        let chunks: u64 = [(0, 300), (300, 300), (600, 400)].map(|(before, n)| causal_pairs(n, before)).iter().sum();
-        assert_eq!((whole, chunks), (500_500, 500_500), "each pair once");
-        assert_eq!(causal_pairs(1, 9), 10, "a decode row sees itself");
-    }
-
-    #[test]
     fn a_step_takes_the_longer_of_computing_and_moving_and_shares_its_weights() {
         let (model, machine) = example();
         let mut work = StepWork { rows: 8, sampling: 8, ..StepWork::default() };
-        (0..8).for_each(|_| work.decode.add(1, 49_999, kv(50_000)));
+        (0..8).for_each(|_| work.decode.add(&model, 1, 49_999, kv(50_000)));
         let eight = machine.step(&model, &work);
         // Weights once for eight rows, caches eight times.
         assert_near(eight.total_s(), (68e9 + 8.0 * 12.288e9) / 2e12, "eight decode rows");
@@ -346,19 +276,5 @@ mod tests {
         let rows = |n| machine.step(&model, &StepWork { rows: n, ..StepWork::default() }).matmul_s;
         assert_eq!(rows(1), rows(156), "bound by bandwidth");
         assert!(rows(157) > rows(156), "bound by FLOP/s");
-    }
-
-    #[test]
-    fn parameters_by_shape_and_bytes_by_part() {
-        let yi = Parameters::of(&yi_34b(), false);
-        assert_eq!(yi.total(), 34_388_917_248, "34.4B, as published");
-        assert_eq!(Parameters::of(&yi_34b(), true).total(), yi.total() - yi.output, "a tied matrix is held once");
-        let model = Decoder::new(yi_34b(), yi, None);
-        assert_eq!(model.read_bytes(true), Bytes(2 * (yi.layers + yi.output)), "no embedding is read");
-        assert_eq!(model.read_bytes(false), Bytes(2 * yi.layers), "nor an output matrix that nobody wants");
-        let quantised = Decoder::new(yi_34b(), yi, Some(Bytes(model.weights.0 / 4)));
-        assert_eq!(quantised.read_bytes(false).0, model.read_bytes(false).0 / 4, "in proportion");
-        // 2 rows of 2 * 7168 + 2 * 7168 + 2 * 1024 + 3 * 20480 numbers, one row of logits.
-        assert_eq!(model.activation_bytes(2, 1), Bytes((2 * 92_160 + 64_000) * 4), "f32");
     }
 }

@@ -177,6 +177,31 @@ impl fmt::Display for HeadPattern {
 }
 
 impl HeadPattern {
+    /// The part of the lists that keeps everything, of 1000, and what the others keep; none where all keep everything.
+    const fn parts(&self) -> Option<(u32, ListPattern)> {
+        match *self {
+            Self::Full => None,
+            Self::Duo { full_permille, sink, recent } => Some((full_permille, ListPattern::Window { sink, recent })),
+            Self::Prune { keep_permille } => Some((keep_permille, ListPattern::Nothing)),
+        }
+    }
+
+    /// What each of so many lists keeps where nobody has scored them: as many keep everything, evenly apart. What that takes
+    /// is what scores would come to; which lists they are is not.
+    ///
+    /// # Errors
+    /// A sentence when no list would keep anything.
+    pub fn spread(&self, num_lists: u32) -> Result<Vec<ListPattern>, String> {
+        let Some((permille, other)) = self.parts() else { return Ok(vec![ListPattern::Full; num_lists as usize]) };
+        let full = u64::from(syntax::of(num_lists, permille));
+        if full == 0 && other == ListPattern::Nothing {
+            return Err(format!("head={self} would keep none of {num_lists} lists"));
+        }
+        let before = |list: u64| list * full / u64::from(num_lists);
+        let of = |list: u64| if before(list + 1) > before(list) { ListPattern::Full } else { other };
+        Ok((0..u64::from(num_lists)).map(of).collect())
+    }
+
     /// What each list keeps, at `layer * num_kv_heads + kv_head`: those of highest score everything, as many as the part
     /// of all lists rounds to; among equals the first.
     ///
@@ -189,11 +214,7 @@ impl HeadPattern {
         num_kv_heads: u32,
     ) -> Result<Vec<ListPattern>, String> {
         let num_lists = num_layers * num_kv_heads;
-        let (permille, other) = match *self {
-            Self::Full => return Ok(vec![ListPattern::Full; num_lists as usize]),
-            Self::Duo { full_permille, sink, recent } => (full_permille, ListPattern::Window { sink, recent }),
-            Self::Prune { keep_permille } => (keep_permille, ListPattern::Nothing),
-        };
+        let Some((permille, other)) = self.parts() else { return Ok(vec![ListPattern::Full; num_lists as usize]) };
         let scores = scores.ok_or_else(|| {
             format!(
                 "head={self} needs a score per layer and KV head: run `concertina calibrate heads`, or give \
@@ -251,6 +272,11 @@ mod tests {
         assert_eq!(lists("duo:0"), Ok(vec![window; 6]), "none");
         assert_eq!(lists("full"), Ok(vec![full; 6]), "all");
         assert!(lists("prune:0.05").is_err_and(|e| e.contains("none of 6")), "nothing at all");
+        let spread = |text: &str| text.parse::<HeadPattern>()?.spread(6);
+        assert_eq!(spread("duo:0.5"), Ok(vec![window, full, window, full, window, full]), "evenly apart");
+        assert_eq!(spread("prune:0.9").map(|all| all.iter().filter(|l| **l == full).count()), Ok(5), "as many as scored");
+        assert_eq!(spread("full"), Ok(vec![full; 6]), "all");
+        assert!(spread("prune:0.05").is_err_and(|e| e.contains("none of 6")), "nothing at all");
         let duo: HeadPattern = "duo:0.5".parse().expect("a pattern");
         assert!(duo.lists(None, 3, 2).is_err_and(|e| e.contains("concertina calibrate heads")), "no scores");
         assert!(duo.lists(Some(&scores), 2, 3).is_err_and(|e| e.contains("3 layers of 2")), "another shape");

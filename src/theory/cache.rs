@@ -1,0 +1,278 @@
+//! What a cache holds, and what a decode row reads of it, under every dimension of a [`Compression`].
+//!
+//! ```text
+//! list    one of each (layer that owns a cache, KV head), after a document of n tokens and m more
+//! kept    what head pattern and token policy leave of n; n itself where nothing is evicted
+//! tail    m, or what came since the last eviction; nothing in a list that keeps nothing
+//! local   in a layer that sees a window, list = min(kept + tail, window)
+//! merged  of two layers' tokens, 1 - retained as directions in common: once, with two lengths
+//! held    bytes of all lists in the codec, metadata included
+//! read    bytes that a decode row reads: each layer its owner's lists; quest the chosen pages and the bounds of all
+//! peak    bytes while a document is compressed: n in f16 beside what stays of it; held where nothing is evicted
+//! ```
+//!
+//! Without pages, bytes are those of the paper's equation 1: every token sealed, nothing rounded. With pages they are those of
+//! the pool: lists end in pages partly used, and the tail's last page is f16.
+//!
+//! What depends on the text is taken at its average: heads that compete hold their common budget in equal parts, and tokens
+//! that two merged layers both keep are all those of the shorter list.
+
+use serde::Serialize;
+
+use super::model::Decoder;
+use super::step::Machine;
+use crate::compression::Compression;
+use crate::compression::hidden::HiddenCodec;
+use crate::compression::head::{HeadPattern, ListPattern};
+use crate::compression::keep::{KeepShape, domains};
+use crate::compression::layer::Sharing;
+use crate::compression::token::TokenPolicy;
+use crate::geometry::{Bytes, HeadGeometry, PageGeometry};
+
+/// Tokens over which a codec's bytes are counted where there are no pages: every group of tokens that a codec has divides it.
+const GROUP_TOKENS: u32 = 128;
+/// Tokens of a page whose bounds `quest` keeps, where pages are not given.
+const QUEST_PAGE: u32 = 64;
+
+/// Tokens that a session has seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Seen {
+    /// Of its document, which is compressed at its end.
+    pub document: u32,
+    /// Behind it.
+    pub after: u32,
+}
+
+/// What a cache comes to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CacheSize {
+    /// Bytes of all lists.
+    pub held_bytes: Bytes,
+    /// Bytes that a decode row reads, over all layers.
+    pub read_bytes: Bytes,
+    /// Bytes while the document is compressed.
+    pub peak_bytes: Bytes,
+    /// Tokens held, over all lists.
+    pub held_tokens: u64,
+    /// Tokens that a decode row attends to, over all layers and KV heads.
+    pub read_tokens: u64,
+}
+
+/// Tokens of one list.
+#[derive(Clone, Copy, Debug, Default)]
+struct List {
+    kept: u32,
+    tail: u32,
+    /// In common with the other layer of a pair; held by the lower one.
+    merged: u32,
+    /// Whether the other layer holds what is merged.
+    upper: bool,
+}
+
+/// How tokens become bytes: bytes times [`Self::per`], so that none are rounded before they are added up.
+struct Price {
+    codec: HiddenCodec,
+    page: PageGeometry,
+    /// Whether lists end in pages.
+    paged: bool,
+}
+
+impl Price {
+    fn new(codec: HiddenCodec, head_dim: u32, page_size: Option<u32>) -> Self {
+        let page = PageGeometry { page_size: page_size.unwrap_or(GROUP_TOKENS), head_dim };
+        Self { codec, page, paged: page_size.is_some() }
+    }
+
+    const fn per(&self) -> u64 {
+        self.page.page_size as u64
+    }
+
+    fn tokens(&self, n: u32, codec: &HiddenCodec) -> u64 {
+        let n = if self.paged { n.next_multiple_of(self.page.page_size) } else { n };
+        u64::from(n) * codec.page_bytes(self.page).0
+    }
+
+    /// A list's own tokens.
+    fn own(&self, list: &List) -> u64 {
+        let tail = if self.paged && self.codec.seals() {
+            let full = list.tail / self.page.page_size * self.page.page_size;
+            self.tokens(full, &self.codec) + self.tokens(list.tail - full, &HiddenCodec::F16)
+        } else {
+            self.tokens(list.tail, &self.codec)
+        };
+        self.tokens(list.kept, &self.codec) + tail
+    }
+
+    /// What a list has in common with another.
+    fn merged(&self, list: &List) -> u64 {
+        self.tokens(list.merged, &self.codec.for_pairs())
+    }
+
+    /// Bytes of what was added up.
+    fn bytes(&self, sum: u64) -> Bytes {
+        Bytes(sum.div_ceil(self.per()))
+    }
+}
+
+impl CacheSize {
+    /// KV heads of a layer's cache and their width; a latent is one head for all, whose numbers are shared out between keys and
+    /// values.
+    pub fn cached_heads(model: &Decoder) -> HeadGeometry {
+        match &model.latent {
+            None => model.geometry.heads,
+            Some(latent) => {
+                let numbers = u32::try_from(latent.cached()).expect("a latent's numbers are counted in 32 bits");
+                HeadGeometry { num_kv_heads: 1, head_dim: numbers / 2, ..model.geometry.heads }
+            }
+        }
+    }
+
+    /// Over all GPUs of a machine, copies included.
+    #[must_use]
+    pub fn over_all(self, model: &Decoder, machine: &Machine) -> Self {
+        let Some(parallel) = machine.parallel else { return self };
+        let all = |bytes| parallel.over_all(model, bytes);
+        let Self { held_bytes, read_bytes, peak_bytes, .. } = self;
+        Self { held_bytes: all(held_bytes), read_bytes: all(read_bytes), peak_bytes: all(peak_bytes), ..self }
+    }
+
+    /// Of a session that has seen so many tokens, rounded to pages of `page_size` tokens where given.
+    ///
+    /// # Errors
+    /// A sentence when the compression is not for this model, or has no room for what always stays.
+    pub fn new(
+        model: &Decoder,
+        compression: &Compression,
+        seen: Seen,
+        page_size: Option<u32>,
+    ) -> Result<Self, String> {
+        let heads = Self::cached_heads(model);
+        let num_layers = model.geometry.num_layers;
+        let price = Price::new(compression.hidden, heads.head_dim, page_size);
+        compression.hidden.check(price.page)?;
+        let owners = compression.layer.owners(num_layers)?;
+        let own: Vec<u32> = (0..num_layers).filter(|layer| owners[*layer as usize] == *layer).collect();
+        let lists = lists(model, compression, &own, heads.num_kv_heads, seen)?;
+        let per_layer = heads.num_kv_heads as usize;
+        let of_layer = |layer: u32| {
+            let at = own.binary_search(&owners[layer as usize]).expect("an owner owns its cache");
+            &lists[at * per_layer..(at + 1) * per_layer]
+        };
+        let tokens = |list: &List| u64::from(list.kept) + u64::from(list.tail) + u64::from(list.merged);
+        let quest = Quest::new(compression, seen, &price);
+        let mut read = (0, 0);
+        for layer in 0..num_layers {
+            for list in of_layer(layer) {
+                let (bytes, n) = match &quest {
+                    Some(quest) if layer >= quest.dense_layers => quest.read(&price, list),
+                    _ => (price.own(list) + price.merged(list), tokens(list)),
+                };
+                read = (read.0 + bytes, read.1 + n);
+            }
+        }
+        let bounds: u64 = quest.iter().flat_map(|quest| lists.iter().map(|list| quest.bounds(&price, list))).sum();
+        let own_bytes = |list: &List| price.own(list) + if list.upper { 0 } else { price.merged(list) };
+        let held: u64 = lists.iter().map(own_bytes).sum::<u64>() + bounds;
+        let held_bytes = price.bytes(held);
+        // A document is read in f16, and what stays of it moves to pages of its own.
+        let document = price.tokens(seen.document, &HiddenCodec::F16) * lists.len() as u64;
+        let peak_bytes = if evicts(compression) { price.bytes(held + document) } else { held_bytes };
+        Ok(Self {
+            held_bytes,
+            read_bytes: price.bytes(read.0),
+            peak_bytes,
+            held_tokens: lists.iter().map(|list| tokens(list) - u64::from(if list.upper { list.merged } else { 0 })).sum(),
+            read_tokens: read.1,
+        })
+    }
+}
+
+/// Whether a cache is evicted from, or merged, behind its document.
+fn evicts(compression: &Compression) -> bool {
+    compression.token.eviction().is_some()
+        || compression.head != HeadPattern::Full
+        || matches!(compression.layer.share, Sharing::Merge { .. })
+}
+
+/// What each list of the layers that own a cache holds.
+fn lists(
+    model: &Decoder,
+    compression: &Compression,
+    own: &[u32],
+    num_kv_heads: u32,
+    seen: Seen,
+) -> Result<Vec<List>, String> {
+    let num_layers = u32::try_from(own.len()).expect("layers are counted in 32 bits");
+    let shape = KeepShape { num_layers, num_kv_heads };
+    let patterns = compression.head.spread(num_layers * num_kv_heads)?;
+    // An eviction again and again is that of everything so far; what came since is at most what it waits for.
+    let every = compression.token.eviction().and_then(|eviction| eviction.every);
+    let all = seen.document.saturating_add(seen.after);
+    let (evicted, tail) = match (every, compression.token.eviction()) {
+        (Some(every), Some(eviction)) if eviction.budget.tokens(all) < all => (all, every),
+        (Some(_), _) => (0, all),
+        _ => (seen.document, seen.after),
+    };
+    let mut lists = vec![List::default(); patterns.len()];
+    for domain in domains(&compression.token, shape, &patterns, evicted)? {
+        let n = u32::try_from(domain.lists.len()).expect("lists are counted in 32 bits");
+        let (share, rest) = (domain.total / n, domain.total % n);
+        for (at, list) in (0..).zip(&domain.lists) {
+            lists[*list as usize].kept = (share + u32::from(at < rest)).min(evicted);
+        }
+    }
+    for (list, pattern) in lists.iter_mut().zip(&patterns) {
+        list.tail = if *pattern == ListPattern::Nothing { 0 } else { tail };
+    }
+    for (layer, lists) in own.iter().zip(lists.chunks_mut(num_kv_heads as usize)) {
+        let Some(window) = model.window_of(*layer) else { continue };
+        for list in lists {
+            list.tail = list.tail.min(window);
+            list.kept = list.kept.min(window - list.tail);
+        }
+    }
+    if let Sharing::Merge { retain_permille, .. } = compression.layer.share {
+        for (lower, upper) in compression.layer.merged_pairs(model.geometry.num_layers)? {
+            for head in 0..num_kv_heads {
+                let [lower, upper] = [lower, upper].map(|layer| (layer * num_kv_heads + head) as usize);
+                let both = lists[lower].kept.min(lists[upper].kept);
+                let retained = (u64::from(both) * u64::from(retain_permille)).div_ceil(1000);
+                let merged = both - u32::try_from(retained).expect("a part is no larger than its whole");
+                for (at, is_upper) in [(lower, false), (upper, true)] {
+                    lists[at].kept -= merged;
+                    (lists[at].merged, lists[at].upper) = (merged, is_upper);
+                }
+            }
+        }
+    }
+    Ok(lists)
+}
+
+/// Rows that choose pages.
+struct Quest {
+    budget: u32,
+    dense_layers: u32,
+    page: u32,
+}
+
+impl Quest {
+    fn new(compression: &Compression, seen: Seen, price: &Price) -> Option<Self> {
+        let TokenPolicy::Quest { budget, dense_layers } = compression.token else { return None };
+        let page = if price.paged { price.page.page_size } else { QUEST_PAGE };
+        let budget = budget.tokens(seen.document.saturating_add(seen.after)).div_ceil(page) * page;
+        Some(Self { budget, dense_layers, page })
+    }
+
+    /// Bounds of full pages: a least and a largest key each, as wide as a token in f16.
+    fn bounds(&self, price: &Price, list: &List) -> u64 {
+        price.tokens(list.tail / self.page, &HiddenCodec::F16)
+    }
+
+    /// The bounds, the chosen pages and the one that is open: what is read, and tokens attended to.
+    fn read(&self, price: &Price, list: &List) -> (u64, u64) {
+        let open = list.tail % self.page;
+        let chosen = List { tail: (list.tail - open).min(self.budget) + open, ..*list };
+        let bounds = if chosen.tail < list.tail { self.bounds(price, list) } else { 0 };
+        (price.own(&chosen) + bounds, u64::from(chosen.tail) + u64::from(chosen.kept))
+    }
+}
