@@ -30,6 +30,7 @@ mod output;
 mod perplexity;
 mod policies;
 mod progress;
+mod report;
 mod resume;
 mod run;
 mod run_progress;
@@ -83,6 +84,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Report(report::ReportArgs),
     Simulate(simulate::SimulateArgs),
     Verify(verify::VerifyArgs),
 }
@@ -105,6 +107,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),
+        Command::Report(args) => report::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };

@@ -128,7 +128,7 @@ pub fn concurrency(caches: &mut Caches, compression: &Compression, n_tokens: u32
     caches.serves(compression).map_err(EngineError::Input)?;
     caches.domains(compression, n_tokens).map_err(EngineError::Input)?;
     let once =
-        Caches::evicts(compression) && !compression.token.eviction().is_some_and(|eviction| eviction.every.is_some());
+        Caches::evicts(compression) && compression.token.eviction().is_none_or(|eviction| eviction.every.is_none());
     let mut admitted = Vec::new();
     let counted = loop {
         // Counted from the end, where no scheduler's numbers are.

@@ -56,8 +56,8 @@ impl Scaled {
     /// So many layers and tokens of all.
     pub fn new(layers: (u32, u32), vocab: (u32, u32)) -> Self {
         let words = format!(
-            "{} of {} with random weights ran; bytes and times are {:.2} times theirs, sessions as many fewer; the output \
-             matrix of {} tokens, here {}, is left out",
+            "{} of {} with random weights ran; bytes and times are {:.2} times theirs, the fixed time of a step among \
+             them, and sessions as many fewer; the output matrix of {} tokens, here {}, is left out",
             layers.0,
             counted(u64::from(layers.1), "layer"),
             f64::from(layers.1) / f64::from(layers.0),
@@ -121,8 +121,8 @@ mod tests {
         let scaled = Scaled::new((2, 32), (1024, 64_000));
         assert_eq!(
             scaled.words,
-            "2 of 32 layers with random weights ran; bytes and times are 16.00 times theirs, sessions as many fewer; the \
-             output matrix of 64000 tokens, here 1024, is left out",
+            "2 of 32 layers with random weights ran; bytes and times are 16.00 times theirs, the fixed time of a step among \
+             them, and sessions as many fewer; the output matrix of 64000 tokens, here 1024, is left out",
             "one sentence"
         );
     }

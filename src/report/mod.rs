@@ -20,6 +20,7 @@
 //! | `bench device` | [`CeilingsReport`] |
 //! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `report` | [`records::RecordsReport`], which is also a page |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
@@ -36,6 +37,7 @@ mod needle;
 mod perplexity;
 mod plot;
 mod policies;
+pub mod records;
 mod run;
 mod run_tables;
 mod session;

@@ -22,8 +22,8 @@ use serde::Serialize;
 use super::model::Decoder;
 use super::step::Machine;
 use crate::compression::Compression;
-use crate::compression::hidden::HiddenCodec;
 use crate::compression::head::{HeadPattern, ListPattern};
+use crate::compression::hidden::HiddenCodec;
 use crate::compression::keep::{KeepShape, domains};
 use crate::compression::layer::Sharing;
 use crate::compression::token::TokenPolicy;
@@ -140,12 +140,7 @@ impl CacheSize {
     ///
     /// # Errors
     /// A sentence when the compression is not for this model, or has no room for what always stays.
-    pub fn new(
-        model: &Decoder,
-        compression: &Compression,
-        seen: Seen,
-        page_size: Option<u32>,
-    ) -> Result<Self, String> {
+    pub fn new(model: &Decoder, compression: &Compression, seen: Seen, page_size: Option<u32>) -> Result<Self, String> {
         let heads = Self::cached_heads(model);
         let num_layers = model.geometry.num_layers;
         let price = Price::new(compression.hidden, heads.head_dim, page_size);
@@ -181,7 +176,10 @@ impl CacheSize {
             held_bytes,
             read_bytes: price.bytes(read.0),
             peak_bytes,
-            held_tokens: lists.iter().map(|list| tokens(list) - u64::from(if list.upper { list.merged } else { 0 })).sum(),
+            held_tokens: lists
+                .iter()
+                .map(|list| tokens(list) - u64::from(if list.upper { list.merged } else { 0 }))
+                .sum(),
             read_tokens: read.1,
         })
     }

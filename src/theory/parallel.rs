@@ -76,7 +76,11 @@ mod tests {
         let gpu = presets::gpu("a100").expect("a preset");
         let one = Machine::new(&gpu, &crate::theory::step::Achieved::PEAK);
         let shared = one.shared_by(two);
-        assert_eq!((shared.flops, shared.bandwidth, shared.link), (2.0 * one.flops, 2.0 * one.bandwidth, 2.0 * one.link), "twice");
+        assert_eq!(
+            (shared.flops, shared.bandwidth, shared.link),
+            (2.0 * one.flops, 2.0 * one.bandwidth, 2.0 * one.link),
+            "twice"
+        );
         let row = |machine: &Machine| machine.decode(&model, 1_000, Bytes(0));
         assert!(row(&shared) < row(&one) && row(&shared) > row(&one) / 2.0, "faster, but for the sums");
     }

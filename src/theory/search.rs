@@ -122,7 +122,9 @@ fn limit(text: &str, metric: Metric) -> Result<Limit, String> {
         Metric::Users => "a number of sessions, such as 20",
         Metric::Prefill | Metric::Decode | Metric::Switch => "seconds, such as 1.5s or 20ms",
     };
-    value.map(Limit::Number).ok_or_else(|| format!("'{text}' is no limit; write {example}, or the same metric at another context"))
+    value
+        .map(Limit::Number)
+        .ok_or_else(|| format!("'{text}' is no limit; write {example}, or the same metric at another context"))
 }
 
 impl FromStr for Goal {
@@ -132,7 +134,11 @@ impl FromStr for Goal {
         let (left, right, more) = match (text.split_once("<="), text.split_once(">=")) {
             (Some((left, right)), None) => (left, right, false),
             (None, Some((left, right))) => (left, right, true),
-            _ => return Err(format!("'{text}' is no goal; write one such as 'cost(1M) <= cost(4k)' or 'users(50k) >= 20'")),
+            _ => {
+                return Err(format!(
+                    "'{text}' is no goal; write one such as 'cost(1M) <= cost(4k)' or 'users(50k) >= 20'"
+                ));
+            }
         };
         let (metric, context_tokens) = term(left)?;
         if more != (metric == Metric::Users) {

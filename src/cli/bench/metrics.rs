@@ -15,8 +15,8 @@ use concertina::eval::spread::WARM_UP;
 use concertina::geometry::{Bytes, ModelGeometry};
 use concertina::report::{DeviceReport, MetricsReport, ModelReport, Program, Scaled};
 use concertina::schedule::Caches;
+use concertina::theory::model::Decoder;
 use concertina::theory::presets::{self, ModelPreset};
-use concertina::theory::step::Parameters;
 use concertina::weights::Weights;
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
@@ -225,7 +225,7 @@ impl Subject {
         args.cache.whole_pages(&args.compress)?;
         let whole = &preset.geometry;
         let of = |num_layers: u32| ModelGeometry { num_layers, vocab_size: VOCAB, ..whole.clone() };
-        let weights_of = |num_layers: u32| Bytes(Parameters::of(&of(num_layers), false).total() * 2);
+        let weights_of = |num_layers: u32| Decoder::dense(of(num_layers), false).weights;
         let most = whole.num_layers;
         let layers = match args.layers {
             Some(n) if n > most => {

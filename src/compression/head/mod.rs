@@ -274,7 +274,11 @@ mod tests {
         assert!(lists("prune:0.05").is_err_and(|e| e.contains("none of 6")), "nothing at all");
         let spread = |text: &str| text.parse::<HeadPattern>()?.spread(6);
         assert_eq!(spread("duo:0.5"), Ok(vec![window, full, window, full, window, full]), "evenly apart");
-        assert_eq!(spread("prune:0.9").map(|all| all.iter().filter(|l| **l == full).count()), Ok(5), "as many as scored");
+        assert_eq!(
+            spread("prune:0.9").map(|all| all.iter().filter(|l| **l == full).count()),
+            Ok(5),
+            "as many as scored"
+        );
         assert_eq!(spread("full"), Ok(vec![full; 6]), "all");
         assert!(spread("prune:0.05").is_err_and(|e| e.contains("none of 6")), "nothing at all");
         let duo: HeadPattern = "duo:0.5".parse().expect("a pattern");
