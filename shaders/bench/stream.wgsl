@@ -20,7 +20,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   for (var i = 0u; i < TILE_CELLS; i += WORKGROUP_SIZE) {
     let at = first + i;
     if (at < par.n_cells) {
-      if (COPIES) { result[at] = source[at]; } else { sum += source[at] ^ vec4<u32>(at); }
+      if (COPIES) { result[at] = source[at]; } else { sum += source[at] * (2u * at + 1u); }
     }
   }
   if (COPIES) { return; }

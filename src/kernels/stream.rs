@@ -1,12 +1,12 @@
 //! Stream: what device memory gives at best, for comparison. No session runs it.
 //!
 //! ```text
-//! read   result[t] = sum over the cells c of tile t of (source[c] ^ c)       wrapping, each of a cell's four words alone
+//! read   result[t] = sum over the cells c of tile t of source[c] * (2 c + 1)       wrapping, each of a cell's four words alone
 //! copy   result[c] = source[c]
 //! ```
 //!
 //! **Work.** One workgroup of 256 lanes per tile of [`TILE_CELLS`] neighbouring cells, 16 bytes a lane; loads do not wait for each
-//! other. A cell's own index is in its term, so that the sum tells cells that were read twice, or from another place.
+//! other. A cell's own index is in its term, so that the sum tells cells that were read twice, or in another place.
 //!
 //! **Bytes.** Read: each cell once; the sums are less than a thousandth. Copy: each cell read once and written once.
 
@@ -52,7 +52,7 @@ pub fn sum(first: u32, cells: &[[u32; 4]]) -> [u32; 4] {
     let mut sum = [0_u32; 4];
     for (at, cell) in (first..).zip(cells) {
         for (total, word) in sum.iter_mut().zip(cell) {
-            *total = total.wrapping_add(word ^ at);
+            *total = total.wrapping_add(word.wrapping_mul(at.wrapping_mul(2).wrapping_add(1)));
         }
     }
     sum
@@ -66,11 +66,8 @@ mod tests {
     fn a_sum_tells_which_cell_was_read() {
         let cells = [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]];
         let right = sum(0, &cells);
-        assert_eq!(
-            right,
-            [1 + (5 ^ 1) + (9 ^ 2), 2 + (6 ^ 1) + (10 ^ 2), 3 + (7 ^ 1) + (11 ^ 2), 4 + 9 + 14],
-            "by hand"
-        );
+        let by_hand = [1 + 3 * 5 + 5 * 9, 2 + 3 * 6 + 5 * 10, 3 + 3 * 7 + 5 * 11, 4 + 3 * 8 + 5 * 12];
+        assert_eq!(right, by_hand, "weights 1, 3 and 5");
         assert_ne!(sum(0, &[cells[1], cells[0], cells[2]]), right, "two cells that changed places");
         assert_ne!(sum(0, &[cells[0], cells[1], cells[1]]), right, "one that was read twice");
         let halves = [sum(0, &cells[..1]), sum(1, &cells[1..])];

@@ -7,6 +7,8 @@ mod join;
 mod predict;
 mod read;
 mod show;
+#[cfg(test)]
+mod tests;
 
 pub use join::{DeviceBasis, Figure, Group, Metric, Quality, RecordsReport, Refused, Source, join};
 pub use predict::Basis;
