@@ -25,9 +25,11 @@ mod kl;
 mod kl_job;
 mod load;
 mod losses;
+mod machine_args;
 mod needle;
 mod output;
 mod perplexity;
+mod plan;
 mod policies;
 mod progress;
 mod report;
@@ -67,6 +69,7 @@ Examples:
   concertina generate --model model.gguf --prompt 'Write a haiku about rivers.'
   concertina codecs --model model.gguf
   concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 kivi2
+  concertina plan --model yi-34b --gpu a100 --context 50k --compress full kivi4
   concertina simulate --model yi-34b --gpu h100 --sessions 1000 --compress kivi4 kivi2
   concertina verify --quick
 
@@ -85,6 +88,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
     Report(report::ReportArgs),
+    Plan(plan::PlanArgs),
     Simulate(simulate::SimulateArgs),
     Verify(verify::VerifyArgs),
 }
@@ -108,6 +112,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),
         Command::Report(args) => report::run(args, global),
+        Command::Plan(args) => plan::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };

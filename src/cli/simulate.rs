@@ -168,13 +168,13 @@ fn token_count(text: &str) -> Result<u32, String> {
 }
 
 /// A model and what it is called.
-struct Named {
-    name: String,
-    decoder: Decoder,
+pub(super) struct Named {
+    pub(super) name: String,
+    pub(super) decoder: Decoder,
 }
 
 /// A preset, or else the header of a file.
-fn model(spec: &str) -> Result<Named> {
+pub(super) fn model(spec: &str) -> Result<Named> {
     let unknown = match presets::model(spec) {
         Ok(preset) => {
             return Ok(Named { name: preset.model, decoder: Decoder::dense(preset.geometry, preset.tied) });

@@ -5,8 +5,8 @@
 
 use std::fmt::Write as _;
 
-use super::Plot;
 use super::table::Align;
+use super::{Curves, Plot};
 
 /// Markup: text in it is escaped, and what it opens it closes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -119,6 +119,15 @@ pub fn plot(plot: &Plot, caption: &str) -> Html {
     Html(format!(
         "<figure><div class=\"scroll\">\n{}</div>\n<figcaption>{}</figcaption></figure>\n",
         plot.inline_svg(),
+        escaped(caption)
+    ))
+}
+
+/// Lines in panels, in the page's colours.
+pub fn curves(curves: &Curves, caption: &str) -> Html {
+    Html(format!(
+        "<figure><div class=\"scroll\">\n{}</div>\n<figcaption>{}</figcaption></figure>\n",
+        curves.inline_svg(),
         escaped(caption)
     ))
 }

@@ -21,12 +21,14 @@
 //! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
 //! | `report` | [`records::RecordsReport`], which is also a page |
+//! | `plan` | [`PlanReport`], which draws [`Curves`] and a page |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
 mod ceilings;
 mod checks;
 mod codecs;
+mod curves;
 mod device;
 mod heads;
 pub mod html;
@@ -35,6 +37,8 @@ mod meter;
 mod metrics;
 mod needle;
 mod perplexity;
+mod plan;
+mod plan_tables;
 mod plot;
 mod policies;
 pub mod records;
@@ -51,6 +55,7 @@ mod trace;
 pub use ceilings::{CeilingFigures, CeilingsReport};
 pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
+pub use curves::{Curves, Panel};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
 pub use heads::HeadsReport;
 pub use kl::{KlReport, KlRow};
@@ -60,6 +65,7 @@ pub use meter::{
 pub use metrics::{MetricsReport, Scaled};
 pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
 pub use perplexity::{PerplexityReport, PerplexityRow};
+pub use plan::{ContextRow, MachineReport, PlanReport, PlanRow, PlanSettings, Planner};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
 pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::curves::{Curves, Panel};
 use super::plot::{Plot, Point, Scale};
+use super::table::number;
 use super::{ModelReport, Program};
 use crate::compression::Compression;
 use crate::geometry::Bytes;
@@ -154,7 +155,7 @@ impl Planner {
         MachineReport {
             flops_per_s: flops,
             memory_bytes_per_s: bandwidth,
-            link_bytes_per_s: link,
+            link_bytes_per_s: link.is_finite().then_some(link),
             critical_intensity: flops / bandwidth,
         }
     }
@@ -210,7 +211,7 @@ impl Planner {
             Scarce::Decode => "limited by writing answers: bandwidth, smaller caches or more sessions per step help",
             Scarce::Link => "limited by the link: smaller caches, or more of them left on the device",
         };
-        Some(format!("Sessions per hour: {:.3} at best, {what}{gain}.", rate.sessions_per_hour))
+        Some(format!("Sessions per hour: {} at best, {what}{gain}.", number(Some(rate.sessions_per_hour))))
     }
 }
 

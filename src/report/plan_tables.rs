@@ -33,7 +33,10 @@ fn rate(rate: Option<Rate>) -> String {
 
 fn quality(quality: &Option<Quality>) -> String {
     let Some(quality) = quality else { return "unknown".to_owned() };
-    let kl = quality.mean_kl.map(|kl| format!("KL {kl:.4}"));
+    let kl = match quality.compression.as_str() {
+        "full" => Some("the reference".to_owned()),
+        _ => quality.mean_kl.map(|kl| format!("KL {kl:.4}")),
+    };
     let found = quality.needles.map(|[found, of]| format!("{found} of {of} needles"));
     [kl, found].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
@@ -286,16 +289,17 @@ impl Search {
     fn words(&self) -> Vec<String> {
         let metric = self.goal.metric;
         let ratio = if metric == Metric::Users { self.limit / self.full } else { self.full / self.limit };
+        let limit = with_unit(metric, self.limit);
         let limit = match self.goal.limit {
-            Limit::Full(..) => "what the full cache has there",
-            Limit::Number(_) => "the limit",
+            Limit::Full(_, context) => format!("{limit} at {} tokens", count(u64::from(context))),
+            Limit::Number(_) => format!("{limit} are wanted"),
         };
         let mut all = vec![format!(
-            "{}: the full cache has {}, {limit} is {}: {ratio:.1} times. {} of {} stacks reach it.",
-            self.goal.text,
+            "The full cache: {} at {} tokens, {limit}: {ratio:.1} times. {} of {} stacks reach it; those that no other beats \
+             are listed.",
             with_unit(metric, self.full),
-            with_unit(metric, self.limit),
-            count(self.found.len() as u64),
+            count(u64::from(self.goal.context_tokens)),
+            count(self.reached as u64),
             count(self.tried as u64)
         )];
         let keeping = |found: &&Found| found.quality.as_ref().and_then(|q| q.mean_kl).is_some_and(|kl| kl <= KEEPS_QUALITY);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! list    one of each (layer that owns a cache, KV head), after a document of n tokens and m more
-//! kept    what head pattern and token policy leave of n; n itself where nothing is evicted
+//! kept    what head pattern and token policy leave of n; nothing where nothing is evicted: then all is tail
 //! tail    m, or what came since the last eviction; nothing in a list that keeps nothing
 //! local   in a layer that sees a window, list = min(kept + tail, window)
 //! merged  of two layers' tokens, 1 - retained as directions in common: once, with two lengths
@@ -207,6 +207,7 @@ fn lists(
     let every = compression.token.eviction().and_then(|eviction| eviction.every);
     let all = seen.document.saturating_add(seen.after);
     let (evicted, tail) = match (every, compression.token.eviction()) {
+        _ if !evicts(compression) => (0, all),
         (Some(every), Some(eviction)) if eviction.budget.tokens(all) < all => (all, every),
         (Some(_), _) => (0, all),
         _ => (seen.document, seen.after),

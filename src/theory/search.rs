@@ -203,7 +203,9 @@ pub struct Search {
     pub limit: f64,
     /// Stacks that were tried.
     pub tried: usize,
-    /// Those that reach the goal, the best known first: whole stacks that were measured, then by dimensions that were not, then by
+    /// Those that reach the goal.
+    pub reached: usize,
+    /// Of these, the ones that no other beats in what it costs and in what it holds, the best known first: whole stacks that were measured, then by dimensions that were not, then by
     /// the cost of those that were.
     pub found: Vec<Found>,
     /// Of all stacks that were measured as a whole and keep the mean KL below [`KEEPS_QUALITY`], the smallest.
@@ -327,6 +329,15 @@ pub fn search(
     let rank = |stack: &Found| (stack.quality.is_none(), stack.unknown());
     let kl = |stack: &Found| stack.quality.as_ref().and_then(|q| q.mean_kl).unwrap_or_else(|| stack.known_kl());
     found.sort_by(|a, b| rank(a).cmp(&rank(b)).then(kl(a).total_cmp(&kl(b))));
+    let reached = found.len();
+    // Of stacks about which as much is known, one that costs more and holds more is of no use.
+    let mut best: Vec<Found> = Vec::new();
+    for stack in found {
+        let beaten = |known: &Found| rank(known) == rank(&stack) && known.times_smaller >= stack.times_smaller;
+        if !best.iter().any(beaten) {
+            best.push(stack);
+        }
+    }
     let full = value(goal, &full).ok_or_else(no_link)?;
-    Ok(Search { goal: goal.clone(), full, limit, tried: all.len(), found, smallest_known })
+    Ok(Search { goal: goal.clone(), full, limit, tried: all.len(), reached, found: best, smallest_known })
 }

@@ -7,10 +7,12 @@
 //! D(b)        its time of the device, where b sessions share the weights of a decode step
 //! N           sessions that are there at once: those that fit on the device, and with swapping those in host memory too
 //! L           its time of the link: each round a cache comes and leaves, where more are there than fit
-//! X = min(N / R, 1 / D(b), 1 / L)        b = X * (its time in decode steps of b sessions), at least 1, at most those that fit
+//! X = min(N / R, 1 / D(b), 1 / L)        b = N - X * (thinking + prefill): those that neither think nor read, by Little's law;
+//!                                        at least 1, at most those that fit
 //! ```
 //!
-//! A bound: queues make it less. `concertina simulate` runs the schedule itself.
+//! With chunked prefill, decode steps go on beside prompts, so that everybody who does neither of these decodes. A bound: queues
+//! make it less. `concertina simulate` runs the schedule itself.
 
 use serde::Serialize;
 
@@ -204,9 +206,10 @@ fn rate(times: &Times, token_s: &dyn Fn(f64) -> f64, resident: u64, there: u64, 
         let all = [(memory, Scarce::Memory), (1.0 / (compute_s + decode_s), busy), (link, Scarce::Link)];
         all.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).expect("three bounds")
     };
+    let elsewhere = times.think_s + times.prefill_s + times.questions_s;
     let mut b = 1.0;
     for _ in 0..ITERATIONS {
-        let next = (bounds(b).0 * times.steps * token_s(b)).clamp(1.0, most);
+        let next = (there as f64 - bounds(b).0 * elsewhere).clamp(1.0, most);
         b = (b + next) / 2.0;
     }
     let (per_s, bound) = bounds(b);
