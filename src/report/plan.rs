@@ -168,6 +168,7 @@ impl Planner {
         all.push(on_decode(first, self.settings.scene.batch));
         all.extend(on_switch(first));
         all.extend(self.on_throughput(first, rows));
+        all.extend(self.on_reading(rows));
         all
     }
 
@@ -177,21 +178,35 @@ impl Planner {
         let fits = first.challenges.concurrency;
         let most = rows.iter().max_by_key(|row| row.challenges.concurrency).unwrap_or(first);
         let best = match most.challenges.concurrency {
-            n if n > fits => format!("; {} makes that {n}", most.compression),
+            n if n > fits => format!("; with {} {n} fit", most.compression),
             _ => String::new(),
         };
         if fits == 0 {
-            let missing = held.saturating_sub(memory_bytes);
+            let peak = first.challenges.cache.peak_bytes;
+            let why = if held < peak { format!("{peak} while it is compressed") } else { held.to_string() };
             return format!(
-                "Memory: the {} cache of {context_tokens} tokens takes {held}, and {memory_bytes} are left beside the \
-                 weights. {missing} are missing: more GPUs, quantised weights (--weights), or a smaller cache{best}.",
-                first.compression
+                "Memory: the {} cache of {context_tokens} tokens takes {why}, and {memory_bytes} are left beside the \
+                 weights; {} are missing. More GPUs, quantised weights (--weights), or another cache{best}.",
+                first.compression,
+                peak.saturating_sub(memory_bytes)
             );
         }
         format!(
             "Memory: {fits} sessions of {held} fit into the {memory_bytes} that weights leave ({}){best}.",
             first.compression
         )
+    }
+
+    /// Caches that would fit, if only they could be read.
+    fn on_reading(&self, rows: &[PlanRow]) -> Option<String> {
+        let memory = self.settings.scene.memory_bytes;
+        let stuck = |row: &&PlanRow| {
+            let cache = row.challenges.cache;
+            cache.peak_bytes > memory && cache.held_bytes <= memory
+        };
+        let names: Vec<&str> = rows.iter().filter(stuck).map(|row| row.compression.as_str()).collect();
+        let what = "a document is read in full before it is evicted from, and that does not fit beside the weights";
+        (!names.is_empty()).then(|| format!("Reading: {} would fit, but {what}.", names.join(" and ")))
     }
 
     fn on_throughput(&self, first: &PlanRow, rows: &[PlanRow]) -> Option<String> {

@@ -23,6 +23,10 @@ fn line(name: impl Into<String>, value: impl Fn(&PlanRow) -> String + 'static) -
     Line { name: name.into(), value: Box::new(value) }
 }
 
+fn borrowed(columns: &[(String, Align)]) -> Vec<(&str, Align)> {
+    columns.iter().map(|(name, align)| (name.as_str(), *align)).collect()
+}
+
 fn percent(part: f64) -> String {
     format!("{:.0} %", 100.0 * part)
 }
@@ -79,20 +83,20 @@ impl PlanReport {
                 Some(seconds) => number(Some(seconds)),
                 None => "no link".to_owned(),
             }),
-            line("computing again over coming back", |row| {
-                row.challenges.recompute_ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{} x", number(Some(ratio))))
+            line("computing it again takes", |row| {
+                row.challenges.recompute_ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{} times as long", number(Some(ratio))))
             }),
         ];
-        let mut hour = vec![line("caches that stay (bound by)", |row| rate(Some(row.throughput.resident_rate)))];
+        let mut hour = vec![line("caches stay", |row| rate(Some(row.throughput.resident_rate)))];
         if self.results.iter().any(|row| row.throughput.swapping_rate.is_some()) {
-            hour.push(line("swapped while they think (bound by)", |row| rate(row.throughput.swapping_rate)));
+            hour.push(line("caches swapped", |row| rate(row.throughput.swapping_rate)));
         }
         if self.settings.price_per_hour.is_some() {
             hour.push(line("price of a session", |row| {
                 row.price_per_session.map_or_else(|| "-".to_owned(), |price| format!("{price:.4}"))
             }));
         }
-        let known = vec![line("measured on a small model", |row| quality(&row.quality))];
+        let known = vec![line("measured", |row| quality(&row.quality))];
         vec![
             ("KV cache", cache),
             ("concurrency (device memory)", concurrency),
@@ -104,9 +108,10 @@ impl PlanReport {
         ]
     }
 
-    fn columns(&self) -> Vec<(&str, Align)> {
-        let names = self.results.iter().map(|row| (row.compression.as_str(), Align::Right));
-        std::iter::once(("", Align::Left)).chain(names).collect()
+    /// The table's columns, long names in several lines.
+    fn columns(&self) -> Vec<(String, Align)> {
+        let names = self.results.iter().map(|row| (row.compression.replace(',', ",\n"), Align::Right));
+        std::iter::once((String::new(), Align::Left)).chain(names).collect()
     }
 
     fn rows(&self) -> Vec<Vec<String>> {
@@ -170,7 +175,7 @@ impl PlanReport {
 
     fn context_table(&self) -> (Vec<(String, Align)>, Vec<Vec<String>>) {
         let columns = std::iter::once(("tokens".to_owned(), Align::Right))
-            .chain(self.results.iter().map(|row| (row.compression.clone(), Align::Right)))
+            .chain(self.results.iter().map(|row| (row.compression.replace(',', ",\n"), Align::Right)))
             .collect();
         let of = |figures: &Option<Challenges>| match figures {
             None => "-".to_owned(),
@@ -222,12 +227,12 @@ impl PlanReport {
         let given: Vec<String> = self.given().into_iter().map(|(name, text)| format!("{name}: {text}")).collect();
         let mut sections = vec![
             html::section("What is planned for", [html::list(&given)]),
-            html::section("The four challenges", [html::table(&self.columns(), self.rows())]),
+            html::section("The four challenges", [html::table(&borrowed(&self.columns()), self.rows())]),
             html::section("What binds, and what to change", [html::list(&self.advice)]),
         ];
         if let Some(curves) = self.context_curves() {
             let (columns, rows) = self.context_table();
-            let columns: Vec<(&str, Align)> = columns.iter().map(|(name, align)| (name.as_str(), *align)).collect();
+            let columns = borrowed(&columns);
             let words = "Each cell: sessions that fit | prefill, s | a token of all together, ms | switch, s.";
             let parts = [html::curves(&curves, "The four challenges over the context."), html::note(words), html::table(&columns, rows)];
             sections.push(html::section("Over the context", parts));
@@ -254,13 +259,13 @@ impl fmt::Display for PlanReport {
         for (name, text) in &given {
             writeln!(f, "{name:width$}  {text}")?;
         }
-        writeln!(f, "\n{}", table(&self.columns(), self.rows()))?;
+        writeln!(f, "\n{}", table(&borrowed(&self.columns()), self.rows()))?;
         for advice in &self.advice {
             writeln!(f, "{advice}")?;
         }
         if !self.contexts.is_empty() {
             let (columns, rows) = self.context_table();
-            let columns: Vec<(&str, Align)> = columns.iter().map(|(name, align)| (name.as_str(), *align)).collect();
+            let columns = borrowed(&columns);
             writeln!(f, "\nsessions that fit | prefill, s | a token of all together, ms | switch, s")?;
             writeln!(f, "{}", table(&columns, rows))?;
         }

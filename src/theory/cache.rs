@@ -20,6 +20,7 @@
 use serde::Serialize;
 
 use super::model::Decoder;
+use super::predict::concurrency;
 use super::step::Machine;
 use crate::compression::Compression;
 use crate::compression::head::{HeadPattern, ListPattern};
@@ -124,6 +125,14 @@ impl CacheSize {
                 let numbers = u32::try_from(latent.cached()).expect("a latent's numbers are counted in 32 bits");
                 HeadGeometry { num_kv_heads: 1, head_dim: numbers / 2, ..model.geometry.heads }
             }
+        }
+    }
+
+    /// Sessions that fit in `memory` bytes, of which the last is still being compressed: none where not one can be.
+    pub const fn concurrency(&self, memory: Bytes) -> u64 {
+        match memory.0.checked_sub(self.peak_bytes.0) {
+            None => 0,
+            Some(left) => 1 + concurrency(Bytes(left), self.held_bytes),
         }
     }
 
@@ -273,5 +282,110 @@ impl Quest {
         let chosen = List { tail: (list.tail - open).min(self.budget) + open, ..*list };
         let bounds = if chosen.tail < list.tail { self.bounds(price, list) } else { 0 };
         (price.own(&chosen) + bounds, u64::from(chosen.tail) + u64::from(chosen.kept))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::{ModelGeometry, yi_34b};
+    use crate::theory::model::{Latent, LocalLayers};
+    use crate::theory::predict::kv_bytes;
+
+    fn read(text: &str) -> Compression {
+        text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    fn yi() -> Decoder {
+        Decoder::dense(yi_34b(), false)
+    }
+
+    fn of(model: &Decoder, text: &str, document: u32, after: u32) -> CacheSize {
+        CacheSize::new(model, &read(text), Seen { document, after }, None).unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    #[test]
+    fn without_evictions_it_is_equation_one() {
+        for text in ["full", "kivi4", "rot3", "k:int8,v:kivi2", "think:0.8+int8"] {
+            let size = of(&yi(), text, 50_000, 1_000);
+            let expected = kv_bytes(&yi_34b(), &read(text), 51_000);
+            assert_eq!((size.held_bytes, size.read_bytes, size.peak_bytes), (expected, expected, expected), "{text}");
+            assert_eq!((size.held_tokens, size.read_tokens), (480 * 51_000, 480 * 51_000), "{text}");
+        }
+    }
+
+    #[test]
+    fn every_dimension_enters_as_it_does_in_a_pool() {
+        let full = of(&yi(), "full", 40_000, 0).held_bytes.0;
+        let token = full / 40_000 / 480;
+        // Half of the layers hold a cache, all of them read one.
+        let shared = of(&yi(), "layer=share:2", 40_000, 0);
+        assert_eq!((shared.held_bytes.0, shared.read_bytes.0), (full / 2, full), "layers");
+        // 120 of 480 lists keep everything, the others 64 + 256 tokens; what comes later goes to all.
+        let duo = of(&yi(), "head=duo:0.25", 40_000, 100);
+        assert_eq!(duo.held_bytes.0, token * (120 * 40_000 + 360 * 320 + 480 * 100), "heads");
+        assert_eq!(duo.peak_bytes.0, duo.held_bytes.0 + full, "beside the document in f16");
+        let pruned = of(&yi(), "head=prune:0.75", 40_000, 100);
+        assert_eq!(pruned.held_bytes.0, token * 360 * 40_100, "heads that keep nothing take nothing");
+        let evicted = of(&yi(), "token=snapkv:0.25", 40_000, 100);
+        assert_eq!(evicted.held_bytes.0, token * 480 * 10_100, "tokens");
+        // The budget is for what stays and the tail; both are as long in every context.
+        let capped = |after| of(&yi(), "token=h2o:512:every128", 40_000, after).held_bytes.0;
+        assert_eq!((capped(0), capped(9_000)), (token * 480 * 512, token * 480 * 512), "a cap");
+        assert_eq!(of(&yi(), "token=h2o:512:every128", 300, 0).held_bytes.0, token * 480 * 300, "not yet");
+        let all = of(&yi(), "layer=share:2,head=duo:0.25,token=snapkv:0.25,hidden=kivi4:128", 40_000, 0);
+        assert_eq!(all.held_bytes.0, token * (60 * 10_000 + 180 * 320) * 17 / 64, "all four");
+        // In the upper half of the layers pairs hold a twentieth twice, and the rest once, with two lengths of 2 bytes a side.
+        let merged = of(&yi(), "layer=minicache", 40_000, 0);
+        let pairs = 15 * 8;
+        let expected = token * (240 * 40_000 + 2 * pairs * 2_000 + pairs * 38_000) + pairs * 38_000 * 8;
+        assert_eq!(merged.held_bytes.0, expected, "merged layers");
+        assert!(merged.read_bytes.0 > full, "both read what they have in common, and its lengths");
+    }
+
+    #[test]
+    fn quest_reads_fewer_bytes_and_holds_more() {
+        let (full, quest) = (of(&yi(), "full", 64_000, 0), of(&yi(), "token=quest:0.25", 64_000, 0));
+        let token = full.held_bytes.0 / 64_000;
+        assert_eq!(quest.held_bytes.0, full.held_bytes.0 + token * 1_000, "bounds of a thousand pages");
+        let dense = 2;
+        let expected = token / 60 * (dense * 64_000 + (60 - dense) * (16_000 + 1_000));
+        assert_eq!(quest.read_bytes.0, expected, "two layers read everything, the others a quarter and the bounds");
+    }
+
+    #[test]
+    fn windows_and_latents_are_those_of_the_model() {
+        let local = Some(LocalLayers { window: 1_000, global_every: 6 });
+        let model = Decoder::new(yi_34b(), false, None, local, None);
+        let token = of(&yi(), "full", 1, 0).held_bytes.0 / 60;
+        assert_eq!(of(&model, "full", 40_000, 0).held_bytes.0, token * (10 * 40_000 + 50 * 1_000), "ten layers see all");
+        assert_eq!(of(&model, "full", 400, 0).held_bytes.0, token * 60 * 400, "shorter than the window");
+        assert_eq!(
+            of(&model, "token=snapkv:0.01", 40_000, 0).held_bytes.0,
+            token * 60 * 400,
+            "a hundredth is less than a window"
+        );
+        let latent = Latent { kv_rank: 512, rope_dim: 64, q_rank: None, nope_dim: 128, v_dim: 128 };
+        let model = Decoder::new(ModelGeometry { num_layers: 60, ..yi_34b() }, false, Some(latent), None, None);
+        assert_eq!(of(&model, "full", 1_000, 0).held_bytes, Bytes(1_000 * 60 * 576 * 2), "one latent of 576 for all heads");
+        assert_eq!(of(&model, "int8", 1_024, 0).held_bytes.0, 1_024 * 60 * (576 + 2 * 4), "a scale for each half of a token");
+    }
+
+    #[test]
+    fn pages_round_lists_up() {
+        let paged = |text: &str, document, after| {
+            let size = CacheSize::new(&yi(), &read(text), Seen { document, after }, Some(64)).expect(text);
+            size.held_bytes.0 / 480
+        };
+        let token = 512;
+        assert_eq!(paged("full", 100, 0), token * 128, "two pages");
+        let sealed = HiddenCodec::page_bytes(&read("kivi4").hidden, PageGeometry { page_size: 64, head_dim: 128 }).0;
+        assert_eq!(paged("kivi4", 100, 0), sealed + token * 64, "one of codes, one that is open");
+        assert_eq!(paged("kivi4", 128, 0), 2 * sealed, "none is open");
+        assert_eq!(paged("token=snapkv:0.5,hidden=kivi4", 200, 10), 2 * sealed + token * 64, "what stayed, and a tail");
+        let refused = CacheSize::new(&yi(), &read("kivi4:128"), Seen { document: 9, after: 0 }, Some(64));
+        assert!(refused.is_err_and(|e| e.contains("--page-size 128")), "groups of 128 tokens");
+        let refused = CacheSize::new(&yi(), &read("token=snapkv:0.25"), Seen { document: 40, after: 0 }, None);
+        assert!(refused.is_err_and(|e| e.contains("always stay")), "no room");
     }
 }

@@ -2,7 +2,7 @@
 //! and a switch to it take (section 2 of arXiv:2405.08944), under a [`Compression`].
 //!
 //! ```text
-//! concurrency   floor(memory / held)                     bound by device memory
+//! concurrency   floor(memory / held)                     bound by device memory; with evictions 1 + floor((memory - peak) / held)
 //! prefill       sum of steps of `chunk` rows             bound by FLOP/s where a chunk is above the critical intensity
 //! decode        weights read once, each session's cache  bound by the bandwidth of device memory
 //! switch        (held + held) / link                     bound by the link; nothing where memory is one
@@ -19,7 +19,6 @@ use serde::Serialize;
 
 use super::cache::{CacheSize, Seen};
 use super::model::{Decoder, causal_pairs, window_pairs};
-use super::predict::concurrency;
 use super::step::{Machine, StepTime};
 use crate::compression::Compression;
 use crate::geometry::Bytes;
@@ -123,7 +122,7 @@ pub fn challenges(
     let one_way = machine.link_s(cache.held_bytes);
     Ok(Challenges {
         cache,
-        concurrency: concurrency(scene.memory_bytes, cache.held_bytes),
+        concurrency: cache.concurrency(scene.memory_bytes),
         prefill,
         decode: decode(1),
         batched: decode(scene.batch),
@@ -246,4 +245,66 @@ pub(super) fn read_prompt(
         before += rows;
     }
     latency(machine, &time, &products, &attention)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::yi_34b;
+    use crate::theory::parallel::TensorParallel;
+
+    const MACHINE: Machine = Machine { flops: 312e12, bandwidth: 2e12, link: 20e9, parallel: None };
+
+    fn scene(context_tokens: u32) -> Scene {
+        let memory_bytes = Bytes(90_000_000_000);
+        Scene { context_tokens, memory_bytes, page_tokens: None, chunk_rows: None, batch: 8 }
+    }
+
+    fn of(machine: &Machine, text: &str, scene: &Scene) -> Challenges {
+        let model = Decoder::dense(yi_34b(), false);
+        challenges(&model, machine, &text.parse().expect(text), scene).unwrap_or_else(|error| panic!("{text}: {error}"))
+    }
+
+    #[test]
+    fn each_challenge_is_bound_by_what_the_paper_says() {
+        let full = of(&MACHINE, "full", &scene(50_000));
+        assert_eq!(full.concurrency, 7, "90 GB over 12.288 GB");
+        assert_eq!((full.prefill.bound, full.decode.bound), (Bound::FlopsOfProducts, Bound::BandwidthOfWeights), "alone");
+        assert_eq!(full.batched.bound, Bound::BandwidthOfCaches, "eight caches are more than the weights");
+        assert_eq!(of(&MACHINE, "full", &scene(200_000)).prefill.bound, Bound::FlopsOfAttention, "72 % of a long prompt");
+        assert!((full.attention_intensity - 7.0).abs() < 1e-9, "as query heads share a KV head: {}", full.attention_intensity);
+        let slow = TensorParallel { degree: 8, bytes_per_s: 1e9 };
+        assert_eq!(of(&MACHINE.shared_by(slow), "full", &scene(1_000)).prefill.bound, Bound::Interconnect, "slow links");
+        let one_memory = of(&Machine { link: f64::INFINITY, ..MACHINE }, "full", &scene(50_000));
+        assert_eq!((one_memory.switch_s, one_memory.recompute_ratio), (None, None), "nothing crosses a link");
+    }
+
+    #[test]
+    fn compressions_change_what_they_change() {
+        let at = scene(50_000);
+        let full = of(&MACHINE, "full", &at);
+        let quarter = of(&MACHINE, "token=snapkv:0.25", &at);
+        assert_eq!(quarter.prefill.seconds, full.prefill.seconds, "a smaller cache does not help a prompt");
+        let of_caches = |c: &Challenges| c.batched.attention_s;
+        assert!((of_caches(&quarter) / of_caches(&full) - 0.25).abs() < 1e-3, "a quarter is read");
+        assert!((quarter.switch_s.expect("a link") / full.switch_s.expect("a link") - 0.25).abs() < 1e-3, "and moved");
+        assert_eq!(quarter.concurrency, 25, "and held, one of them still beside its document");
+        // Half of the layers see neither products nor attention of the rows that stop below them, but keys and values.
+        let skip = of(&MACHINE, "layer=skip-prefill:30..", &at);
+        let part = skip.prefill.seconds / full.prefill.seconds;
+        assert!((0.5..0.53).contains(&part), "{part} of the prompt's time");
+        assert_eq!(skip.cache, full.cache, "and the same bytes");
+        let quest = of(&MACHINE, "token=quest:0.25", &at);
+        assert!(quest.decode.attention_s < full.decode.attention_s / 2.0, "reads less");
+        assert!(quest.concurrency <= full.concurrency && quest.cache.held_bytes > full.cache.held_bytes, "holds more");
+    }
+
+    #[test]
+    fn chunks_read_weights_again() {
+        let whole = of(&MACHINE, "full", &scene(50_000)).prefill;
+        let chunked = |rows| of(&MACHINE, "full", &Scene { chunk_rows: Some(rows), ..scene(50_000) }).prefill;
+        assert!((chunked(1_000).seconds / whole.seconds - 1.0).abs() < 1e-3, "above the critical intensity it is no matter");
+        assert!(chunked(50).seconds > 1.5 * whole.seconds, "below it, weights are the time");
+        assert_eq!(chunked(50).bound, Bound::BandwidthOfWeights, "and the bound");
+    }
 }

@@ -326,8 +326,10 @@ pub fn search(
         }
         found.extend(reaches.then_some(stack));
     }
-    let rank = |stack: &Found| (stack.quality.is_none(), stack.unknown());
-    let kl = |stack: &Found| stack.quality.as_ref().and_then(|q| q.mean_kl).unwrap_or_else(|| stack.known_kl());
+    let whole = |stack: &Found| stack.quality.as_ref().and_then(|quality| quality.mean_kl);
+    // What was measured as a whole is known, whatever its parts.
+    let rank = |stack: &Found| if whole(stack).is_some() { (false, 0) } else { (true, stack.unknown()) };
+    let kl = |stack: &Found| whole(stack).unwrap_or_else(|| stack.known_kl());
     found.sort_by(|a, b| rank(a).cmp(&rank(b)).then(kl(a).total_cmp(&kl(b))));
     let reached = found.len();
     // Of stacks about which as much is known, one that costs more and holds more is of no use.
@@ -340,4 +342,76 @@ pub fn search(
     }
     let full = value(goal, &full).ok_or_else(no_link)?;
     Ok(Search { goal: goal.clone(), full, limit, tried: all.len(), reached, found: best, smallest_known })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::yi_34b;
+
+    const MACHINE: Machine = Machine { flops: 989e12, bandwidth: 3.35e12, link: 50e9, parallel: None };
+
+    fn find(goal: &str) -> Search {
+        let scene = Scene {
+            context_tokens: 50_000,
+            memory_bytes: Bytes(12_000_000_000),
+            page_tokens: None,
+            chunk_rows: None,
+            batch: 1,
+        };
+        let model = Decoder::dense(yi_34b(), false);
+        let goal = goal.parse().unwrap_or_else(|error| panic!("{goal}: {error}"));
+        search(&goal, &model, &MACHINE, &scene, &QualityTable::built_in()).expect("a full cache fits")
+    }
+
+    #[test]
+    fn the_closing_question_needs_250_times_fewer_bytes() {
+        let found = find("cost(1M) <= cost(4k)");
+        assert!((found.full / found.limit - 250.0).abs() < 1e-9, "{} over {}", found.full, found.limit);
+        assert!(found.reached > 100 && found.reached < found.tried, "{} of {}", found.reached, found.tried);
+        for stack in &found.found {
+            assert!(stack.value <= found.limit && stack.times_smaller >= 250.0, "{stack:?}");
+            let alone: f64 = stack.factors.iter().map(|factor| factor.times_smaller).product();
+            assert!(alone >= 200.0, "no dimension alone explains {}: {alone}", stack.compression);
+            assert_eq!(stack.quality, None, "nobody measured {}", stack.compression);
+        }
+        assert_eq!(found.found[0].unknown(), 0, "the first has known dimensions: {:?}", found.found[0]);
+        let smallest = found.smallest_known.expect("stacks were measured");
+        assert!((15.0..30.0).contains(&smallest.times_smaller), "{smallest:?}");
+    }
+
+    #[test]
+    fn easy_goals_are_reached_by_what_was_measured() {
+        let found = find("cost(50k) <= 6GB");
+        let first = &found.found[0];
+        let kl = first.quality.as_ref().and_then(|quality| quality.mean_kl).expect("measured as a whole");
+        assert!(kl < 0.01 && first.value <= 6e9, "{first:?}");
+        // Each listed one is the cheapest so far, and costs more than those before it of its kind.
+        let known: Vec<_> = found.found.iter().filter(|s| s.quality.as_ref().is_some_and(|q| q.mean_kl.is_some())).collect();
+        assert!(known.windows(2).all(|w| w[1].times_smaller > w[0].times_smaller), "none beats another");
+        let users = find("users(50k) >= 10");
+        assert!(users.found.iter().all(|stack| stack.value >= 10.0), "at least ten");
+        let decode = find("decode(1M) <= 25ms");
+        assert!(decode.full > 0.09 && decode.found.iter().all(|stack| stack.value <= 0.025), "{}", decode.full);
+    }
+
+    #[test]
+    fn goals_that_make_no_sense_are_refused() {
+        for (text, why) in [
+            ("cost(1M)", "write one such as"),
+            ("cost(1M) >= cost(4k)", "asks for the worse"),
+            ("users(1M) <= 3", "asks for the worse"),
+            ("price(1M) <= 3", "none of cost(TOKENS)"),
+            ("cost(0) <= 3GB", "no number of tokens"),
+            ("cost(1M) <= decode(4k)", "another quantity"),
+            ("cost(1M) <= -3GB", "such as 2GiB"),
+            ("decode(1M) <= fast", "such as 1.5s"),
+            ("cost(1M) <= 1GB >= 2GB", "write one such as"),
+        ] {
+            let refused = text.parse::<Goal>().expect_err(text);
+            assert!(refused.contains(why), "{text}: {refused}");
+        }
+        let goal: Goal = " decode( 1M ) <= 25ms ".parse().expect("a goal");
+        assert_eq!((goal.metric, goal.context_tokens, goal.limit), (Metric::Decode, 1_000_000, Limit::Number(0.025)), "read");
+    }
 }

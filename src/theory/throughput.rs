@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::cache::{CacheSize, Seen};
 use super::challenges::{Challenges, Scene, challenges, decode, read_prompt};
 use super::model::Decoder;
+use super::predict::concurrency;
 use super::step::Machine;
 use crate::compression::Compression;
 use crate::geometry::Bytes;
@@ -152,9 +153,9 @@ pub fn throughput(
         let at = |n: f64| decode(model, machine, &middle, n.min(f64::from(u32::MAX)) as u32).seconds;
         at(low) * (1.0 - part) + at(low + 1.0) * part
     };
-    let resident = super::predict::concurrency(scene.memory_bytes, last.held_bytes);
+    let resident = last.concurrency(scene.memory_bytes);
     let rate = |there: u64, swaps: bool| rate(&times, &token_s, resident, there, swaps);
-    let away = super::predict::concurrency(host, last.held_bytes);
+    let away = concurrency(host, last.held_bytes);
     let swaps = times.link_s.is_some() && away > 0 && resident > 0;
     Ok(Throughput {
         session_s: times.alone(token_s(1.0)),
@@ -214,4 +215,66 @@ fn rate(times: &Times, token_s: &dyn Fn(f64) -> f64, resident: u64, there: u64, 
     }
     let (per_s, bound) = bounds(b);
     Rate { sessions_per_hour: per_s * 3600.0, decoding: b, bound }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::geometry::yi_34b;
+
+    const MACHINE: Machine = Machine { flops: 312e12, bandwidth: 2e12, link: 20e9, parallel: None };
+    const ROUNDS: Rounds = Rounds { rounds: 3, question_tokens: 50, answer_tokens: 250, think_s: 60.0 };
+
+    fn of(text: &str, memory: u64, rounds: Rounds, host: u64) -> Throughput {
+        let model = Decoder::dense(yi_34b(), false);
+        let scene = Scene {
+            context_tokens: 50_000,
+            memory_bytes: Bytes(memory),
+            page_tokens: None,
+            chunk_rows: None,
+            batch: 1,
+        };
+        throughput(&model, &MACHINE, &text.parse().expect(text), &scene, &rounds, Bytes(host)).expect(text)
+    }
+
+    #[test]
+    fn one_session_at_a_time_takes_its_own_time() {
+        // A little more than one cache of 50,900 tokens.
+        let one = of("full", 13_000_000_000, ROUNDS, 0);
+        assert_eq!(one.resident, 1, "one fits");
+        let expected = 3600.0 / one.session_s;
+        assert!((one.resident_rate.sessions_per_hour - expected).abs() < 1e-6, "one after the other");
+        assert_eq!(one.resident_rate.bound, Scarce::Memory, "with 120 s of thinking each");
+        assert!((one.session_s - one.device_s - 120.0).abs() < 1e-9, "thinks twice");
+        assert_eq!(of("full", 1_000_000_000, ROUNDS, 0).resident_rate.bound, Scarce::Nothing, "none fits");
+    }
+
+    #[test]
+    fn more_memory_helps_until_the_device_is_busy() {
+        let rate = |memory: u64| of("full", memory * 1_000_000_000, ROUNDS, 0).resident_rate;
+        let rates = [13, 26, 52, 104, 208, 1_000, 10_000].map(rate);
+        assert!(rates.windows(2).all(|w| w[1].sessions_per_hour >= w[0].sessions_per_hour - 1e-9), "{rates:?}");
+        assert_eq!(rates[1].bound, Scarce::Memory, "two sessions leave it idle while they think");
+        let busy = rates[6];
+        assert_eq!(busy.bound, Scarce::Prefill, "{busy:?}");
+        // Nobody can read more documents than one after another.
+        assert!(busy.sessions_per_hour < 3600.0 / 17.5 && busy.sessions_per_hour > 3600.0 / 30.0, "{busy:?}");
+        let talk = Rounds { answer_tokens: 5_000, ..ROUNDS };
+        assert_eq!(of("full", 208_000_000_000, talk, 0).resident_rate.bound, Scarce::Decode, "long answers");
+    }
+
+    #[test]
+    fn host_memory_holds_those_that_think_until_the_link_is_busy() {
+        let slow = Rounds { think_s: 3_000.0, ..ROUNDS };
+        let some = of("full", 26_000_000_000, slow, 260_000_000_000);
+        let swapping = some.swapping_rate.expect("there is host memory");
+        assert!(swapping.sessions_per_hour > 5.0 * some.resident_rate.sessions_per_hour, "{swapping:?}");
+        assert_eq!(some.best(), swapping, "the better");
+        let chat = Rounds { rounds: 100, answer_tokens: 2, question_tokens: 1, think_s: 1.0 };
+        let swapping = of("full", 26_000_000_000, chat, 10_000_000_000_000).swapping_rate.expect("host memory");
+        assert_eq!(swapping.bound, Scarce::Link, "a hundred switches of a second each");
+        assert_eq!(of("full", 26_000_000_000, slow, 0).swapping_rate, None, "no host memory");
+        let compressed = of("kivi4", 26_000_000_000, slow, 0);
+        assert!(compressed.resident_rate.sessions_per_hour > 3.0 * some.resident_rate.sessions_per_hour, "more fit");
+    }
 }
