@@ -14,7 +14,7 @@ fn odd() -> CeilingSizes {
 }
 
 #[test]
-#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter")]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn every_ceiling_is_measured_and_its_result_is_right_gpu() {
     for device in [common::device(), common::portable()] {
         let mut made = Ceilings::new(device, odd()).expect("a small buffer fits");
@@ -28,7 +28,7 @@ fn every_ceiling_is_measured_and_its_result_is_right_gpu() {
 }
 
 #[test]
-#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter")]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn a_figure_whose_result_is_wrong_is_refused_gpu() {
     let mut made = Ceilings::new(common::device(), odd()).expect("a small buffer fits");
     for ceiling in [Ceiling::Copy, Ceiling::Flop, Ceiling::Out, Ceiling::Back, Ceiling::Read] {

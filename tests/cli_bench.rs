@@ -52,7 +52,7 @@ fn figures(report: &Value, metric: &str) -> Vec<(String, f64, f64)> {
 }
 
 #[test]
-#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter")]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn what_is_measured_stands_beside_what_is_predicted_gpu() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = |name: &str| folder.path().join(name).display().to_string();
@@ -101,7 +101,7 @@ fn what_is_measured_stands_beside_what_is_predicted_gpu() {
 }
 
 #[test]
-#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter")]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn a_model_file_is_measured_as_it_is_gpu() {
     let model = reference_model_path().display().to_string();
     let args = ["bench", "metrics", "--model", &model, "--context", "64", "--repeats", "1", "--kv-budget", "96MiB"];
