@@ -122,6 +122,7 @@ fn what_can_not_be_measured_or_compared_is_refused() {
     let preset = ["bench", "metrics", "--model", "yi-6b"];
     let with = |more: &[&'static str]| [&preset[..], more].concat();
     refused(&with(&["--layers", "33"]), 2, &["--layers 33", "32"]);
+    refused(&["bench", "metrics", "--model", "deepseek-v2"], 2, &["deepseek-v2", "latents"]);
     refused(&with(&["--compress", "head=duo:0.5"]), 2, &["random weights", "head="]);
     refused(&with(&["--compress", "token=h2o:64:every10"]), 2, &["every"]);
     let folder = tempfile::tempdir().expect("a folder");

@@ -150,8 +150,11 @@ fn a_file_is_a_model_too() {
 
 #[test]
 fn what_can_not_be_simulated_is_wrong_usage_with_the_reason() {
-    refused(&["--gpu", "h300"], &["no GPU 'h300'", "a100, h100, h200, l4, rtx4090"]);
+    refused(&["--gpu", "h10"], &["no GPU 'h10'; did you mean h100?", "a100-80g, a100, h100, h200"]);
     refused(&["--model", "gpt-5"], &["no model 'gpt-5'", "yi-34b", "GGUF"]);
+    refused(&["--model", "deepseek-v2"], &["latent of 576 numbers for 128 heads"]);
+    refused(&["--model", "gemma-3-27b"], &["52 layers", "keep 1024 tokens", "10 keep all"]);
+    refused(&["--gpu", "m4-max", "--host-budget", "10GB"], &["memory of m4-max is the host's", "--host-budget"]);
     refused(&["--context", "normal:5"], &["'normal:5' is no distribution", "lognormal:MEDIAN"]);
     refused(&["--arrival", "poisson:2"], &["poisson:RATE"]);
     refused(&["--achieved-flops", "1.5"], &["above 0 and at most 1"]);
@@ -164,4 +167,64 @@ fn what_can_not_be_simulated_is_wrong_usage_with_the_reason() {
     refused(&["--chunk", "32"], &["no row for each of 64"]);
     refused(&["--host-budget", "10GB", "--swap-chunk", "1MiB"], &["page of each of 480 lists", "--swap-chunk"]);
     refused(&["--ladder", "snapkv:0.5"], &["not known any more"]);
+}
+
+/// A card as fast as the one of the presets, with a name of its own.
+const CARD: &str = "[[gpu]]\nname = \"card\"\ngpu = \"A card\"\nmemory_bytes = 80_000_000_000\nflops_per_s = 989e12\n\
+                    memory_bytes_per_s = 3.35e12\nlink_bytes_per_s = 63e9\nsource = \"made up\"\n";
+
+#[test]
+fn a_users_presets_are_simulated_as_the_others_and_named_when_they_replace_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).expect("written");
+        path.to_str().expect("UTF-8").to_owned()
+    };
+    let card = file("card.toml", CARD);
+    let (own, usual) = (report(&with(&["--gpu", "card", "--presets", &card])), report(&with(&[])));
+    assert_eq!(own["gpu"]["source"], "made up", "the user's GPU");
+    assert_eq!(own["results"][0]["trace_hash"], usual["results"][0]["trace_hash"], "the same numbers, the same trace");
+    let slower = file("slow.toml", &CARD.replace("\"card\"", "\"h100\"").replace("989e12", "500e12"));
+    let args = with(&["--presets", &card, "--presets", &slower]);
+    let output = concertina(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let (shown, told) = (text(&output.stdout), text(&output.stderr));
+    assert!(told.contains("slow.toml: its GPU 'h100' takes the place of another"), "{told}");
+    let again = shown.lines().find_map(|line| line.trim().strip_prefix("again")).expect("a command line");
+    assert!(again.contains("card.toml --presets"), "both files: {again}");
+    let hash = usual["results"][0]["trace_hash"].as_str().expect("a hash");
+    assert!(!shown.contains(hash), "a slower GPU, another trace");
+    let wrong = file("wrong.toml", &CARD.replace("3.35e12", "-3.35e12"));
+    refused(&["--presets", &wrong], &["wrong.toml, line 6, memory_bytes_per_s", "-3350000000000", "above 0"]);
+}
+
+#[test]
+fn experts_are_simulated_and_unified_memory_needs_no_link() {
+    let args = with(&["--model", "mixtral-8x7b", "--gpu", "m2-ultra", "--context", "fixed:2k", "--sessions", "3"]);
+    let report = report(&args);
+    let row = &report["results"][0];
+    assert_eq!(row["predicted"]["switch_s"], 0.0, "nothing crosses a link");
+    assert!(report["gpu"]["link_bytes_per_s"].is_null(), "{}", report["gpu"]);
+    // 93.4 GB of weights, of which a token reads 25.5 GB at 600 GB/s and most of its step is that.
+    let token_ms = row["predicted"]["token_ms"].as_f64().expect("a time");
+    assert!(token_ms > 40.0 && token_ms < 45.0, "{token_ms} ms of a token that reads two of eight experts");
+}
+
+#[test]
+fn presets_are_listed_with_their_sources() {
+    let output = concertina(&["presets"]);
+    let shown = text(&output.stdout);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    for part in ["deepseek-v2", "latents of 576 numbers", "a100-80g (a100)", "sources", "datasheet"] {
+        assert!(shown.contains(part), "'{part}' in:\n{shown}");
+    }
+    let report = report(&["presets".to_owned()]);
+    let first = &report["models"][0];
+    assert_eq!(
+        (first["name"].as_str(), first["kv_per_token_bytes"].as_u64()),
+        (Some("yi-34b"), Some(245_760)),
+        "{first}"
+    );
+    let gpus = report["gpus"].as_array().expect("GPUs");
+    assert!(gpus.iter().all(|gpu| gpu["critical_intensity"].as_f64().is_some_and(|it| it > 1.0)), "each has one");
 }

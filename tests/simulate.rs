@@ -16,7 +16,7 @@ use concertina::schedule::{
     StepReport,
 };
 use concertina::theory::model::Decoder;
-use concertina::theory::presets;
+use concertina::theory::presets::Presets;
 use concertina::theory::step::{Achieved, Machine};
 
 const PAGE: PageGeometry = PageGeometry { page_size: 32, head_dim: 32 };
@@ -121,7 +121,7 @@ impl Case {
             ..HostConfig::default()
         };
         let config = ScheduleConfig { max_rows: MAX_ROWS, max_sessions: 5, context_length: 2_000, host };
-        let model = Decoder::dense(small_model(), true);
+        let model = Decoder::dense(small_model(), true).expect("a model");
         let mut device = VirtualDevice::new(1, model, slow_machine(), lists);
         let mut scheduler = Scheduler::new(config, caches);
         let mut visits = small_workload(5).visits().peekable();
@@ -286,9 +286,10 @@ fn not_begun(scheduler: &Scheduler) -> usize {
 }
 
 fn machine(model: &str, gpu: &str) -> SimulatedMachine {
-    let (preset, gpu) = (presets::model(model).expect(model), presets::gpu(gpu).expect(gpu));
+    let presets = Presets::built_in();
+    let (preset, gpu) = (presets.model(model).expect(model), presets.gpu(gpu).expect(gpu));
     SimulatedMachine {
-        machine: Machine::new(&gpu, &Achieved::default()),
+        machine: Machine::new(gpu, &Achieved::default()),
         memory: gpu.memory_bytes,
         host_budget: Bytes::ZERO,
         swap_chunk: Bytes::mib(64),
@@ -297,7 +298,7 @@ fn machine(model: &str, gpu: &str) -> SimulatedMachine {
         observed: 1,
         context_length: 200_000,
         page_size: 64,
-        model: Decoder::dense(preset.geometry, preset.tied),
+        model: preset.decoder.clone(),
     }
 }
 
@@ -392,7 +393,7 @@ fn between_questions(think: Duration) -> (Scheduler, VirtualDevice, SessionId) {
     let caches = one.caches(PAGE, MAX_ROWS, budget, Abilities::default()).expect("room");
     let host = HostConfig::default();
     let config = ScheduleConfig { max_rows: MAX_ROWS, max_sessions: 1, context_length: 2_000, host };
-    let model = Decoder::dense(small_model(), true);
+    let model = Decoder::dense(small_model(), true).expect("a model");
     let mut device = VirtualDevice::new(1, model, slow_machine(), one);
     let mut scheduler = Scheduler::new(config, caches);
     let rounds = vec![Round { tokens: vec![2; 5], max_new: 1, think }];

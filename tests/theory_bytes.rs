@@ -8,7 +8,7 @@ use concertina::geometry::{Bytes, PageGeometry};
 use concertina::pool::page_table::TableShape;
 use concertina::theory::cache::{CacheSize, Seen};
 use concertina::theory::model::Decoder;
-use concertina::theory::presets;
+use concertina::theory::presets::Presets;
 
 /// What `eval kl` measured behind a prefix: tests/golden/held_bytes.json.
 #[derive(serde::Deserialize)]
@@ -19,7 +19,7 @@ struct Measured {
 }
 
 fn smollm() -> Decoder {
-    presets::model("smollm2-135m").expect("the reference model").decoder()
+    Presets::built_in().model("smollm2-135m").expect("the reference model").decoder.clone()
 }
 
 /// Whether how long each list becomes depends on the text.

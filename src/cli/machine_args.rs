@@ -5,7 +5,7 @@ use clap::Args;
 use concertina::geometry::Bytes;
 use concertina::theory::model::Decoder;
 use concertina::theory::parallel::TensorParallel;
-use concertina::theory::presets::{self, Gpu};
+use concertina::theory::presets::{Gpu, Presets};
 use concertina::theory::step::{Achieved, Machine};
 
 use super::args;
@@ -94,14 +94,20 @@ impl MachineArgs {
     }
 
     /// The GPUs.
-    pub(super) fn choose(&self) -> Result<Chosen> {
+    pub(super) fn choose(&self, presets: &Presets) -> Result<Chosen> {
         let GpuSpec { name, count } = &self.gpu;
-        let gpu = presets::gpu(name).map_err(usage)?;
+        let gpu = presets.gpu(name).map_err(usage)?.clone();
         let achieved = self.achieved();
         let one = Machine::new(&gpu, &achieved);
         let machine = match count {
             1 => one,
-            degree => one.shared_by(TensorParallel { degree: *degree, bytes_per_s: gpu.link_bytes_per_s }),
+            degree => {
+                let between = gpu.interconnect_bytes_per_s.or(gpu.link_bytes_per_s);
+                let bytes_per_s = between.ok_or_else(|| {
+                    usage(format!("{} has no link to another one; give one of them, or --gpu {name}", gpu.gpu))
+                })?;
+                one.shared_by(TensorParallel { degree: *degree, bytes_per_s })
+            }
         };
         let memory = self.memory.unwrap_or(gpu.memory_bytes);
         let memory = memory.0.checked_mul(u64::from(*count)).map(Bytes);

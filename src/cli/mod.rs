@@ -31,6 +31,7 @@ mod output;
 mod perplexity;
 mod plan;
 mod policies;
+mod presets;
 mod progress;
 mod report;
 mod resume;
@@ -39,6 +40,7 @@ mod run_progress;
 mod session;
 mod session_dir;
 mod simulate;
+mod theory_args;
 mod tokenize;
 mod verify;
 
@@ -84,6 +86,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Codecs(codecs::CodecsArgs),
     Policies(policies::PoliciesArgs),
+    Presets(presets::PresetsArgs),
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
@@ -108,6 +111,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Tokenize(args) => tokenize::run(args, global),
         Command::Codecs(args) => codecs::run(args, global),
         Command::Policies(_) => policies::run(global),
+        Command::Presets(args) => presets::run(args, global),
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),

@@ -17,8 +17,8 @@ use concertina::theory::throughput::Rounds;
 use super::args::{self, Global};
 use super::failure::usage;
 use super::machine_args::{Chosen, MachineArgs};
-use super::simulate::{Named, model};
 use super::output::{Output, OutputFile};
+use super::theory_args::{NamedModel, PresetsArg, model};
 
 /// Predict what long contexts cost: what fits, how long it takes, and which compression gets there
 ///
@@ -42,6 +42,9 @@ pub(super) struct PlanArgs {
 
     #[command(flatten)]
     machine: MachineArgs,
+
+    #[command(flatten)]
+    presets: PresetsArg,
 
     /// Tokens of a document, such as 50k or 1M
     #[arg(long, value_name = "TOKENS", default_value = "50k", value_parser = search::tokens)]
@@ -123,9 +126,8 @@ impl std::str::FromStr for Sweep {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || {
-            format!("'{text}' is no sweep; write context=4k..10M, or compress= and one of {}", SETS.join(", "))
-        };
+        let wrong =
+            || format!("'{text}' is no sweep; write context=4k..10M, or compress= and one of {}", SETS.join(", "));
         match text.split_once('=').ok_or_else(wrong)? {
             ("context", range) => {
                 let (from, to) = range.split_once("..").ok_or_else(wrong)?;
@@ -147,7 +149,8 @@ const CONTEXTS: u32 = 25;
 fn contexts(from: u32, to: u32) -> Vec<u32> {
     let step = (f64::from(to) / f64::from(from)).ln() / f64::from(CONTEXTS - 1);
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "between two numbers of tokens")]
-    let mut all: Vec<u32> = (0..CONTEXTS).map(|i| (f64::from(from) * (step * f64::from(i)).exp()).round() as u32).collect();
+    let mut all: Vec<u32> =
+        (0..CONTEXTS).map(|i| (f64::from(from) * (step * f64::from(i)).exp()).round() as u32).collect();
     (all[0], all[CONTEXTS as usize - 1]) = (from, to);
     all.dedup();
     all
@@ -171,7 +174,10 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 fn price(text: &str) -> Result<f64, String> {
-    text.parse::<f64>().ok().filter(|p| p.is_finite() && *p > 0.0).ok_or_else(|| format!("'{text}' is no price above 0"))
+    text.parse::<f64>()
+        .ok()
+        .filter(|p| p.is_finite() && *p > 0.0)
+        .ok_or_else(|| format!("'{text}' is no price above 0"))
 }
 
 /// Plans.
@@ -188,7 +194,8 @@ pub(super) fn run(args: &PlanArgs, global: &Global) -> Result<ExitCode> {
     if let Some(svg) = svg {
         let curves = report.context_curves().map(|curves| curves.svg());
         let drawn = curves.or_else(|| report.quality_plot().map(|plot| plot.svg()));
-        let drawn = drawn.ok_or_else(|| anyhow!("no compression of this sweep was measured, so that there is nothing to draw"))?;
+        let drawn = drawn
+            .ok_or_else(|| anyhow!("no compression of this sweep was measured, so that there is nothing to draw"))?;
         svg.write(drawn.as_bytes())?;
     }
     if let Some(html) = html {
@@ -199,8 +206,9 @@ pub(super) fn run(args: &PlanArgs, global: &Global) -> Result<ExitCode> {
 }
 
 fn prepare(args: &PlanArgs) -> Result<(Planner, ModelReport, Gpu)> {
-    let chosen = args.machine.choose()?;
-    let Named { name, decoder } = model(&args.model)?;
+    let presets = args.presets.load()?;
+    let chosen = args.machine.choose(&presets)?;
+    let NamedModel { name, decoder } = model(&args.model, &presets)?;
     let decoder = args.machine.decoder(decoder);
     let Chosen { gpu, gpus, machine, achieved, achieved_from, memory } = chosen;
     let weights = decoder.weights;
@@ -219,12 +227,8 @@ fn prepare(args: &PlanArgs) -> Result<(Planner, ModelReport, Gpu)> {
         chunk_rows: args.chunk,
         batch: args.batch,
     };
-    let rounds = Rounds {
-        rounds: args.rounds,
-        question_tokens: args.question,
-        answer_tokens: args.answer,
-        think_s: args.think,
-    };
+    let rounds =
+        Rounds { rounds: args.rounds, question_tokens: args.question, answer_tokens: args.answer, think_s: args.think };
     let report = ModelReport::new(name, &decoder.geometry, Some(weights));
     let report = ModelReport { kv_per_token_bytes: decoder.token_bytes(), ..report };
     let settings = PlanSettings {

@@ -1,6 +1,6 @@
 //! `concertina simulate`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -10,12 +10,10 @@ use concertina::compression::Compression;
 use concertina::eval::simulate::{Listener, SimulateError, SimulatedMachine};
 use concertina::geometry::Bytes;
 use concertina::kernels::registry::DEFAULT_PAGE_SIZE;
-use concertina::model::{GgufFile, locate};
 use concertina::report::{Meter, ModelReport, Program, SimulateReport, SimulateRow, SimulateSettings};
 use concertina::schedule::workload::{Arrivals, Distribution, Workload};
 use concertina::schedule::{Scheduler, SessionId, StepReport};
-use concertina::theory::model::Decoder;
-use concertina::theory::presets;
+use concertina::theory::presets::Gpu;
 use concertina::theory::step::{Achieved, Machine};
 use indicatif::ProgressBar;
 
@@ -23,6 +21,7 @@ use super::args::{self, Global, swap_chunk};
 use super::failure::usage;
 use super::output::{Output, OutputFile};
 use super::progress;
+use super::theory_args::{NamedModel, PresetsArg, model};
 
 /// Ask what a GPU that is not here would do: thousands of sessions over a virtual clock
 ///
@@ -38,13 +37,16 @@ Examples:
   concertina simulate --model yi-6b --gpu a100 --host-budget 200GB --arrival poisson:500/h --compress full token=keydiff:0.5
   concertina simulate --model yi-34b --gpu h200 --weights 20GB --arrival all --rounds 1 --json - | jq '.results[].trace_hash'")]
 pub(super) struct SimulateArgs {
-    /// A model by its name, or a GGUF file, or a Hugging Face repository: owner/name; of a file only its shape is used
+    /// A model by its name, of those that `concertina presets` lists, or a GGUF file, or a Hugging Face repository: owner/name; of a file only its shape is used
     #[arg(long, value_name = "NAME|PATH|owner/name")]
     model: String,
 
-    /// A GPU by its name: a100, h100, h200, l4, rtx4090
+    /// A GPU by its name, of those that `concertina presets` lists
     #[arg(long, value_name = "NAME", default_value = "h100")]
     gpu: String,
+
+    #[command(flatten)]
+    presets: PresetsArg,
 
     /// Device memory for weights and caches; the GPU's where not given
     #[arg(long, value_name = "SIZE", value_parser = args::budget)]
@@ -167,36 +169,13 @@ fn token_count(text: &str) -> Result<u32, String> {
     }
 }
 
-/// A model and what it is called.
-pub(super) struct Named {
-    pub(super) name: String,
-    pub(super) decoder: Decoder,
-}
-
-/// A preset, or else the header of a file.
-pub(super) fn model(spec: &str) -> Result<Named> {
-    let unknown = match presets::model(spec) {
-        Ok(preset) => {
-            return Ok(Named { name: preset.model, decoder: Decoder::dense(preset.geometry, preset.tied) });
-        }
-        Err(unknown) => unknown,
-    };
-    if !spec.contains('/') && !Path::new(spec).exists() && !spec.to_ascii_lowercase().ends_with(".gguf") {
-        return Err(usage(format!("{unknown}; a GGUF file or owner/name will do, too")));
-    }
-    let path = locate(spec)?;
-    let gguf = GgufFile::open(&path).map_err(|error| anyhow!("'{}': {error}", path.display()))?;
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    Ok(Named { name, decoder: Decoder::dense(gguf.geometry().clone(), gguf.tied()) })
-}
-
 /// What is simulated.
 struct Job {
     machine: SimulatedMachine,
     workload: Workload,
     settings: SimulateSettings,
     model: ModelReport,
-    gpu: presets::Gpu,
+    gpu: Gpu,
 }
 
 /// Simulates.
@@ -243,8 +222,15 @@ fn refused(error: SimulateError) -> anyhow::Error {
 }
 
 fn prepare(args: &SimulateArgs) -> Result<Job> {
-    let gpu = presets::gpu(&args.gpu).map_err(usage)?;
-    let Named { name, decoder } = model(&args.model)?;
+    let presets = args.presets.load()?;
+    let gpu = presets.gpu(&args.gpu).map_err(usage)?.clone();
+    let NamedModel { name, decoder } = model(&args.model, &presets)?;
+    if gpu.unified && args.host_budget > Bytes::ZERO {
+        let (name, budget) = (&gpu.name, args.host_budget);
+        return Err(usage(format!(
+            "the memory of {name} is the host's, so that there is no other for --host-budget {budget}; give --memory more"
+        )));
+    }
     if args.chunk < args.max_sessions {
         let (chunk, max) = (args.chunk, args.max_sessions);
         return Err(usage(format!("--chunk {chunk} has no row for each of {max} sessions at once")));
@@ -285,6 +271,7 @@ fn prepare(args: &SimulateArgs) -> Result<Job> {
     };
     let settings = SimulateSettings {
         model: args.model.clone(),
+        presets: args.presets.files(),
         workload: workload.clone(),
         achieved,
         memory_bytes: memory,

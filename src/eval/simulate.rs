@@ -66,6 +66,9 @@ pub enum SimulateError {
     /// A compression that can not be simulated on this machine.
     #[error("{0}")]
     Compression(String),
+    /// A model whose cache one list of pages does not stand for.
+    #[error("{0}")]
+    Model(String),
     /// The model does not fit.
     #[error(
         "the weights take {weights} of {memory}, which leaves nothing for caches; give more memory, or the bytes of \
@@ -204,11 +207,34 @@ impl SimulatedMachine {
         (abilities, scratch)
     }
 
+    /// Checks that one list of pages stands for the caches of the model.
+    ///
+    /// # Errors
+    /// [`SimulateError::Model`] with the reason.
+    fn check_model(&self) -> Result<(), SimulateError> {
+        if let Some(latent) = &self.model.latent {
+            let (cached, heads) = (latent.cached(), self.model.geometry.heads.num_qo_heads);
+            return Err(SimulateError::Model(format!(
+                "a token of this model leaves a latent of {cached} numbers for {heads} heads together, which pages of the keys \
+                 and values of a head can not stand for"
+            )));
+        }
+        if let Some(local) = &self.model.local {
+            let (all, windowed) = self.model.layers_by_sight();
+            let window = local.window;
+            return Err(SimulateError::Model(format!(
+                "{windowed} layers of this model keep {window} tokens and {all} keep all, so that one list can not stand for both"
+            )));
+        }
+        Ok(())
+    }
+
     /// Checks that sessions of a compression, and of a ladder, can be simulated.
     ///
     /// # Errors
-    /// [`SimulateError::Compression`] with the reason.
+    /// [`SimulateError::Model`] or [`SimulateError::Compression`] with the reason.
     fn check(&self, compression: &Compression, ladder: &[Compression]) -> Result<OneList, SimulateError> {
+        self.check_model()?;
         let geometry = &self.model.geometry;
         let lists = OneList::new(geometry, compression).map_err(SimulateError::Compression)?;
         for one in std::iter::once(compression).chain(ladder) {

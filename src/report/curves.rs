@@ -12,8 +12,7 @@ const ROWS: [f64; 2] = [96.0, 410.0];
 /// Decades that an axis shows at most.
 const DECADES_MAX: f64 = 9.0;
 /// Colours that can be told apart on white and on black, and ways to dash, for those who can not.
-const COLOURS: [&str; 8] =
-    ["#2b7bd6", "#d9780f", "#2f9e5b", "#c24b8a", "#7c68d8", "#9a7b12", "#1f9aa8", "#c8503c"];
+const COLOURS: [&str; 8] = ["#2b7bd6", "#d9780f", "#2f9e5b", "#c24b8a", "#7c68d8", "#9a7b12", "#1f9aa8", "#c8503c"];
 const DASHES: [&str; 4] = ["none", "7 3", "2 3", "9 3 2 3"];
 
 /// One quantity.
@@ -148,16 +147,32 @@ impl Curves {
         let all = || self.panels.iter().flat_map(|panel| panel.lines.iter().flatten());
         let x = Axis::new(all().map(|point| point.0), (left, right));
         let y = Axis::new(panel.lines.iter().flatten().map(|point| point.1), (bottom, top));
-        let _ = writeln!(svg, "<text x=\"{left}\" y=\"{:.1}\" font-weight=\"bold\">{}</text>", top - 8.0, escaped(&panel.title));
+        let _ = writeln!(
+            svg,
+            "<text x=\"{left}\" y=\"{:.1}\" font-weight=\"bold\">{}</text>",
+            top - 8.0,
+            escaped(&panel.title)
+        );
         for tick in x.ticks() {
             let at = x.place(tick);
             grid(svg, (at, top), (at, bottom));
-            let _ = writeln!(svg, "<text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>", bottom + 16.0, short(tick));
+            let _ = writeln!(
+                svg,
+                "<text x=\"{at:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+                bottom + 16.0,
+                short(tick)
+            );
         }
         for tick in y.ticks() {
             let at = y.place(tick);
             grid(svg, (left, at), (right, at));
-            let _ = writeln!(svg, "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>", left - 6.0, at + 4.0, short(tick));
+            let _ = writeln!(
+                svg,
+                "<text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+                left - 6.0,
+                at + 4.0,
+                short(tick)
+            );
         }
         let _ = writeln!(
             svg,

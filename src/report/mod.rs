@@ -13,6 +13,7 @@
 //! | `tokenize` | [`TokenizeReport`] |
 //! | `codecs` | [`CodecsReport`] |
 //! | `policies` | [`PoliciesReport`] |
+//! | `presets` | [`PresetsReport`] |
 //! | `calibrate heads` | [`HeadsReport`] |
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
@@ -41,6 +42,7 @@ mod plan;
 mod plan_tables;
 mod plot;
 mod policies;
+mod presets;
 pub mod records;
 mod run;
 mod run_tables;
@@ -68,6 +70,7 @@ pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plan::{ContextRow, MachineReport, PlanReport, PlanRow, PlanSettings, Planner};
 pub use plot::{Guide, Plot, Point, Scale};
 pub use policies::{PoliciesReport, PolicyReport};
+pub use presets::{GpuPresetReport, ModelPresetReport, PresetsReport};
 pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
 pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};

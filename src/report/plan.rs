@@ -211,18 +211,21 @@ impl Planner {
 
     fn on_throughput(&self, first: &PlanRow, rows: &[PlanRow]) -> Option<String> {
         let rate = first.throughput.best();
-        let best = rows.iter().max_by(|a, b| {
-            a.throughput.best().sessions_per_hour.total_cmp(&b.throughput.best().sessions_per_hour)
-        })?;
+        let best = rows
+            .iter()
+            .max_by(|a, b| a.throughput.best().sessions_per_hour.total_cmp(&b.throughput.best().sessions_per_hour))?;
         let more = best.throughput.best().sessions_per_hour / rate.sessions_per_hour;
-        let gain = if more > 1.01 { format!("; {} gives {more:.2} times as many", best.compression) } else { String::new() };
+        let gain =
+            if more > 1.01 { format!("; {} gives {more:.2} times as many", best.compression) } else { String::new() };
         let what = match rate.bound {
             Scarce::Nothing => return None,
             Scarce::Memory if self.settings.host_budget_bytes == Bytes::ZERO => {
                 "limited by how many are there at once: smaller caches, or host memory for those that think (--host-budget)"
             }
             Scarce::Memory => "limited by how many are there at once: smaller caches, or more host memory",
-            Scarce::Prefill => "limited by reading documents: FLOP/s, shared documents or skipped layers help; smaller caches do not",
+            Scarce::Prefill => {
+                "limited by reading documents: FLOP/s, shared documents or skipped layers help; smaller caches do not"
+            }
             Scarce::Decode => "limited by writing answers: bandwidth, smaller caches or more sessions per step help",
             Scarce::Link => "limited by the link: smaller caches, or more of them left on the device",
         };
@@ -233,8 +236,12 @@ impl Planner {
 fn on_prefill(row: &PlanRow) -> String {
     let prefill = row.challenges.prefill;
     let what = match prefill.bound {
-        Bound::FlopsOfAttention => "mostly attention of the prompt to itself, which no smaller cache changes: FLOP/s, shared documents, or layers that prompts skip",
-        Bound::FlopsOfProducts => "mostly products with weights: FLOP/s, shared documents, or layers that prompts skip; smaller caches do not help",
+        Bound::FlopsOfAttention => {
+            "mostly attention of the prompt to itself, which no smaller cache changes: FLOP/s, shared documents, or layers that prompts skip"
+        }
+        Bound::FlopsOfProducts => {
+            "mostly products with weights: FLOP/s, shared documents, or layers that prompts skip; smaller caches do not help"
+        }
         Bound::Interconnect => "mostly sums between GPUs: a faster link between them, or fewer GPUs",
         _ => "mostly reading: larger chunks (--chunk)",
     };

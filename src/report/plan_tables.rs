@@ -32,7 +32,10 @@ fn percent(part: f64) -> String {
 }
 
 fn rate(rate: Option<Rate>) -> String {
-    rate.map_or_else(|| "-".to_owned(), |rate| format!("{} ({})", number(Some(rate.sessions_per_hour)), rate.bound.name()))
+    rate.map_or_else(
+        || "-".to_owned(),
+        |rate| format!("{} ({})", number(Some(rate.sessions_per_hour)), rate.bound.name()),
+    )
 }
 
 fn quality(quality: &Option<Quality>) -> String {
@@ -75,7 +78,9 @@ impl PlanReport {
                 number(Some(answer * row.challenges.decode.seconds))
             }),
             line(format!("a token of {batch} together, ms"), |row| number(Some(1e3 * row.challenges.batched.seconds))),
-            line("of this over caches", |row| percent(row.challenges.batched.attention_s / row.challenges.batched.seconds)),
+            line("of this over caches", |row| {
+                percent(row.challenges.batched.attention_s / row.challenges.batched.seconds)
+            }),
             line("bound by", |row| row.challenges.batched.bound.name().to_owned()),
         ];
         let switch = vec![
@@ -84,7 +89,9 @@ impl PlanReport {
                 None => "no link".to_owned(),
             }),
             line("computing it again takes", |row| {
-                row.challenges.recompute_ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{} times as long", number(Some(ratio))))
+                row.challenges
+                    .recompute_ratio
+                    .map_or_else(|| "-".to_owned(), |ratio| format!("{} times as long", number(Some(ratio))))
             }),
         ];
         let mut hour = vec![line("caches stay", |row| rate(Some(row.throughput.resident_rate)))];
@@ -116,9 +123,12 @@ impl PlanReport {
 
     fn rows(&self) -> Vec<Vec<String>> {
         let of = |line: &Line| {
-            std::iter::once(format!("  {}", line.name)).chain(self.results.iter().map(|row| (line.value)(row))).collect()
+            std::iter::once(format!("  {}", line.name))
+                .chain(self.results.iter().map(|row| (line.value)(row)))
+                .collect()
         };
-        let title = |name: &str| std::iter::once(name.to_owned()).chain(self.results.iter().map(|_| String::new())).collect();
+        let title =
+            |name: &str| std::iter::once(name.to_owned()).chain(self.results.iter().map(|_| String::new())).collect();
         self.sections()
             .iter()
             .flat_map(|(name, lines)| std::iter::once(title(name)).chain(lines.iter().map(of)).collect::<Vec<_>>())
@@ -148,7 +158,16 @@ impl PlanReport {
                     number(Some(self.machine.critical_intensity)),
                 ),
             ),
-            ("achieved", format!("{} of FLOP/s, {} of bandwidth, {} of the link, from {}", settings.achieved.flops, settings.achieved.bandwidth, settings.achieved.link, settings.achieved_from)),
+            (
+                "achieved",
+                format!(
+                    "{} of FLOP/s, {} of bandwidth, {} of the link, from {}",
+                    settings.achieved.flops,
+                    settings.achieved.bandwidth,
+                    settings.achieved.link,
+                    settings.achieved_from
+                ),
+            ),
             (
                 "model",
                 format!(
@@ -234,7 +253,11 @@ impl PlanReport {
             let (columns, rows) = self.context_table();
             let columns = borrowed(&columns);
             let words = "Each cell: sessions that fit | prefill, s | a token of all together, ms | switch, s.";
-            let parts = [html::curves(&curves, "The four challenges over the context."), html::note(words), html::table(&columns, rows)];
+            let parts = [
+                html::curves(&curves, "The four challenges over the context."),
+                html::note(words),
+                html::table(&columns, rows),
+            ];
             sections.push(html::section("Over the context", parts));
         }
         if !self.compressions.is_empty() {
@@ -307,7 +330,8 @@ impl Search {
             count(self.reached as u64),
             count(self.tried as u64)
         )];
-        let keeping = |found: &&Found| found.quality.as_ref().and_then(|q| q.mean_kl).is_some_and(|kl| kl <= KEEPS_QUALITY);
+        let keeping =
+            |found: &&Found| found.quality.as_ref().and_then(|q| q.mean_kl).is_some_and(|kl| kl <= KEEPS_QUALITY);
         let known = self.found.iter().filter(keeping).count();
         all.push(match known {
             0 => format!(
@@ -332,8 +356,13 @@ impl Search {
 
     fn table_rows(&self) -> (Vec<(&'static str, Align)>, Vec<Vec<String>>) {
         use Align::{Left, Right};
-        let columns =
-            vec![("stack", Left), ("value", Right), ("times smaller", Right), ("each dimension alone", Left), ("together", Left)];
+        let columns = vec![
+            ("stack", Left),
+            ("value", Right),
+            ("times smaller", Right),
+            ("each dimension alone", Left),
+            ("together", Left),
+        ];
         let factor = |factor: &Factor| {
             let kl = factor.quality.as_ref().and_then(|q| q.mean_kl);
             let known = kl.map_or_else(|| "unknown".to_owned(), |kl| format!("KL {kl:.3}"));

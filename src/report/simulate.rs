@@ -38,6 +38,8 @@ pub struct SimulateReport {
 pub struct SimulateSettings {
     /// The model, as given.
     pub model: String,
+    /// Files that models and GPUs were added from.
+    pub presets: Vec<String>,
     /// Who comes, when, and with what.
     pub workload: Workload,
     /// Parts of the GPU's peaks that are achieved.
@@ -87,6 +89,9 @@ impl SimulateSettings {
             self.context_tokens,
             compressions.join(" ")
         );
+        for file in &self.presets {
+            let _ = write!(text, " --presets {}", quoted(file));
+        }
         if !self.ladder.is_empty() {
             let _ = write!(text, " --ladder {}", self.ladder.join(" "));
         }

@@ -53,7 +53,7 @@ pub struct CacheSize {
     pub read_bytes: Bytes,
     /// Bytes while the document is compressed.
     pub peak_bytes: Bytes,
-    /// Tokens held, over all lists.
+    /// Tokens held, over all lists; what two layers have in common in both.
     pub held_tokens: u64,
     /// Tokens that a decode row attends to, over all layers and KV heads.
     pub read_tokens: u64,
@@ -185,10 +185,7 @@ impl CacheSize {
             held_bytes,
             read_bytes: price.bytes(read.0),
             peak_bytes,
-            held_tokens: lists
-                .iter()
-                .map(|list| tokens(list) - u64::from(if list.upper { list.merged } else { 0 }))
-                .sum(),
+            held_tokens: lists.iter().map(tokens).sum(),
             read_tokens: read.1,
         })
     }
@@ -297,11 +294,12 @@ mod tests {
     }
 
     fn yi() -> Decoder {
-        Decoder::dense(yi_34b(), false)
+        Decoder::dense(yi_34b(), false).expect("a model")
     }
 
     fn of(model: &Decoder, text: &str, document: u32, after: u32) -> CacheSize {
-        CacheSize::new(model, &read(text), Seen { document, after }, None).unwrap_or_else(|error| panic!("{text}: {error}"))
+        CacheSize::new(model, &read(text), Seen { document, after }, None)
+            .unwrap_or_else(|error| panic!("{text}: {error}"))
     }
 
     #[test]
@@ -356,9 +354,13 @@ mod tests {
     #[test]
     fn windows_and_latents_are_those_of_the_model() {
         let local = Some(LocalLayers { window: 1_000, global_every: 6 });
-        let model = Decoder::new(yi_34b(), false, None, local, None);
+        let model = Decoder::new(yi_34b(), false, None, local, None).expect("a model");
         let token = of(&yi(), "full", 1, 0).held_bytes.0 / 60;
-        assert_eq!(of(&model, "full", 40_000, 0).held_bytes.0, token * (10 * 40_000 + 50 * 1_000), "ten layers see all");
+        assert_eq!(
+            of(&model, "full", 40_000, 0).held_bytes.0,
+            token * (10 * 40_000 + 50 * 1_000),
+            "ten layers see all"
+        );
         assert_eq!(of(&model, "full", 400, 0).held_bytes.0, token * 60 * 400, "shorter than the window");
         assert_eq!(
             of(&model, "token=snapkv:0.01", 40_000, 0).held_bytes.0,
@@ -366,9 +368,18 @@ mod tests {
             "a hundredth is less than a window"
         );
         let latent = Latent { kv_rank: 512, rope_dim: 64, q_rank: None, nope_dim: 128, v_dim: 128 };
-        let model = Decoder::new(ModelGeometry { num_layers: 60, ..yi_34b() }, false, Some(latent), None, None);
-        assert_eq!(of(&model, "full", 1_000, 0).held_bytes, Bytes(1_000 * 60 * 576 * 2), "one latent of 576 for all heads");
-        assert_eq!(of(&model, "int8", 1_024, 0).held_bytes.0, 1_024 * 60 * (576 + 2 * 4), "a scale for each half of a token");
+        let model = Decoder::new(ModelGeometry { num_layers: 60, ..yi_34b() }, false, Some(latent), None, None)
+            .expect("a model");
+        assert_eq!(
+            of(&model, "full", 1_000, 0).held_bytes,
+            Bytes(1_000 * 60 * 576 * 2),
+            "one latent of 576 for all heads"
+        );
+        assert_eq!(
+            of(&model, "int8", 1_024, 0).held_bytes.0,
+            1_024 * 60 * (576 + 2 * 4),
+            "a scale for each half of a token"
+        );
     }
 
     #[test]

@@ -261,7 +261,7 @@ mod tests {
     }
 
     fn of(machine: &Machine, text: &str, scene: &Scene) -> Challenges {
-        let model = Decoder::dense(yi_34b(), false);
+        let model = Decoder::dense(yi_34b(), false).expect("a model");
         challenges(&model, machine, &text.parse().expect(text), scene).unwrap_or_else(|error| panic!("{text}: {error}"))
     }
 
@@ -269,12 +269,28 @@ mod tests {
     fn each_challenge_is_bound_by_what_the_paper_says() {
         let full = of(&MACHINE, "full", &scene(50_000));
         assert_eq!(full.concurrency, 7, "90 GB over 12.288 GB");
-        assert_eq!((full.prefill.bound, full.decode.bound), (Bound::FlopsOfProducts, Bound::BandwidthOfWeights), "alone");
+        assert_eq!(
+            (full.prefill.bound, full.decode.bound),
+            (Bound::FlopsOfProducts, Bound::BandwidthOfWeights),
+            "alone"
+        );
         assert_eq!(full.batched.bound, Bound::BandwidthOfCaches, "eight caches are more than the weights");
-        assert_eq!(of(&MACHINE, "full", &scene(200_000)).prefill.bound, Bound::FlopsOfAttention, "72 % of a long prompt");
-        assert!((full.attention_intensity - 7.0).abs() < 1e-9, "as query heads share a KV head: {}", full.attention_intensity);
+        assert_eq!(
+            of(&MACHINE, "full", &scene(200_000)).prefill.bound,
+            Bound::FlopsOfAttention,
+            "72 % of a long prompt"
+        );
+        assert!(
+            (full.attention_intensity - 7.0).abs() < 1e-9,
+            "as query heads share a KV head: {}",
+            full.attention_intensity
+        );
         let slow = TensorParallel { degree: 8, bytes_per_s: 1e9 };
-        assert_eq!(of(&MACHINE.shared_by(slow), "full", &scene(1_000)).prefill.bound, Bound::Interconnect, "slow links");
+        assert_eq!(
+            of(&MACHINE.shared_by(slow), "full", &scene(1_000)).prefill.bound,
+            Bound::Interconnect,
+            "slow links"
+        );
         let one_memory = of(&Machine { link: f64::INFINITY, ..MACHINE }, "full", &scene(50_000));
         assert_eq!((one_memory.switch_s, one_memory.recompute_ratio), (None, None), "nothing crosses a link");
     }
@@ -303,7 +319,10 @@ mod tests {
     fn chunks_read_weights_again() {
         let whole = of(&MACHINE, "full", &scene(50_000)).prefill;
         let chunked = |rows| of(&MACHINE, "full", &Scene { chunk_rows: Some(rows), ..scene(50_000) }).prefill;
-        assert!((chunked(1_000).seconds / whole.seconds - 1.0).abs() < 1e-3, "above the critical intensity it is no matter");
+        assert!(
+            (chunked(1_000).seconds / whole.seconds - 1.0).abs() < 1e-3,
+            "above the critical intensity it is no matter"
+        );
         assert!(chunked(50).seconds > 1.5 * whole.seconds, "below it, weights are the time");
         assert_eq!(chunked(50).bound, Bound::BandwidthOfWeights, "and the bound");
     }

@@ -1,6 +1,7 @@
 //! The theory: what a cache costs, how many fit, and how long a step takes, before anything runs (arXiv:2405.08944).
 //!
-//! [`predict`] and [`step`] hold the equations, with units; [`presets`] the models and GPUs that have names. Every measured
+//! [`predict`], [`cache`], [`model`], [`step`], [`challenges`] and [`throughput`] hold the equations, with units; [`presets`] the
+//! models and GPUs that have names; [`search`] looks for compressions, [`quality`] says what is known of them. Every measured
 //! number is shown beside its prediction.
 
 pub mod cache;
@@ -9,6 +10,7 @@ pub mod model;
 pub mod parallel;
 pub mod predict;
 pub mod presets;
+mod presets_file;
 pub mod quality;
 pub mod search;
 pub mod step;

@@ -51,30 +51,31 @@ mod tests {
     use super::*;
     use crate::geometry::yi_34b;
     use crate::theory::model::Latent;
-    use crate::theory::presets;
+    use crate::theory::presets::Presets;
     use crate::theory::step::Machine;
 
     #[test]
     fn heads_are_shared_out_and_copied_where_they_do_not_divide() {
-        let model = Decoder::dense(yi_34b(), false);
+        let model = Decoder::dense(yi_34b(), false).expect("a model");
         let all = |degree| TensorParallel { degree, bytes_per_s: 1e9 }.over_all(&model, Bytes(800));
         assert_eq!([1, 2, 4, 8].map(all), [Bytes(800); 4], "8 heads on up to 8 GPUs");
         assert_eq!([3, 5, 16].map(all), [Bytes(900), Bytes(1_000), Bytes(1_600)], "9, 10 and 16 heads are held");
         let latent = Latent { kv_rank: 512, rope_dim: 64, q_rank: None, nope_dim: 128, v_dim: 128 };
-        let model = Decoder::new(yi_34b(), false, Some(latent), None, None);
+        let model = Decoder::new(yi_34b(), false, Some(latent), None, None).expect("a model");
         let two = TensorParallel { degree: 2, bytes_per_s: 1e9 };
         assert_eq!(two.over_all(&model, Bytes(800)), Bytes(1_600), "every GPU needs the latents");
     }
 
     #[test]
     fn sums_take_the_time_of_their_bytes() {
-        let model = Decoder::dense(yi_34b(), false);
+        let model = Decoder::dense(yi_34b(), false).expect("a model");
         let two = TensorParallel { degree: 2, bytes_per_s: 300e9 };
         // 60 layers of two sums of 7168 f16 numbers, each sent once by each of two GPUs.
         assert_eq!(two.all_reduce_s(&model, 1), 60.0 * 2.0 * 7168.0 * 2.0 / 300e9, "a row");
         assert_eq!(TensorParallel { degree: 1, ..two }.all_reduce_s(&model, 9), 0.0, "nobody to ask");
-        let gpu = presets::gpu("a100").expect("a preset");
-        let one = Machine::new(&gpu, &crate::theory::step::Achieved::PEAK);
+        let presets = Presets::built_in();
+        let gpu = presets.gpu("a100").expect("a preset");
+        let one = Machine::new(gpu, &crate::theory::step::Achieved::PEAK);
         let shared = one.shared_by(two);
         assert_eq!(
             (shared.flops, shared.bandwidth, shared.link),

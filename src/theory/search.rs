@@ -359,7 +359,7 @@ mod tests {
             chunk_rows: None,
             batch: 1,
         };
-        let model = Decoder::dense(yi_34b(), false);
+        let model = Decoder::dense(yi_34b(), false).expect("a model");
         let goal = goal.parse().unwrap_or_else(|error| panic!("{goal}: {error}"));
         search(&goal, &model, &MACHINE, &scene, &QualityTable::built_in()).expect("a full cache fits")
     }
@@ -387,7 +387,8 @@ mod tests {
         let kl = first.quality.as_ref().and_then(|quality| quality.mean_kl).expect("measured as a whole");
         assert!(kl < 0.01 && first.value <= 6e9, "{first:?}");
         // Each listed one is the cheapest so far, and costs more than those before it of its kind.
-        let known: Vec<_> = found.found.iter().filter(|s| s.quality.as_ref().is_some_and(|q| q.mean_kl.is_some())).collect();
+        let known: Vec<_> =
+            found.found.iter().filter(|s| s.quality.as_ref().is_some_and(|q| q.mean_kl.is_some())).collect();
         assert!(known.windows(2).all(|w| w[1].times_smaller > w[0].times_smaller), "none beats another");
         let users = find("users(50k) >= 10");
         assert!(users.found.iter().all(|stack| stack.value >= 10.0), "at least ten");
@@ -412,6 +413,10 @@ mod tests {
             assert!(refused.contains(why), "{text}: {refused}");
         }
         let goal: Goal = " decode( 1M ) <= 25ms ".parse().expect("a goal");
-        assert_eq!((goal.metric, goal.context_tokens, goal.limit), (Metric::Decode, 1_000_000, Limit::Number(0.025)), "read");
+        assert_eq!(
+            (goal.metric, goal.context_tokens, goal.limit),
+            (Metric::Decode, 1_000_000, Limit::Number(0.025)),
+            "read"
+        );
     }
 }

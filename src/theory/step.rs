@@ -94,7 +94,7 @@ pub struct Machine {
     pub flops: f64,
     /// Bytes of device memory per second.
     pub bandwidth: f64,
-    /// Bytes per second over the link, each way; infinite where host and device have one memory.
+    /// Bytes per second over the link, each way; infinite where device memory is the host's and nothing crosses a link.
     pub link: f64,
     /// Whether it is several GPUs that share each layer: the rates are those of all of them.
     pub parallel: Option<TensorParallel>,
@@ -137,7 +137,7 @@ impl Machine {
         Self {
             flops: gpu.flops_per_s * achieved.flops,
             bandwidth: gpu.memory_bytes_per_s * achieved.bandwidth,
-            link: gpu.link_bytes_per_s * achieved.link,
+            link: gpu.link_bytes_per_s.map_or(f64::INFINITY, |link| link * achieved.link),
             parallel: None,
         }
     }
@@ -209,12 +209,14 @@ mod tests {
     use crate::geometry::yi_34b;
     use crate::theory::model::Parameters;
     use crate::theory::predict::kv_bytes;
+    use crate::theory::presets::Presets;
 
     /// The running example: 34e9 parameters of two bytes, all multiplied with every row; an A100 at its peak with a link of
     /// 20 GB/s.
     fn example() -> (Decoder, Machine) {
         let parameters = Parameters { layers: 34_000_000_000, ..Parameters::default() };
-        let model = Decoder { parameters, weights: Bytes(68_000_000_000), ..Decoder::dense(yi_34b(), false) };
+        let model =
+            Decoder { parameters, weights: Bytes(68_000_000_000), ..Decoder::dense(yi_34b(), false).expect("a model") };
         (model, Machine { flops: 312e12, bandwidth: 2e12, link: 20e9, parallel: None })
     }
 
@@ -276,5 +278,40 @@ mod tests {
         let rows = |n| machine.step(&model, &StepWork { rows: n, ..StepWork::default() }).matmul_s;
         assert_eq!(rows(1), rows(156), "bound by bandwidth");
         assert!(rows(157) > rows(156), "bound by FLOP/s");
+    }
+
+    #[test]
+    fn a_latent_is_read_once_for_all_heads_and_a_window_stops_growing() {
+        let presets = Presets::built_in();
+        let preset = |name: &str| presets.model(name).expect(name).decoder.clone();
+        let deepseek = preset("deepseek-v2");
+        let cache = Bytes(deepseek.token_bytes().0 * 100_000);
+        assert_eq!(cache, Bytes(6_912_000_000), "6.4 GiB at 100K");
+        let mut work = StepWork { rows: 1, ..StepWork::default() };
+        work.decode.add(&deepseek, 1, 99_999, cache);
+        // 128 heads read 1,152 bytes of a token: 2 * 128 * 1,088 FLOP, 242 for each, between the intensities of an A100 and of an
+        // H100.
+        let attention = |name: &str| {
+            let gpu = presets.gpu(name).expect(name);
+            let time = Machine::new(gpu, &Achieved::PEAK).step(&deepseek, &work).decode_attention_s;
+            (time, cache.0 as f64 / gpu.memory_bytes_per_s, work.decode.pairs as f64 * 278_528.0 / gpu.flops_per_s)
+        };
+        let (time, reading, computing) = attention("a100");
+        assert!((time - computing).abs() < 1e-12 && time > 1.5 * reading, "{time} s: bound by FLOP/s on an A100");
+        let (time, reading, computing) = attention("h100");
+        assert!((time - reading).abs() < 1e-12 && time > computing, "{time} s: bound by bandwidth on an H100");
+        let gemma = preset("gemma-3-27b");
+        let mut long = AttentionWork::default();
+        long.add(&gemma, 1, 99_999, Bytes::ZERO);
+        assert_eq!(long.pairs, 10 * 100_000 + 52 * 1_024, "ten layers see everything, the others a window");
+    }
+
+    #[test]
+    fn what_shares_memory_with_the_host_has_no_link() {
+        let presets = Presets::built_in();
+        let unified = Machine::new(presets.gpu("m4-max").expect("a GPU"), &Achieved::default());
+        assert_eq!(unified.switch(kv(50_000), kv(50_000)), 0.0, "nothing moves");
+        let linked = Machine::new(presets.gpu("l4").expect("a GPU"), &Achieved::PEAK);
+        assert_near(linked.switch(kv(50_000), kv(50_000)), 2.0 * 12.288e9 / 31.5e9, "over a link");
     }
 }

@@ -226,7 +226,7 @@ mod tests {
     const ROUNDS: Rounds = Rounds { rounds: 3, question_tokens: 50, answer_tokens: 250, think_s: 60.0 };
 
     fn of(text: &str, memory: u64, rounds: Rounds, host: u64) -> Throughput {
-        let model = Decoder::dense(yi_34b(), false);
+        let model = Decoder::dense(yi_34b(), false).expect("a model");
         let scene = Scene {
             context_tokens: 50_000,
             memory_bytes: Bytes(memory),

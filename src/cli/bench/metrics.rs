@@ -16,7 +16,7 @@ use concertina::geometry::{Bytes, ModelGeometry};
 use concertina::report::{DeviceReport, MetricsReport, ModelReport, Program, Scaled};
 use concertina::schedule::Caches;
 use concertina::theory::model::Decoder;
-use concertina::theory::presets::{self, ModelPreset};
+use concertina::theory::presets::ModelPreset;
 use concertina::weights::Weights;
 use rand::SeedableRng as _;
 use rand_chacha::ChaCha8Rng;
@@ -26,6 +26,7 @@ use super::super::failure::usage;
 use super::super::load::{Model, engine};
 use super::super::output::Output;
 use super::super::progress;
+use super::super::theory_args::PresetsArg;
 
 /// What a session costs, in four ways: how many fit, and how long its prompt, its tokens and its context switch take
 ///
@@ -39,9 +40,12 @@ Examples:
   concertina bench metrics --model model.gguf --context 256 1024 --compress full int8 kivi4 token=snapkv:0.25 --batch 8
   concertina bench metrics --model yi-6b --layers 2 --context 4096 --kv-budget 2GiB --json metrics.json")]
 pub(super) struct MetricsArgs {
-    /// GGUF file, Hugging Face repository (owner/name), or a preset of `concertina simulate`, of random weights
+    /// GGUF file, Hugging Face repository (owner/name), or a preset of `concertina presets`, of random weights
     #[arg(long, value_name = "PATH|owner/name|PRESET")]
     model: String,
+
+    #[command(flatten)]
+    presets: PresetsArg,
 
     /// Layers of a preset that run; as many as 4 GiB of weights hold where not given. Figures are scaled to all
     #[arg(long, value_name = "N", value_parser = small_count)]
@@ -94,8 +98,8 @@ struct Subject {
 pub(super) fn run(args: &MetricsArgs, global: &Global) -> Result<ExitCode> {
     let output = Output::open(global.json.as_deref())?;
     let request = global.adapter()?;
-    let preset = presets::model(&args.model).ok().filter(|_| !Path::new(&args.model).exists());
-    let subject = match &preset {
+    let presets = args.presets.load()?;
+    let subject = match presets.model(&args.model).ok().filter(|_| !Path::new(&args.model).exists()) {
         Some(preset) => Subject::of_preset(args, preset)?,
         None => Subject::of_file(args)?,
     };
@@ -223,9 +227,16 @@ impl Subject {
             )));
         }
         args.cache.whole_pages(&args.compress)?;
-        let whole = &preset.geometry;
+        let ModelPreset { name, decoder, .. } = preset;
+        if decoder.latent.is_some() || decoder.local.is_some() || decoder.experts.is_some() {
+            return Err(usage(format!(
+                "{name} has latents, windows or experts, which nothing here runs yet; choose a preset whose layers are \
+                 all alike"
+            )));
+        }
+        let whole = &decoder.geometry;
         let of = |num_layers: u32| ModelGeometry { num_layers, vocab_size: VOCAB, ..whole.clone() };
-        let weights_of = |num_layers: u32| Decoder::dense(of(num_layers), false).weights;
+        let weights_of = |num_layers: u32| Decoder::dense(of(num_layers), false).map_or(Bytes::ZERO, |d| d.weights);
         let most = whole.num_layers;
         let layers = match args.layers {
             Some(n) if n > most => {

@@ -19,7 +19,7 @@ use crate::report::{
     CeilingFigures, CeilingsReport, DeviceReport, KlReport, KlRow, MetricsReport, ModelReport, NeedleReport, NeedleRow,
     PerplexityReport, PerplexityRow, Program, SwitchReport, SwitchRow,
 };
-use crate::theory::presets;
+use crate::theory::presets::Presets;
 
 fn device(name: &str) -> DeviceReport {
     let adapter = AdapterSummary {
@@ -39,8 +39,9 @@ fn device(name: &str) -> DeviceReport {
 }
 
 fn model() -> ModelReport {
-    let preset = presets::model("smollm2-135m").expect("a preset");
-    ModelReport::new("model.gguf".to_owned(), &preset.geometry, Some(Bytes(2 * 134_515_008)))
+    let presets = Presets::built_in();
+    let preset = presets.model("smollm2-135m").expect("a preset");
+    ModelReport::new("model.gguf".to_owned(), &preset.decoder.geometry, Some(Bytes(2 * 134_515_008)))
 }
 
 fn of(value: f64) -> Spread {

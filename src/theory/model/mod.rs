@@ -18,170 +18,17 @@
 //! of its section 2.2; layers that see a window are those of Mistral 7B, arXiv:2310.06825, every other layer in Gemma 2,
 //! arXiv:2408.00118, five of six in Gemma 3, arXiv:2503.19786.
 //!
-//! Parameters are exact integers but for biases and for norms beyond two per layer, which no preset has more than 0.01 % of.
+//! Parameters are exact integers for a decoder without biases that has two norms per layer, those of latents, and one at its end.
+//! What presets have beside these, or less, is below 0.01 % of each.
 
-use serde::{Deserialize, Serialize};
+mod parts;
+
+use serde::Serialize;
+
+pub use parts::{Experts, Latent, LocalLayers, Unsound};
 
 use crate::geometry::{Bytes, F16_BYTES, ModelGeometry, WORD_BYTES};
-
-/// Multi-head latent attention: a token leaves one latent per layer, from which each head makes its keys and values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Latent {
-    /// Numbers of the latent that keys and values are made of, `d_c` of the paper.
-    pub kv_rank: u32,
-    /// Channels of the rotary key that all heads share, `d_h^R`; each head's query has as many.
-    pub rope_dim: u32,
-    /// Numbers of the latent that queries are made of, `d_c'`; queries come from the residual stream where not given.
-    pub q_rank: Option<u32>,
-    /// Channels of a head's key and query without position, `d_h`.
-    pub nope_dim: u32,
-    /// Channels of a head's value.
-    pub v_dim: u32,
-}
-
-impl Latent {
-    /// Numbers that a token leaves in a layer: `kv_rank + rope_dim`.
-    pub const fn cached(&self) -> u64 {
-        self.kv_rank as u64 + self.rope_dim as u64
-    }
-
-    /// Matrices of attention in one layer of `heads` heads.
-    fn parameters(&self, hidden: u64, heads: u64) -> u64 {
-        let [r, p, n, v] = [self.kv_rank, self.rope_dim, self.nope_dim, self.v_dim].map(u64::from);
-        let queries = match self.q_rank.map(u64::from) {
-            Some(rank) => hidden * rank + rank * heads * (n + p),
-            None => hidden * heads * (n + p),
-        };
-        queries + hidden * (r + p) + r * heads * (n + v) + heads * v * hidden
-    }
-
-    /// Norms of the latents of one layer.
-    fn norms(&self) -> u64 {
-        u64::from(self.kv_rank) + u64::from(self.q_rank.unwrap_or(0))
-    }
-
-    fn check(&self) -> Result<(), Unsound> {
-        positive("latent", "kv_rank", self.kv_rank)?;
-        positive("latent", "q_rank", self.q_rank.unwrap_or(1))?;
-        positive("latent", "nope_dim", self.nope_dim)?;
-        positive("latent", "v_dim", self.v_dim)?;
-        at_most("latent", "rope_dim", self.rope_dim)
-    }
-}
-
-/// Layers that see the last tokens only.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LocalLayers {
-    /// Tokens that such a layer's row sees, itself included.
-    pub window: u32,
-    /// Of each so many layers the last sees everything; 0 where none does.
-    pub global_every: u32,
-}
-
-impl LocalLayers {
-    fn check(&self) -> Result<(), Unsound> {
-        positive("local", "window", self.window)?;
-        if self.global_every == 1 {
-            return Err(Unsound::new(
-                "global_every",
-                "global_every 1 lets every layer see everything; leave local out",
-            ));
-        }
-        at_most("local", "global_every", self.global_every)
-    }
-}
-
-/// Layers whose feed-forward part is many, of which a row takes a few.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Experts {
-    /// Experts of a layer that rows are routed to.
-    pub count: u32,
-    /// Of these, as many as a row takes.
-    pub active: u32,
-    /// Experts beside them that every row takes.
-    #[serde(default)]
-    pub shared: u32,
-    /// Width of one expert.
-    pub intermediate: u32,
-    /// The first so many layers have a feed-forward part of the model's `intermediate_size` in place of experts.
-    #[serde(default)]
-    pub dense_layers: u32,
-}
-
-impl Experts {
-    /// The part of a layer's experts that some of `rows` rows take, expected where each row takes any `active` of `count`
-    /// with the same probability, whatever the others take: `1 - (1 - active / count)^rows`. Real routing is less even, and
-    /// rows of one text are alike, so that a step reads less.
-    pub fn touched(&self, rows: u64) -> f64 {
-        let missed = 1.0 - f64::from(self.active) / f64::from(self.count);
-        1.0 - power(missed, rows)
-    }
-
-    fn check(&self, num_layers: u32) -> Result<(), Unsound> {
-        let Self { count, active, shared, intermediate, dense_layers } = *self;
-        positive("experts", "count", count)?;
-        positive("experts", "active", active)?;
-        positive("experts", "intermediate", intermediate)?;
-        at_most("experts", "shared", shared)?;
-        if active > count {
-            return Err(Unsound::new("active", format!("a row takes {active} experts, and there are {count}")));
-        }
-        if dense_layers >= num_layers {
-            let why = format!("dense_layers {dense_layers} of {num_layers} layers leave none with experts");
-            return Err(Unsound::new("dense_layers", why));
-        }
-        Ok(())
-    }
-}
-
-/// `base^exponent` by squaring: products alone, which every machine rounds alike.
-fn power(mut base: f64, mut exponent: u64) -> f64 {
-    let mut product = 1.0;
-    while exponent > 0 {
-        if exponent & 1 == 1 {
-            product *= base;
-        }
-        base *= base;
-        exponent >>= 1;
-    }
-    product
-}
-
-/// A number that no model can have, and the field that it stands in.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{why}")]
-pub struct Unsound {
-    /// The field.
-    pub field: &'static str,
-    /// A sentence with the numbers.
-    pub why: String,
-}
-
-impl Unsound {
-    pub(crate) fn new(field: &'static str, why: impl Into<String>) -> Self {
-        Self { field, why: why.into() }
-    }
-}
-
-/// The largest of the numbers of a shape, as in [`ModelGeometry::check`].
-const MAX: u32 = 1 << 24;
-
-fn at_most(part: &str, field: &'static str, value: u32) -> Result<(), Unsound> {
-    match value {
-        0..=MAX => Ok(()),
-        _ => Err(Unsound::new(field, format!("{part}.{field} is {value}; expected at most {MAX}"))),
-    }
-}
-
-fn positive(part: &str, field: &'static str, value: u32) -> Result<(), Unsound> {
-    match value {
-        1..=MAX => Ok(()),
-        _ => Err(Unsound::new(field, format!("{part}.{field} is {value}; expected 1 to {MAX}"))),
-    }
-}
+use parts::NUMBER_MAX;
 
 /// Parameters of a decoder, by what a step does with them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -227,23 +74,31 @@ const PARAMETER_BYTES: u64 = F16_BYTES;
 
 impl Decoder {
     /// A decoder whose layers are all alike, whose rows see everything. Two bytes of weights for each parameter.
-    pub fn dense(geometry: ModelGeometry, tied: bool) -> Self {
+    ///
+    /// # Errors
+    /// The field and a sentence with the numbers, where no decoder can have them.
+    pub fn dense(geometry: ModelGeometry, tied: bool) -> Result<Self, Unsound> {
         Self::new(geometry, tied, None, None, None)
     }
 
     /// A decoder of these parts. Two bytes of weights for each parameter.
+    ///
+    /// # Errors
+    /// The field and a sentence with the numbers, where no decoder can have them.
     pub fn new(
         geometry: ModelGeometry,
         tied: bool,
         latent: Option<Latent>,
         local: Option<LocalLayers>,
         experts: Option<Experts>,
-    ) -> Self {
-        let parameters = Parameters::default();
-        let mut decoder = Self { geometry, tied, latent, local, experts, parameters, weights: Bytes::ZERO };
-        decoder.parameters = decoder.count();
-        decoder.weights = Bytes(decoder.parameters.total() * PARAMETER_BYTES);
-        decoder
+    ) -> Result<Self, Unsound> {
+        check_geometry(&geometry)?;
+        latent.map_or(Ok(()), |latent| latent.check())?;
+        local.map_or(Ok(()), |local| local.check())?;
+        experts.map_or(Ok(()), |experts| experts.check(geometry.num_layers))?;
+        let parameters = count(&geometry, tied, latent.as_ref(), experts.as_ref())?;
+        let weights = Bytes(parameters.total() * PARAMETER_BYTES);
+        Ok(Self { geometry, tied, latent, local, experts, parameters, weights })
     }
 
     /// The same with weights of so many bytes, where they are quantised.
@@ -251,44 +106,6 @@ impl Decoder {
     pub fn with_weights(self, weights: Option<Bytes>) -> Self {
         let weights = weights.unwrap_or(self.weights);
         Self { weights, ..self }
-    }
-
-    /// Checks that a decoder can have these numbers.
-    ///
-    /// # Errors
-    /// The field and a sentence with the numbers.
-    pub fn check(&self) -> Result<(), Unsound> {
-        self.geometry.check().map_err(|why| Unsound::new(field_of(&why), why))?;
-        self.latent.map_or(Ok(()), |latent| latent.check())?;
-        self.local.map_or(Ok(()), |local| local.check())?;
-        self.experts.map_or(Ok(()), |experts| experts.check(self.geometry.num_layers))
-    }
-
-    fn count(&self) -> Parameters {
-        let ModelGeometry { num_layers, hidden_size, intermediate_size, heads, vocab_size, .. } = &self.geometry;
-        let [layers, hidden, inner, vocab] =
-            [num_layers, hidden_size, intermediate_size, vocab_size].map(|n| u64::from(*n));
-        let (q, kv) = (u64::from(heads.q_width()), u64::from(heads.kv_width()));
-        let attention = match &self.latent {
-            Some(latent) => latent.parameters(hidden, u64::from(heads.num_qo_heads)),
-            None => hidden * (q + 2 * kv) + q * hidden,
-        };
-        let gated = |inner: u64| 3 * inner * hidden;
-        let mut every_row = layers * (attention + gated(inner));
-        let mut routed = 0;
-        if let Some(experts) = &self.experts {
-            let [count, shared, inner, dense] =
-                [experts.count, experts.shared, experts.intermediate, experts.dense_layers].map(u64::from);
-            let sparse = layers.saturating_sub(dense);
-            every_row = layers * attention
-                + (layers - sparse) * gated(u64::from(*intermediate_size))
-                + sparse * (hidden * count + shared * gated(inner));
-            routed = sparse * count * gated(inner);
-        }
-        let output = vocab * hidden;
-        let norms = (2 * layers + 1) * hidden + self.latent.map_or(0, |latent| layers * latent.norms());
-        let rest = norms + if self.tied { 0 } else { output };
-        Parameters { layers: every_row, experts: routed, output, rest }
     }
 
     /// Tokens that a layer's rows see, themselves included; `None` where they see all.
@@ -421,8 +238,49 @@ impl Decoder {
     }
 }
 
-/// The field that a refusal of [`ModelGeometry::check`] is about.
-fn field_of(why: &str) -> &'static str {
+/// Counts parameters, in numbers so wide that no field can overflow them.
+fn count(
+    geometry: &ModelGeometry,
+    tied: bool,
+    latent: Option<&Latent>,
+    experts: Option<&Experts>,
+) -> Result<Parameters, Unsound> {
+    let ModelGeometry { num_layers, hidden_size, intermediate_size, heads, vocab_size, .. } = geometry;
+    let [layers, hidden, inner, vocab] =
+        [num_layers, hidden_size, intermediate_size, vocab_size].map(|n| u128::from(*n));
+    let (q, kv) = (u128::from(heads.q_width()), u128::from(heads.kv_width()));
+    let attention = match latent {
+        Some(latent) => latent.parameters(hidden, u128::from(heads.num_qo_heads)),
+        None => hidden * (q + 2 * kv) + q * hidden,
+    };
+    let gated = |inner: u128| 3 * inner * hidden;
+    let (mut every_row, mut routed) = (layers * (attention + gated(inner)), 0);
+    if let Some(experts) = experts {
+        let expert = gated(u128::from(experts.intermediate));
+        let [count, shared, dense] = [experts.count, experts.shared, experts.dense_layers].map(u128::from);
+        let sparse = layers - dense;
+        every_row = layers * attention + dense * gated(inner) + sparse * (hidden * count + shared * expert);
+        routed = sparse * count * expert;
+    }
+    let output = vocab * hidden;
+    let norms = (2 * layers + 1) * hidden + latent.map_or(0, |latent| layers * latent.norms());
+    let rest = norms + if tied { 0 } else { output };
+    let total = every_row + routed + output + rest;
+    if total > u128::from(PARAMETERS_MAX) {
+        let why = format!("these numbers make {total} parameters; expected at most {PARAMETERS_MAX}");
+        return Err(Unsound::new("name", why));
+    }
+    let [layers, experts, output, rest] =
+        [every_row, routed, output, rest].map(|n| u64::try_from(n).expect("a part is no more than all, which fit"));
+    Ok(Parameters { layers, experts, output, rest })
+}
+
+/// Parameters of a decoder at most: far beyond any, and far from where sums of bytes overflow.
+const PARAMETERS_MAX: u64 = 1 << 50;
+/// Layers at most: so many times the pairs of a prompt fit 64 bits.
+const LAYERS_MAX: u32 = 1 << 12;
+
+fn check_geometry(geometry: &ModelGeometry) -> Result<(), Unsound> {
     let fields = [
         "num_layers",
         "hidden_size",
@@ -432,7 +290,24 @@ fn field_of(why: &str) -> &'static str {
         "rope_theta",
         "rms_norm_eps",
     ];
-    fields.into_iter().find(|field| why.starts_with(field)).unwrap_or("heads")
+    geometry.check().map_err(|why| {
+        let field = fields.into_iter().find(|field| why.starts_with(field)).unwrap_or("heads");
+        Unsound::new(field, why)
+    })?;
+    let layers = geometry.num_layers;
+    if layers > LAYERS_MAX {
+        return Err(Unsound::new("num_layers", format!("num_layers is {layers}; expected 1 to {LAYERS_MAX}")));
+    }
+    let heads = &geometry.heads;
+    let width = u64::from(heads.num_qo_heads) * u64::from(heads.head_dim);
+    if width > u64::from(NUMBER_MAX) {
+        let (n, dim) = (heads.num_qo_heads, heads.head_dim);
+        return Err(Unsound::new(
+            "heads",
+            format!("{n} query heads of {dim} channels are {width} wide, over {NUMBER_MAX}"),
+        ));
+    }
+    Ok(())
 }
 
 /// Pairs of a row and a token that it sees, in a layer that sees everything: `n` rows behind `before` tokens.
@@ -467,19 +342,29 @@ mod tests {
         }
     }
 
+    fn dense(geometry: ModelGeometry, tied: bool) -> Decoder {
+        Decoder::dense(geometry, tied).expect("a sound shape")
+    }
+
+    fn new(
+        geometry: ModelGeometry,
+        tied: bool,
+        latent: Option<Latent>,
+        local: Option<LocalLayers>,
+        experts: Option<Experts>,
+    ) -> Decoder {
+        Decoder::new(geometry, tied, latent, local, experts).expect("sound parts")
+    }
+
     const LATENT: Latent = Latent { kv_rank: 6, rope_dim: 2, q_rank: Some(5), nope_dim: 4, v_dim: 3 };
     const EXPERTS: Experts = Experts { count: 4, active: 2, shared: 1, intermediate: 8, dense_layers: 1 };
 
     #[test]
     fn parameters_by_shape_and_bytes_by_part() {
-        let model = Decoder::dense(yi_34b(), false);
+        let model = dense(yi_34b(), false);
         let yi = model.parameters;
         assert_eq!(yi.total(), 34_388_917_248, "34.4B, as published");
-        assert_eq!(
-            Decoder::dense(yi_34b(), true).parameters.total(),
-            yi.total() - yi.output,
-            "a tied matrix is held once"
-        );
+        assert_eq!(dense(yi_34b(), true).parameters.total(), yi.total() - yi.output, "a tied matrix is held once");
         assert_eq!(model.weights, Bytes(2 * yi.total()), "two bytes each");
         assert_eq!(model.read_bytes(1, true), Bytes(2 * (yi.layers + yi.output)), "no embedding is read");
         assert_eq!(model.read_bytes(9, false), Bytes(2 * yi.layers), "nor an output matrix that nobody wants");
@@ -492,7 +377,7 @@ mod tests {
 
     #[test]
     fn latents_by_hand() {
-        let model = Decoder::new(small(), false, Some(LATENT), None, None);
+        let model = new(small(), false, Some(LATENT), None, None);
         // Queries 16 * 5 + 5 * 2 * (4 + 2), down 16 * (6 + 2), up 6 * 2 * (4 + 3), out 2 * 3 * 16; inner 3 * 24 * 16.
         let layer = (80 + 60) + 128 + 84 + 96 + 1_152;
         assert_eq!(model.parameters.layers, 2 * layer, "matrices");
@@ -500,12 +385,12 @@ mod tests {
         assert_eq!(model.parameters.rest, 5 * 16 + 2 * (6 + 5) + 160, "norms and the embedding");
         assert_eq!((model.cached_per_layer(), model.token_bytes()), (8, Bytes(32)), "one latent for both heads");
         let direct = Latent { q_rank: None, ..LATENT };
-        let direct = Decoder::new(small(), false, Some(direct), None, None);
+        let direct = new(small(), false, Some(direct), None, None);
         assert_eq!(direct.parameters.layers, 2 * (layer - 140 + 16 * 2 * 6), "queries from the residual stream");
         // Expanded: keys of 4 + 2 and values of 3 channels; absorbed: 6 + 2 and 6; two heads; two FLOP.
         assert_eq!(model.prefill_attention_flop(10), 10 * 2 * 2 * (6 + 3), "prefill");
         assert_eq!(model.decode_attention_flop(10), 10 * 2 * 2 * (8 + 6), "decode");
-        let dense = Decoder::dense(small(), false);
+        let dense = dense(small(), false);
         assert_eq!((dense.cached_per_layer(), dense.token_bytes()), (16, Bytes(64)), "keys and values of one head");
         assert_eq!((dense.prefill_attention_flop(10), dense.decode_attention_flop(10)), (640, 640), "4 * 16 each");
         // Per row the residual stream twice, queries and outputs of 2 * (8 + 6), latents of 8 and 5, three inner.
@@ -514,7 +399,7 @@ mod tests {
 
     #[test]
     fn experts_by_hand() {
-        let model = Decoder::new(small(), true, None, None, Some(EXPERTS));
+        let model = new(small(), true, None, None, Some(EXPERTS));
         let attention = 16 * (16 + 16) + 16 * 16;
         let expert = 3 * 8 * 16;
         // One layer of 24 inner channels, one with a router, a shared expert and four others.
@@ -528,7 +413,7 @@ mod tests {
         assert_eq!([1, 2, 3, 1 << 40].map(read), [4 * expert, 6 * expert, 7 * expert, 8 * expert], "two bytes each");
         assert_eq!(EXPERTS.touched(0), 0.0, "nobody takes none");
         let wide = Experts { intermediate: 80, ..EXPERTS };
-        let wide = Decoder::new(small(), true, None, None, Some(wide));
+        let wide = new(small(), true, None, None, Some(wide));
         // Three experts of 80 are wider than the inner 24.
         assert_eq!(wide.activation_bytes(1, 0), Bytes((32 + 32 + 16 + 3 * 240) * 4), "f32");
     }
@@ -548,21 +433,21 @@ mod tests {
         }
         let six = ModelGeometry { num_layers: 6, ..small() };
         let local = |global_every| Some(LocalLayers { window: 4, global_every });
-        let third = Decoder::new(six.clone(), true, None, local(3), None);
+        let third = new(six.clone(), true, None, local(3), None);
         let windows: Vec<_> = (0..6).map(|layer| third.window_of(layer)).collect();
         assert_eq!(windows, [Some(4), Some(4), None, Some(4), Some(4), None], "the last of three sees everything");
         assert_eq!((third.layers_by_sight(), third.pairs(10, 3)), ((2, 4), 2 * 85 + 4 * 40), "layer by layer");
-        let none = Decoder::new(six.clone(), true, None, local(0), None);
+        let none = new(six.clone(), true, None, local(0), None);
         assert_eq!((none.window_of(5), none.layers_by_sight()), (Some(4), (0, 6)), "no layer sees everything");
-        let odd = Decoder::new(six, true, None, local(4), None);
+        let odd = new(six, true, None, local(4), None);
         let global = (0..6).filter(|layer| odd.window_of(*layer).is_none()).count();
         assert_eq!((global, odd.layers_by_sight()), (1, (1, 5)), "two layers beyond the last group see a window");
-        assert_eq!(Decoder::dense(small(), true).pairs(10, 3), 2 * 85, "all of it");
+        assert_eq!(dense(small(), true).pairs(10, 3), 2 * 85, "all of it");
     }
 
     #[test]
     fn a_prompt_of_ten_million_tokens_has_more_flop_than_64_bits_hold() {
-        let model = Decoder::dense(yi_34b(), false);
+        let model = dense(yi_34b(), false);
         let flop = model.prefill_attention_flop(model.pairs(10_000_000, 0));
         assert_eq!(flop, 60 * 4 * 7_168 * (10_000_000 * 10_000_001 / 2), "exactly");
         assert!(flop > u128::from(u64::MAX), "{flop}");
@@ -572,7 +457,7 @@ mod tests {
     fn parts_that_no_model_has_are_refused_with_the_numbers() {
         let refused = |latent, local, experts| {
             let model = Decoder::new(small(), true, latent, local, experts);
-            let Unsound { field, why } = model.check().expect_err("nonsense");
+            let Unsound { field, why } = model.expect_err("nonsense");
             format!("{field}: {why}")
         };
         let experts = |experts| refused(None, None, Some(experts));
@@ -587,13 +472,17 @@ mod tests {
         assert!(local(4, 1).contains("every layer"), "no layer is local");
         assert!(refused(Some(Latent { kv_rank: 0, ..LATENT }), None, None).contains("latent.kv_rank is 0"), "nothing");
         assert!(refused(Some(Latent { q_rank: Some(0), ..LATENT }), None, None).contains("latent.q_rank is 0"), "no");
-        let heads = Decoder::dense(ModelGeometry { hidden_size: 7, ..small() }, true).check().expect_err("7 channels");
+        let heads = Decoder::dense(ModelGeometry { hidden_size: 7, ..small() }, true).expect_err("7 channels");
         assert_eq!(heads.field, "hidden_size", "{heads}");
         let local = LocalLayers { window: 4, global_every: 2 };
-        assert_eq!(
-            Decoder::new(small(), true, Some(LATENT), Some(local), Some(EXPERTS)).check(),
-            Ok(()),
-            "all is well"
-        );
+        assert!(Decoder::new(small(), true, Some(LATENT), Some(local), Some(EXPERTS)).is_ok(), "all is well");
+        let huge = |num_layers, hidden_size, num_kv_heads| {
+            let heads = HeadGeometry { num_qo_heads: num_kv_heads, num_kv_heads, head_dim: 8 };
+            let geometry = ModelGeometry { num_layers, hidden_size, heads, vocab_size: 1 << 24, ..small() };
+            Decoder::dense(geometry, true).expect_err("beyond any model").why
+        };
+        assert!(huge(4_096, 1 << 24, 1 << 21).contains("parameters; expected at most"), "no overflow");
+        assert!(huge(4_097, 16, 1).contains("num_layers is 4097"), "layers");
+        assert!(huge(1, 16, 1 << 31).contains("wide, over 16777216"), "heads");
     }
 }
