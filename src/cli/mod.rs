@@ -33,6 +33,7 @@ mod plan;
 mod policies;
 mod presets;
 mod progress;
+mod report;
 mod resume;
 mod run;
 mod run_progress;
@@ -89,6 +90,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Report(report::ReportArgs),
     Plan(plan::PlanArgs),
     Simulate(simulate::SimulateArgs),
     Verify(verify::VerifyArgs),
@@ -113,6 +115,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),
+        Command::Report(args) => report::run(args, global),
         Command::Plan(args) => plan::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),
         Command::Verify(args) => verify::run(args, global),

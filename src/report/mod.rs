@@ -18,11 +18,15 @@
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
+//! | `bench device` | [`CeilingsReport`] |
+//! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `report` | [`records::RecordsReport`], which is also a page |
 //! | `plan` | [`PlanReport`], which draws [`Curves`] and a page |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `verify` | [`VerifyReport`] |
 
+mod ceilings;
 mod checks;
 mod codecs;
 mod curves;
@@ -31,6 +35,7 @@ mod heads;
 pub mod html;
 mod kl;
 mod meter;
+mod metrics;
 mod needle;
 mod perplexity;
 mod plan;
@@ -38,6 +43,7 @@ mod plan_tables;
 mod plot;
 mod policies;
 mod presets;
+pub mod records;
 mod run;
 mod run_tables;
 mod session;
@@ -48,6 +54,7 @@ mod table;
 mod text;
 mod trace;
 
+pub use ceilings::{CeilingFigures, CeilingsReport};
 pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
 pub use curves::{Curves, Panel};
@@ -57,6 +64,7 @@ pub use kl::{KlReport, KlRow};
 pub use meter::{
     ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, Percentiles, PrefillMetric, ServiceMetric,
 };
+pub use metrics::{MetricsReport, Scaled};
 pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plan::{ContextRow, MachineReport, PlanReport, PlanRow, PlanSettings, Planner};
