@@ -44,7 +44,8 @@ fn the_running_example_fits_one_screen() {
     assert!(text.lines().count() <= 48, "{} lines:\n{text}", text.lines().count());
     let table = || text.lines().take_while(|line| !line.starts_with("Memory:"));
     assert!(table().skip(5).all(|line| line.chars().count() <= 120), "as wide as a screen:\n{text}");
-    for part in ["11.44 GiB", "3.58 GiB", "915.53 MiB", "sessions that fit", "bandwidth (caches)", "FLOP/s (products)"] {
+    for part in ["11.44 GiB", "3.58 GiB", "915.53 MiB", "sessions that fit", "bandwidth (caches)", "FLOP/s (products)"]
+    {
         assert!(text.contains(part), "'{part}' should be in:\n{text}");
     }
     for word in ["Memory: ", "Prefill: ", "Decode: ", "Switch: ", "Sessions per hour: "] {
@@ -59,7 +60,10 @@ fn figures_of_the_report_are_those_of_the_theory() {
     assert_eq!(full["challenges"]["cache"]["held_bytes"], 12_288_000_000_u64, "50,000 tokens of 240 KiB");
     assert_eq!(full["challenges"]["concurrency"], 7, "in 160 GB less 68.8 GB");
     assert_eq!(kivi["times_smaller"], 3.2, "5 bits of 16");
-    assert_eq!(kivi["challenges"]["prefill"]["seconds"], full["challenges"]["prefill"]["seconds"], "prompts are as long");
+    assert_eq!(
+        kivi["challenges"]["prefill"]["seconds"], full["challenges"]["prefill"]["seconds"],
+        "prompts are as long"
+    );
     let rate = full["throughput"]["resident_rate"]["sessions_per_hour"].as_f64().expect("a rate");
     let price = full["price_per_session"].as_f64().expect("a price");
     assert!((price * rate - 4.0).abs() < 1e-9, "two GPUs for an hour: {price} for {rate}");
@@ -109,10 +113,16 @@ fn the_closing_question_is_answered_honestly() {
     let ratio = search["full"].as_f64().expect("bytes") / search["limit"].as_f64().expect("bytes");
     assert!((ratio - 250.0).abs() < 1e-9, "{ratio} times");
     let found = search["found"].as_array().expect("stacks");
-    assert!(found.len() > 5 && found.iter().all(|stack| stack["times_smaller"].as_f64() >= Some(250.0)), "all reach it");
+    assert!(
+        found.len() > 5 && found.iter().all(|stack| stack["times_smaller"].as_f64() >= Some(250.0)),
+        "all reach it"
+    );
     assert!(found.iter().all(|stack| stack["quality"].is_null()), "none was measured as a whole");
     let text = text(&concertina(&h100).stdout);
-    assert!(text.contains("none of them") && text.contains("unknown") && text.contains("The smallest that is known to"), "{text}");
+    assert!(
+        text.contains("none of them") && text.contains("unknown") && text.contains("The smallest that is known to"),
+        "{text}"
+    );
 }
 
 #[test]
@@ -121,7 +131,10 @@ fn nonsense_is_refused_with_the_numbers() {
     refused(&plan(&["--gpu", "a10O"]), &["there is no GPU 'a10O'", "did you mean a100"]);
     refused(&["plan", "--model", "yi-35b"], &["there is no model 'yi-35b'", "yi-34b"]);
     refused(&plan(&["--context", "0"]), &["'0' is no number of tokens"]);
-    refused(&plan(&["--gpu", "l4"]), &["the weights of Yi-34B-200K take 64.05 GiB of 22.35 GiB", "--gpu l4:3", "--weights"]);
+    refused(
+        &plan(&["--gpu", "l4"]),
+        &["the weights of Yi-34B-200K take 64.05 GiB of 22.35 GiB", "--gpu l4:3", "--weights"],
+    );
     refused(&plan(&["--gpu", "h100:0"]), &["1 to 1024"]);
     refused(&plan(&["--achieved-bandwidth", "-1"]), &["above 0 and at most 1"]);
     refused(&plan(&["--sweep", "context=10k..4k"]), &["ends at 4000, before it begins at 10000"]);

@@ -152,7 +152,7 @@ fn users_of_one_to_eight_gpus_are_those_that_were_recomputed() {
     }
 }
 
-/// GPUs as the paper's comparison has them, with a link of 20 GB/s behind PCIe 4 and 50 GB/s behind PCIe 5.
+/// GPUs as the paper's comparison has them, with a link of 20 GB/s behind `PCIe` 4 and 50 GB/s behind `PCIe` 5.
 const GPUS: [(&str, f64, f64, f64, f64); 4] = [
     ("RTX 4090", 165e12, 1.008e12, 20e9, 24e9),
     ("A100 80 GB", 312e12, 2e12, 20e9, 80e9),

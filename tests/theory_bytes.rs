@@ -10,7 +10,7 @@ use concertina::theory::cache::{CacheSize, Seen};
 use concertina::theory::model::Decoder;
 use concertina::theory::presets::Presets;
 
-/// What `eval kl` measured behind a prefix: tests/golden/held_bytes.json.
+/// What `eval kl` measured behind a prefix: `tests/golden/held_bytes.json`.
 #[derive(serde::Deserialize)]
 struct Measured {
     prefix_tokens: u32,
@@ -46,7 +46,10 @@ fn caches_that_were_measured_held_what_the_theory_says() {
             assert!((0.9..1.1).contains(&ratio), "{text}: {} predicted, {bytes} held", size.held_bytes.0);
             near += 1;
         } else {
-            assert_eq!(size.held_bytes, Bytes(*bytes), "{text}: bytes of all pages");
+            // What was measured is a prefix of whole pages without the page that a session keeps open.
+            let evicts = size.peak_bytes > size.held_bytes;
+            let open = if compression.hidden.seals() && !evicts { 90 * 64 * 64 * 4 } else { 0 };
+            assert_eq!(size.held_bytes, Bytes(*bytes + open), "{text}: bytes of all pages");
             exact += 1;
         }
     }
@@ -67,10 +70,7 @@ fn caches_without_evictions_need_what_page_tables_need() {
         for n in [1, 63, 64, 65, 1_000, 4_096] {
             let seen = Seen { document: n, after: 0 };
             let size = CacheSize::new(&model, &codec, seen, Some(64)).expect(text);
-            // A table also keeps an open page ready where none is open now.
-            let ready = if codec.hidden.seals() && n % 64 == 0 { shape.num_lists() } else { 0 };
-            let needed = shape.bytes_for(n).0 - u64::from(ready) * shape.open_page().0;
-            assert_eq!(size.held_bytes.0, needed, "{text}: {n} tokens");
+            assert_eq!(size.held_bytes, shape.bytes_for(n), "{text}: {n} tokens");
         }
     }
 }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Without pages, bytes are those of the paper's equation 1: every token sealed, nothing rounded. With pages they are those of
-//! the pool: lists end in pages partly used, and the tail's last page is f16.
+//! the pool: lists end in pages partly used, and where pages are sealed each list keeps an f16 page for what comes next.
 //!
 //! What depends on the text is taken at its average: heads that compete hold their common budget in equal parts, and tokens
 //! that two merged layers both keep are all those of the shorter list.
@@ -97,7 +97,9 @@ impl Price {
     fn own(&self, list: &List) -> u64 {
         let tail = if self.paged && self.codec.seals() {
             let full = list.tail / self.page.page_size * self.page.page_size;
-            self.tokens(full, &self.codec) + self.tokens(list.tail - full, &HiddenCodec::F16)
+            // A page of f16 stays for the tokens that come next.
+            let open = if list.tail > 0 { self.page.page_size } else { 0 };
+            self.tokens(full, &self.codec) + self.tokens(open, &HiddenCodec::F16)
         } else {
             self.tokens(list.tail, &self.codec)
         };
@@ -392,7 +394,7 @@ mod tests {
         assert_eq!(paged("full", 100, 0), token * 128, "two pages");
         let sealed = HiddenCodec::page_bytes(&read("kivi4").hidden, PageGeometry { page_size: 64, head_dim: 128 }).0;
         assert_eq!(paged("kivi4", 100, 0), sealed + token * 64, "one of codes, one that is open");
-        assert_eq!(paged("kivi4", 128, 0), 2 * sealed, "none is open");
+        assert_eq!(paged("kivi4", 128, 0), 2 * sealed + token * 64, "one is open for what comes next");
         assert_eq!(paged("token=snapkv:0.5,hidden=kivi4", 200, 10), 2 * sealed + token * 64, "what stayed, and a tail");
         let refused = CacheSize::new(&yi(), &read("kivi4:128"), Seen { document: 9, after: 0 }, Some(64));
         assert!(refused.is_err_and(|e| e.contains("--page-size 128")), "groups of 128 tokens");

@@ -6,7 +6,7 @@
 //! caches                          ceil(KV heads / n) heads on each GPU: copies where heads do not divide, or are fewer than GPUs
 //! ```
 //!
-//! The paper calls communication negligible, which holds over NVLink and not over PCIe. So sums are counted, with nothing beside
+//! The paper calls communication negligible, which holds over `NVLink` and not over `PCIe`. So sums are counted, with nothing beside
 //! them.
 
 use serde::Serialize;

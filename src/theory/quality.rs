@@ -88,7 +88,7 @@ pub fn factors(compression: &Compression) -> Vec<Compression> {
     let full = Compression::default();
     let alone = [
         Compression { layer: layer.clone(), ..full.clone() },
-        Compression { head: head.clone(), ..full.clone() },
+        Compression { head: *head, ..full.clone() },
         Compression { token: *token, ..full.clone() },
         Compression { hidden: *hidden, ..full.clone() },
     ];

@@ -251,7 +251,7 @@ pub fn candidates(quality: &QualityTable) -> Vec<Compression> {
         for head in HEADS.map(|method| read("head", method).head) {
             for token in &tokens {
                 for hidden in HIDDEN.map(|method| read("hidden", method).hidden) {
-                    let stack = Compression { layer: layer.clone(), head: head.clone(), token: *token, hidden };
+                    let stack = Compression { layer: layer.clone(), head, token: *token, hidden };
                     all.extend(stack.check_together().is_ok().then_some(stack));
                 }
             }
