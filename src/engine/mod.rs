@@ -6,6 +6,7 @@
 //!   is one submission, in which the step's words are copied, one pass computes all layers, and the sampled tokens
 //!   are copied back. No buffer, pipeline or bind group is made after construction.
 
+mod chunk;
 mod config;
 mod eviction;
 mod expected;
@@ -15,6 +16,7 @@ mod merged;
 mod moves;
 pub mod paged_attention;
 mod parameters;
+mod plain_copies;
 pub mod saved;
 mod scores;
 mod scratch;
@@ -379,8 +381,8 @@ impl<'d> Engine<'d> {
         let moves = self.record_moves(&mut encoder, plan, caches)?;
         let host = started.elapsed();
         self.device.submit(encoder)?;
-        self.uploader.recycle();
-        self.moves_submitted(plan, moves)?;
+        self.uploader.recycle(self.device);
+        self.moves_submitted(moves)?;
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
         let mut bytes = Vec::with_capacity(length);
         self.back.read(self.device, length, &mut bytes)?;
