@@ -141,7 +141,9 @@ fn eight_sessions_answer_across_restarts_under_a_budget_for_two_gpu() {
         let all: Vec<_> = (0..8).map(|seed| request(seed, 40, 2, weights.geometry.vocab_size, text)).collect();
         let config = EngineConfig { context_length: 64, swap_chunk: Bytes(600 << 10), ..config(weights, &[text]) };
         let mut ample = Process::start(weights, &config, HostConfig::default());
-        all.iter().for_each(|request| drop(ample.scheduler.submit(request.clone()).expect("it fits")));
+        for request in &all {
+            ample.scheduler.submit(request.clone()).expect("it fits");
+        }
         ample.run();
         assert_eq!(ample.moves, [0; 3], "{text}: there is room for all");
         let expected: Vec<_> = ample.scheduler.sessions().map(|(_, session)| session.produced.clone()).collect();
