@@ -110,8 +110,15 @@ fn scattered(world: &mut World, text: &str) -> Vec<SessionId> {
     vec![first.session(), second.session()]
 }
 
-/// Out and back, in chunks of so many bytes and with runs from so many bytes on copied by themselves.
-fn there_and_back(world: &mut World, text: &str, ids: &[SessionId], chunk: Bytes, shortest: Bytes) -> usize {
+/// Out and back, in chunks of so many bytes and with runs from so many bytes on copied by themselves. Steps one way; caches that
+/// got other pages; and caches whose pages held something else before they came back.
+fn there_and_back(
+    world: &mut World,
+    text: &str,
+    ids: &[SessionId],
+    chunk: Bytes,
+    shortest: Bytes,
+) -> (usize, usize, usize) {
     let what = format!("{text} in chunks of {chunk}, runs from {shortest} on");
     let largest = world.pages(ids[0]).iter().map(|(_, bytes)| *bytes).max().expect("it has pages");
     // A chunk of one page has one order only.
@@ -129,20 +136,23 @@ fn there_and_back(world: &mut World, text: &str, ids: &[SessionId], chunk: Bytes
         let kept = world.engine.host_cache(*id).expect("nothing is lost").expect("it left");
         assert_eq!(kept.pages.all().expect("it is read"), *bytes, "{what}: pages in the order of the table");
     }
+    // One that stays, without which numbers of those that are away would be given out again.
+    let mut driver = Driver::new(&mut world.engine, &mut world.caches);
+    let stays = driver.admit(&compression(text), 150, 150).expect("it fits");
     let before: Vec<_> = ids.iter().map(|id| world.pages(*id)).collect();
     let away: Vec<_> = ids.iter().map(|id| (*id, world.caches.suspend(*id).expect("the pool agrees"))).collect();
-    // Somebody else writes into the pages that became free, and keeps some of them.
+    // Others take all pages that there are, and write into them.
     let mut driver = Driver::new(&mut world.engine, &mut world.caches);
-    let [stays, goes] = [(); 2].map(|()| driver.admit(&compression(text), 150, 150).expect("it fits"));
-    for (probe, seed) in [(stays, 40), (goes, 41)] {
-        driver.prefill(probe, &common::tokens(seed, 120, 200), 0..0, 32, &mut |_, _| ()).expect("the step runs");
+    let others: Vec<_> = std::iter::from_fn(|| driver.admit(&compression(text), 150, 150).ok()).collect();
+    for (probe, seed) in std::iter::once(&stays).chain(&others).zip(40..) {
+        driver.prefill(*probe, &common::tokens(seed, 150, 200), 0..0, 64, &mut |_, _| ()).expect("the step runs");
     }
-    driver.release(goes).expect("the pool agrees");
+    others.into_iter().for_each(|probe| driver.release(probe).expect("the pool agrees"));
     for (id, suspended) in away.iter().rev() {
         world.caches.resume(*id, suspended).expect("there is room");
     }
-    assert!(ids.iter().zip(&before).any(|(id, before)| world.pages(*id) != *before), "{what}: other pages");
-    assert!(ids.iter().zip(&rows).all(|(id, rows)| world.rows(*id) != *rows), "{what}: which hold something else");
+    let elsewhere = ids.iter().zip(&before).filter(|(id, before)| world.pages(**id) != **before).count();
+    let lost = ids.iter().zip(&rows).filter(|(id, rows)| world.rows(**id) != **rows).count();
     world.move_all(&moving, Direction::In, chunk);
     for ((id, bytes), rows) in ids.iter().zip(&bytes).zip(&rows) {
         assert!(world.engine.host_cache(*id).expect("nothing is lost").is_none(), "{what}: it is back");
@@ -150,18 +160,23 @@ fn there_and_back(world: &mut World, text: &str, ids: &[SessionId], chunk: Bytes
         assert_eq!(world.read(*id, largest), *bytes, "{what}: every bit");
     }
     world.caches.release(stays.session()).expect("the pool agrees");
-    steps
+    (steps, elsewhere, lost)
 }
 
 /// Every chunk size with every way of copying.
 fn every_way(world: &mut World, text: &str, ids: &[SessionId]) {
     let page = world.pages(ids[0]).iter().map(|(_, bytes)| *bytes).max().expect("it has pages");
-    let mut steps = BTreeSet::new();
+    let (mut steps, mut elsewhere, mut lost) = (BTreeSet::new(), 0, 0);
     for pages in [1, 3, 5, 80] {
         for shortest in [Bytes::ZERO, Bytes(page.0 * 3), Bytes(u64::MAX)] {
-            steps.insert(there_and_back(world, text, ids, Bytes(page.0 * pages), shortest));
+            let (took, moved, differ) = there_and_back(world, text, ids, Bytes(page.0 * pages), shortest);
+            steps.insert(took);
+            (elsewhere, lost) = (elsewhere + moved, lost + differ);
         }
     }
+    println!("{text}: of {} caches {elsewhere} got other pages, and {lost} would have been missed", 12 * ids.len());
+    assert!(elsewhere > 0, "{text}: nobody got other pages");
+    assert_eq!(lost, 12 * ids.len(), "{text}: what does not come back is missed");
     assert!(steps.contains(&1) && steps.iter().any(|steps| *steps > 4), "{text}: in one step and in many: {steps:?}");
 }
 
