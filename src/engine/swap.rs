@@ -5,7 +5,7 @@
 //! in    host memory ──> upload (two halves, in turn) ──copy, or copy and move_pages──> arena pages
 //! ```
 //!
-//! Pages that lie together are copied together, others are packed first ([`chunk`](super::chunk)).
+//! Pages that lie together are copied together, others are packed first (`engine/chunk.rs`).
 //!
 //! A step carries at most one chunk in each direction, in the same submission as its rows, on buffers that live as long as the
 //! engine. A chunk that left is read while the device computes the next step.
