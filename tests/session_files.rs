@@ -4,97 +4,56 @@ mod common;
 
 use std::path::Path;
 
-use common::sessions::{KINDS, config, request};
-use concertina::disk::session_file::{Origin, Turn};
+use common::process::{Process, origin};
+use common::sessions::{KINDS, config, request, tight};
+use concertina::disk::session_file::Origin;
 use concertina::disk::{SessionFile, SessionFileError};
-use concertina::engine::{Engine, EngineConfig};
+use concertina::engine::EngineConfig;
 use concertina::geometry::Bytes;
-use concertina::schedule::{Request, ScheduleConfig, Scheduler, SessionId, Store};
+use concertina::schedule::{HostConfig, Request, SessionId, Store};
 use concertina::weights::Weights;
 
-fn origin(weights: &Weights) -> Origin {
-    let geometry = &weights.geometry;
-    Origin::new("a small random model".to_owned(), "1 byte".to_owned(), geometry.num_layers, geometry.heads, 32)
-}
-
-/// An engine with its schedule, as one process has it.
-struct Process<'d> {
-    engine: Engine<'d>,
-    scheduler: Scheduler,
-    origin: Origin,
-}
-
-impl Process<'_> {
-    fn start(weights: &Weights, config: &EngineConfig) -> Self {
-        let (engine, caches) = Engine::new(common::device(), weights, config).expect("ample memory");
-        let &EngineConfig { max_rows, max_sessions, context_length, .. } = config;
-        let config = ScheduleConfig { max_rows, max_sessions, context_length, host: Default::default() };
-        Self { engine, scheduler: Scheduler::new(config, caches), origin: origin(weights) }
-    }
-
-    /// Takes steps until the session has produced so many tokens, or is over.
-    fn run(&mut self, id: SessionId, tokens: usize) {
-        let produced = |s: &Scheduler| s.session(id).expect("it exists").produced.len();
-        while !self.scheduler.is_idle() && produced(&self.scheduler) < tokens {
-            self.scheduler.step(&mut self.engine).expect("the step runs");
-        }
-    }
-
-    /// Writes the session, ends it, and returns what it has produced.
-    fn end(mut self, id: SessionId, path: &Path) -> Vec<u32> {
-        let turn = Turn { question: "What?".to_owned(), answer: "That.".to_owned() };
-        let name = "a session".to_owned();
-        let saved = self.engine.save(&self.scheduler, id, name, self.origin.clone(), vec![turn]).expect("it is read");
-        let bytes = saved.write(path).expect("room on the disk");
-        assert_eq!(bytes.0, std::fs::metadata(path).expect("written").len(), "what it says");
-        let produced = self.scheduler.session(id).expect("it exists").produced.clone();
-        self.scheduler.cancel(id).expect("the pool agrees");
-        let report = self.scheduler.report();
-        assert_eq!(report.pages_in_use_bytes + report.committed_bytes, Bytes::ZERO, "all bytes are back");
-        produced
-    }
-
-    fn restore(&mut self, path: &Path, more: &[u32], request: Request) -> SessionId {
-        let file = SessionFile::open(path).unwrap_or_else(|e| panic!("{e}"));
-        file.origin().serves(&self.origin).expect("the same model");
-        let id = self.engine.restore(&mut self.scheduler, file, more, request).unwrap_or_else(|e| panic!("{e}"));
-        assert!(self.scheduler.away_bytes(Store::Disk).0 > Bytes::ZERO, "its pages are still in the file");
-        id
-    }
+/// Writes a session, ends its process, and returns what it has produced.
+fn end(mut process: Process<'_>, id: SessionId, path: &Path) -> Vec<u32> {
+    process.save(id, path);
+    let produced = process.produced(id);
+    process.end();
+    produced
 }
 
 fn restarts(weights: &Weights, config: &EngineConfig, whole: &Request, what: &str) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("one.session");
-    let mut process = Process::start(weights, config);
+    let start = || Process::start(weights, config, HostConfig::default());
+    let mut process = start();
     let id = process.scheduler.submit(whole.clone()).expect("it fits");
-    process.run(id, usize::MAX);
-    let expected = process.scheduler.session(id).expect("it exists").produced.clone();
+    process.run();
+    let expected = process.produced(id);
 
     // One process for each question.
     let one = |max_new: u32| Request { rounds: Vec::new(), keep: true, max_new, ..whole.clone() };
-    let mut process = Process::start(weights, config);
+    let mut process = start();
     let id = process.scheduler.submit(one(whole.max_new)).expect("it fits");
-    process.run(id, usize::MAX);
-    let mut produced = process.end(id, &path);
+    process.run();
+    let mut produced = end(process, id, &path);
     for round in &whole.rounds {
-        let mut process = Process::start(weights, config);
+        let mut process = start();
         let id = process.restore(&path, &round.tokens, one(round.max_new));
-        process.run(id, usize::MAX);
-        produced.extend(process.end(id, &path));
+        process.run();
+        produced.extend(end(process, id, &path));
     }
     assert_eq!(produced, expected, "{what}: answers as in one process");
 
     // In the middle of the first answer.
-    let mut process = Process::start(weights, config);
+    let mut process = start();
     let id = process.scheduler.submit(one(whole.max_new)).expect("it fits");
-    process.run(id, 3);
-    let before = process.end(id, &path);
+    process.run_until(id, 3);
+    let before = end(process, id, &path);
     assert_eq!(before.len(), 3, "{what}: an answer under way");
-    let mut process = Process::start(weights, config);
+    let mut process = start();
     let id = process.restore(&path, &[], one(whole.max_new));
-    process.run(id, usize::MAX);
-    let produced = process.end(id, &path);
+    process.run();
+    let produced = end(process, id, &path);
     assert!(produced.starts_with(&before), "{what}: what was there stays");
     assert_eq!(produced, expected[..produced.len()], "{what}: the answer goes on");
     assert_eq!(produced.len(), whole.max_new as usize, "{what}: to its end");
@@ -116,11 +75,11 @@ fn some_file(path: &Path) -> Vec<u8> {
     let weights = common::tiny_model(4);
     let text = "token=h2o:96:every32,hidden=kivi4";
     let config = EngineConfig { swap_chunk: Bytes(24 << 10), ..config(&weights, &[text]) };
-    let mut process = Process::start(&weights, &config);
+    let mut process = Process::start(&weights, &config, HostConfig::default());
     let request = Request { rounds: Vec::new(), keep: true, ..request(3, 130, 4, 200, text) };
     let id = process.scheduler.submit(request).expect("it fits");
-    process.run(id, usize::MAX);
-    process.end(id, path);
+    process.run();
+    end(process, id, path);
     std::fs::read(path).expect("written")
 }
 
@@ -165,9 +124,70 @@ fn what_does_not_belong_here_is_refused_with_the_reason_gpu() {
     assert!(matches!(file.origin().serves(&other), Err(SessionFileError::Other { .. })), "other pages");
     // An engine that has no kernels for it, or cuts its pages otherwise.
     let full = EngineConfig { swap_chunk: Bytes(24 << 10), ..config(&weights, &["full"]) };
-    let mut process = Process::start(&weights, &full);
+    let mut process = Process::start(&weights, &full, HostConfig::default());
     let request = Request { keep: true, ..Request::new(vec![1], 4) };
     let error = process.engine.restore(&mut process.scheduler, file, &[5, 6], request).expect_err("not served");
     assert!(error.to_string().contains("no kernels were made for hidden=kivi4"), "{error}");
     assert!(process.scheduler.is_idle(), "nothing was queued");
+}
+
+/// Eight sessions of the reference model, in a process for each question that has room for two of them: the others' caches are
+/// in host memory and in files when their sessions are saved.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn eight_sessions_answer_across_restarts_under_a_budget_for_two_gpu() {
+    let weights = &common::model().weights;
+    for text in ["full", "kivi4"] {
+        let all: Vec<_> = (0..8).map(|seed| request(seed, 40, 2, weights.geometry.vocab_size, text)).collect();
+        let config = EngineConfig { context_length: 64, swap_chunk: Bytes(600 << 10), ..config(weights, &[text]) };
+        let mut ample = Process::start(weights, &config, HostConfig::default());
+        for request in &all {
+            ample.scheduler.submit(request.clone()).expect("it fits");
+        }
+        ample.run();
+        assert_eq!(ample.moves, [0; 3], "{text}: there is room for all");
+        let expected: Vec<_> = ample.scheduler.sessions().map(|(_, session)| session.produced.clone()).collect();
+        let whole = ample.scheduler.caches().needed(&all[0]).expect("it is served");
+        drop(ample);
+
+        let config = tight(weights, &config, &all[0], 24);
+        // Three of those that are away fit into host memory.
+        let host = HostConfig { budget: Bytes(whole.0 * 7 / 2), disk_budget: Bytes::mib(64), ..HostConfig::default() };
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |at: usize| folder.path().join(format!("{at}.session"));
+        let mut produced = vec![Vec::new(); all.len()];
+        for round in 0..3 {
+            let mut process = Process::start(weights, &config, host);
+            let begin = |(at, whole): (usize, &Request)| {
+                let one = |max_new| Request { rounds: Vec::new(), keep: true, max_new, ..whole.clone() };
+                match round {
+                    0 => process.scheduler.submit(one(whole.max_new)).expect("it fits"),
+                    _ => {
+                        let question = &whole.rounds[round - 1];
+                        process.restore(&path(at), &question.tokens, one(question.max_new))
+                    }
+                }
+            };
+            let ids: Vec<_> = all.iter().enumerate().map(begin).collect();
+            process.run();
+            let [out, back, dropped] = process.moves;
+            let (away, stores) = (process.away(), [Store::Host, Store::Disk]);
+            let [memory, files] = stores.map(|store| process.scheduler.away_bytes(store).0);
+            println!(
+                "{text}, question {round}: {out} left, {back} came back; {memory} in memory, {files} in files at the end"
+            );
+            assert!(process.most_resident < all.len(), "{text}: {} held pages at once", process.most_resident);
+            assert!(away >= 5 && dropped == 0, "{text}: {away} are away at the end, {dropped} were dropped");
+            let began_away = if round == 0 { 0 } else { all.len() };
+            assert_eq!(began_away + out, back + away, "{text}: every cache that left is away or back");
+            assert!(memory > Bytes::ZERO && files > Bytes::ZERO, "{text}: saved from host memory and from files");
+            for (at, id) in ids.into_iter().enumerate() {
+                process.save(id, &path(at));
+                produced[at].extend(process.produced(id));
+            }
+            process.end();
+        }
+        assert_eq!(produced, expected, "{text}: answers as with ample memory in one process");
+        assert!((1..8).all(|at| expected[at] != expected[0]), "{text}: an exchanged session would be noticed");
+    }
 }

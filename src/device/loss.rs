@@ -85,7 +85,8 @@ impl Device {
             None => {}
         }
         self.check()?;
-        self.queue.submit([commands]);
+        let submission = self.queue.submit([commands]);
+        *self.submitted.lock().unwrap_or_else(PoisonError::into_inner) = Some(submission);
         self.check()
     }
 
@@ -100,7 +101,7 @@ impl Device {
         self.trouble.lost()?;
         let Some(error) = self.trouble.lock().error.take() else { return Ok(()) };
         // Calls on a device that is gone are invalid; that it is gone is heard in a wait.
-        self.poll()?;
+        self.poll(None)?;
         match error {
             wgpu::Error::OutOfMemory { source } => Err(DeviceError::NoMemory(source.to_string())),
             error => panic!("wgpu refused a call: {error}"),
@@ -115,12 +116,26 @@ impl Device {
     /// # Panics
     /// When wgpu has refused a call on a device that is there: a defect.
     pub fn wait(&self) -> Result<(), DeviceError> {
-        self.poll()?;
+        self.wait_for(None)
+    }
+
+    /// What was submitted last.
+    pub(super) fn submitted(&self) -> Option<wgpu::SubmissionIndex> {
+        self.submitted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits for a submission and all before it, or for all that was submitted; what comes behind it goes on.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub(super) fn wait_for(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<(), DeviceError> {
+        self.poll(submission)?;
         self.check()
     }
 
-    fn poll(&self) -> Result<(), DeviceError> {
-        let waited = catch_unwind(AssertUnwindSafe(|| self.raw.poll(wgpu::PollType::wait_indefinitely())));
+    fn poll(&self, submission: Option<wgpu::SubmissionIndex>) -> Result<(), DeviceError> {
+        let wait = wgpu::PollType::Wait { submission_index: submission, timeout: None };
+        let waited = catch_unwind(AssertUnwindSafe(|| self.raw.poll(wait)));
         self.trouble.lost()?;
         match waited {
             Ok(Ok(_)) => Ok(()),

@@ -17,6 +17,8 @@ pub mod select;
 pub mod staging;
 pub mod timing;
 
+use std::sync::Mutex;
+
 use crate::geometry::Bytes;
 
 use loss::Trouble;
@@ -131,6 +133,8 @@ pub struct Device {
     tier: Tier,
     checks: ShaderChecks,
     trouble: Trouble,
+    /// What was submitted last.
+    submitted: Mutex<Option<wgpu::SubmissionIndex>>,
 }
 
 impl Device {
@@ -177,7 +181,7 @@ impl Device {
         let (raw, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .map_err(|e| DeviceError::Open { adapter: summary.name.clone(), reason: e.to_string() })?;
         let trouble = Trouble::of(&raw);
-        Ok(Self { raw, queue, summary, tier, checks, trouble })
+        Ok(Self { raw, queue, summary, tier, checks, trouble, submitted: Mutex::new(None) })
     }
 
     /// The adapter behind this device.

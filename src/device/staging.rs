@@ -4,8 +4,8 @@
 //! the other. A [`ReadBack`] keeps one buffer that the device copies into and the host reads after the step. Neither
 //! allocates after construction.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Device, DeviceError};
 use crate::geometry::Bytes;
@@ -20,15 +20,18 @@ const AWAY: u8 = 3;
 struct Mapped {
     buffer: wgpu::Buffer,
     state: Arc<AtomicU8>,
+    /// What had been submitted when it was asked for: it is mapped when that is done, whatever was submitted since.
+    after: Mutex<Option<wgpu::SubmissionIndex>>,
 }
 
 impl Mapped {
     fn new(device: &Device, label: &str, bytes: Bytes, usage: wgpu::BufferUsages) -> Result<Self, DeviceError> {
         let buffer = device.allocate(label, bytes, usage)?;
-        Ok(Self { buffer, state: Arc::new(AtomicU8::new(PENDING)) })
+        Ok(Self { buffer, state: Arc::new(AtomicU8::new(PENDING)), after: Mutex::new(None) })
     }
 
-    fn request(&self, mode: wgpu::MapMode) {
+    fn request(&self, device: &Device, mode: wgpu::MapMode) {
+        *self.after.lock().unwrap_or_else(PoisonError::into_inner) = device.submitted();
         self.state.store(PENDING, Ordering::Release);
         let state = Arc::clone(&self.state);
         self.buffer.slice(..).map_async(mode, move |result| {
@@ -44,7 +47,7 @@ impl Mapped {
     fn wait(&self, device: &Device) -> Result<(), DeviceError> {
         // When several threads wait on one device, another one may be running our callback after our own wait ended.
         while self.state.load(Ordering::Acquire) == PENDING {
-            device.wait()?;
+            device.wait_for(self.after.lock().unwrap_or_else(PoisonError::into_inner).clone())?;
             std::thread::yield_now();
         }
         match self.state.load(Ordering::Acquire) {
@@ -77,7 +80,7 @@ impl Uploader {
         let half = || Mapped::new(device, label, capacity, Usage::MAP_WRITE | Usage::COPY_SRC);
         let halves = [half()?, half()?];
         for half in &halves {
-            half.request(wgpu::MapMode::Write);
+            half.request(device, wgpu::MapMode::Write);
         }
         Ok(Self { halves, current: 0, capacity })
     }
@@ -97,14 +100,36 @@ impl Uploader {
     /// # Errors
     /// [`DeviceError::TooLarge`] when the pieces exceed the capacity, [`DeviceError::Lost`].
     pub fn write(&mut self, device: &Device, pieces: &[&[u8]]) -> Result<(), DeviceError> {
-        let total = Bytes(pieces.iter().map(|p| p.len() as u64).sum());
-        if total > self.capacity {
-            return Err(DeviceError::TooLarge { label: "an upload".to_owned(), bytes: total, limit: self.capacity });
+        let in_a_row = pieces.iter().scan(0, |end, piece| {
+            let at = *end;
+            *end += piece.len();
+            Some((at, *piece))
+        });
+        self.fill(device, in_a_row)
+    }
+
+    /// Writes each piece where it says, in bytes from the start of the current half.
+    ///
+    /// # Errors
+    /// As [`Self::write`].
+    pub fn scatter(&mut self, device: &Device, pieces: &[(usize, &[u8])]) -> Result<(), DeviceError> {
+        self.fill(device, pieces.iter().copied())
+    }
+
+    fn fill<'a>(
+        &mut self,
+        device: &Device,
+        pieces: impl Iterator<Item = (usize, &'a [u8])> + Clone,
+    ) -> Result<(), DeviceError> {
+        let end = pieces.clone().map(|(at, piece)| at + piece.len()).max().unwrap_or(0);
+        let bytes = Bytes(end as u64);
+        if bytes > self.capacity {
+            return Err(DeviceError::TooLarge { label: "an upload".to_owned(), bytes, limit: self.capacity });
         }
         let half = &self.halves[self.current];
         // A submission that failed has not asked for it.
         if half.state.load(Ordering::Acquire) == AWAY {
-            half.request(wgpu::MapMode::Write);
+            half.request(device, wgpu::MapMode::Write);
         }
         half.wait(device)?;
         {
@@ -113,10 +138,8 @@ impl Uploader {
                 .slice(..)
                 .get_mapped_range_mut()
                 .map_err(|e| DeviceError::Lost(format!("a staging buffer has no mapped range: {e}")))?;
-            let mut at = 0;
-            for piece in pieces {
+            for (at, piece) in pieces {
                 view.slice(at..at + piece.len()).copy_from_slice(piece);
-                at += piece.len();
             }
         }
         half.unmap();
@@ -129,8 +152,8 @@ impl Uploader {
     }
 
     /// Call after submitting the copies: the half is mapped again when the device is done with it.
-    pub fn recycle(&mut self) {
-        self.halves[self.current].request(wgpu::MapMode::Write);
+    pub fn recycle(&mut self, device: &Device) {
+        self.halves[self.current].request(device, wgpu::MapMode::Write);
         self.current = 1 - self.current;
     }
 
@@ -156,7 +179,7 @@ impl Uploader {
             let length = (piece.len() + tail.len()) as u64;
             encoder.copy_buffer_to_buffer(self.source(), 0, target, at, length);
             device.submit(encoder)?;
-            self.recycle();
+            self.recycle(device);
             at += piece.len() as u64;
         }
         Ok(())
@@ -197,13 +220,13 @@ impl ReadBack {
     /// # Errors
     /// [`DeviceError::Lost`].
     pub fn read(&self, device: &Device, length: usize, out: &mut Vec<u8>) -> Result<(), DeviceError> {
-        self.request();
+        self.request(device);
         self.finish(device, |bytes| out.extend_from_slice(&bytes[..length]))
     }
 
     /// After the submission: asks for the bytes, which [`Self::finish`] reads; other work can be submitted in between.
-    pub fn request(&self) {
-        self.mapped.request(wgpu::MapMode::Read);
+    pub fn request(&self, device: &Device) {
+        self.mapped.request(device, wgpu::MapMode::Read);
     }
 
     /// Waits for what [`Self::request`] asked for and shows it.

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::ops::Range;
 
 use crate::disk::PagesFile;
 use crate::geometry::Bytes;
@@ -82,10 +83,16 @@ impl HostPages {
         Ok(self.read(0, length)?.into_owned())
     }
 
-    pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Memory(pages) => pages.extend_from_slice(bytes),
-            Self::File(file) => file.append(bytes)?,
+    /// Adds pieces of `staged` at the end.
+    pub(super) fn append(&mut self, staged: &[u8], pieces: &[Range<usize>]) -> io::Result<()> {
+        match (self, pieces) {
+            (Self::Memory(pages), _) => pieces.iter().for_each(|piece| pages.extend_from_slice(&staged[piece.clone()])),
+            (Self::File(file), [piece]) => file.append(&staged[piece.clone()])?,
+            // Writes are dear: one for all, in memory first.
+            (Self::File(file), _) => {
+                let pieces: Vec<&[u8]> = pieces.iter().map(|piece| &staged[piece.clone()]).collect();
+                file.append(&pieces.concat())?;
+            }
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 //!   are copied back. No buffer, pipeline or bind group is made after construction.
 
 pub mod ceilings;
+mod chunk;
 mod config;
 mod eviction;
 mod expected;
@@ -16,6 +17,7 @@ mod merged;
 mod moves;
 pub mod paged_attention;
 mod parameters;
+mod plain_copies;
 pub mod saved;
 mod scores;
 mod scratch;
@@ -380,8 +382,8 @@ impl<'d> Engine<'d> {
         let moves = self.record_moves(&mut encoder, plan, caches)?;
         let host = started.elapsed();
         self.device.submit(encoder)?;
-        self.uploader.recycle();
-        self.moves_submitted(plan, moves)?;
+        self.uploader.recycle(self.device);
+        self.moves_submitted(moves)?;
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
         let mut bytes = Vec::with_capacity(length);
         self.back.read(self.device, length, &mut bytes)?;

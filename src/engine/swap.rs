@@ -1,9 +1,11 @@
 //! Caches on their way between device and host.
 //!
 //! ```text
-//! out   arena pages ──move_pages──> packed ──copy──> read-back (two, in turn) ──> host memory
-//! in    host memory ──> upload (two halves, in turn) ──copy──> packed ──move_pages──> arena pages
+//! out   arena pages ──copy, or move_pages and copy──> read-back (two, in turn) ──> host memory
+//! in    host memory ──> upload (two halves, in turn) ──copy, or copy and move_pages──> arena pages
 //! ```
+//!
+//! Pages that lie together are copied together, others are packed first (`engine/chunk.rs`).
 //!
 //! A step carries at most one chunk in each direction, in the same submission as its rows, on buffers that live as long as the
 //! engine. A chunk that left is read while the device computes the next step.
@@ -11,25 +13,24 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
+use super::chunk::{Chunk, Pieces, Run, shortest_run};
 use super::host_cache::{HostCache, HostCopies, HostPages};
 use super::{Engine, EngineError, Evictions};
 use crate::device::Device;
 use crate::device::staging::{ReadBack, Uploader};
 use crate::disk::PagesFile;
-use crate::geometry::{Bytes, CELL_BYTES};
+use crate::geometry::Bytes;
 use crate::kernels::abi::{MovePagesItem, MovePagesParams};
 use crate::kernels::pipeline::{Pipeline, PipelineCache, Slot};
 use crate::kernels::{KernelError, Recorder, flat_grid, move_pages};
 use crate::pool::PageId;
 use crate::pool::device::PoolBuffers;
-use crate::schedule::{Caches, Direction, Rates, SessionId, StepPlan, Store, Transfer};
+use crate::schedule::{Caches, Direction, SessionId, StepPlan, Store, Transfer};
 
-/// Plain copies that are timed.
-const PLAIN_COPIES: usize = 8;
 /// Bytes of an item.
 const ITEM_BYTES: u64 = size_of::<MovePagesItem>() as u64;
 
@@ -66,12 +67,16 @@ impl SwapSizes {
 #[derive(Debug)]
 pub(super) struct Swap {
     kernel: Arc<Pipeline>,
-    /// One bind group per arena.
-    groups: Vec<wgpu::BindGroup>,
+    /// Each with its bind group.
+    pub(super) arenas: Vec<(wgpu::Buffer, wgpu::BindGroup)>,
+    /// Bytes from which a run is copied by itself.
+    shortest_run: Bytes,
     items: wgpu::Buffer,
     packed: wgpu::Buffer,
-    upload: Uploader,
-    back: [ReadBack; 2],
+    pub(super) upload: Uploader,
+    /// Whether a half of it was written for the next submission.
+    written: bool,
+    pub(super) back: [ReadBack; 2],
     /// Which read-back is next.
     turn: usize,
     /// Chunks of the step before, which are still to be read, and from where.
@@ -83,36 +88,11 @@ pub(super) struct Swap {
     lost: Vec<SessionId>,
 }
 
-/// Whose chunks leave in a step, in order, and their bytes.
-pub(super) type Leaving = Vec<(SessionId, usize)>;
+/// Whose pages leave in a step, and where they lie in staging.
+pub(super) type Leaving = Vec<(SessionId, Pieces)>;
 
-/// Pages of one direction that a step moves.
-#[derive(Default)]
-struct Moves {
-    /// Of each arena.
-    lists: BTreeMap<u16, Vec<MovePagesItem>>,
-    /// Cells so far.
-    cells: u32,
-}
-
-impl Moves {
-    /// Adds the pages of a transfer; their bytes.
-    fn add(&mut self, caches: &Caches, transfer: &Transfer) -> usize {
-        let pages = &transfer.pages;
-        let all = caches.tables[&transfer.session].page_ids();
-        for (PageId { arena, cell }, page) in all.skip(pages.start as usize).take(pages.len()) {
-            let n_cells = u32::try_from(page.0 / CELL_BYTES).expect("a page is counted in 32 bits");
-            let item = MovePagesItem { page: cell, packed: self.cells, n_cells, pad: 0 };
-            self.lists.entry(arena).or_default().push(item);
-            self.cells += n_cells;
-        }
-        usize::try_from(transfer.bytes.0).expect("a chunk fits in memory")
-    }
-
-    fn bytes(&self) -> u64 {
-        u64::from(self.cells) * CELL_BYTES
-    }
-}
+/// What a step copies back from the host: whose pages, and their bytes.
+type Coming<'a> = Vec<(&'a Transfer, Cow<'a, [u8]>)>;
 
 impl Swap {
     pub(super) fn new(
@@ -125,13 +105,15 @@ impl Swap {
         let items = device.storage("lists of moving pages", sizes.items() + sizes.items())?;
         let packed = device.storage("moving pages", sizes.chunk.align_up(16))?;
         let bind = |arena| kernel.bind(device, &[Slot::Whole(&items), Slot::Whole(arena), Slot::Whole(&packed)]);
-        let groups = pool.arenas.iter().map(bind).collect();
+        let arenas = pool.arenas.iter().map(|arena| (arena.clone(), bind(arena))).collect();
         let back = || ReadBack::new(device, "leaving pages", sizes.chunk);
         Ok(Self {
-            groups,
+            arenas,
+            shortest_run: shortest_run(&device.summary().kind),
             items,
             packed,
             upload: Uploader::new(device, "coming pages", sizes.upload())?,
+            written: false,
             back: [back()?, back()?],
             kernel,
             turn: 0,
@@ -180,60 +162,69 @@ impl Swap {
         if of(Direction::In).any(|transfer| unread(&transfer.session)) {
             self.drain(device)?;
         }
-        let (mut coming, mut leaving) = (Moves::default(), Moves::default());
-        let mut chunks: Vec<Cow<'_, [u8]>> = Vec::new();
-        for transfer in of(Direction::In) {
-            if self.lost.contains(&transfer.session) {
-                continue;
-            }
-            let length = usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
-            let cache = self.caches.get(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
-            match cache.pages.read(cache.returned, length) {
-                Ok(chunk) => {
-                    chunks.push(Cow::Owned(chunk.into_owned()));
-                    coming.add(caches, transfer);
-                }
-                Err(_) => self.lose(transfer.session),
-            }
-        }
-        let left: Leaving = of(Direction::Out).map(|t| (t.session, leaving.add(caches, t))).collect();
-        let mut items: Vec<MovePagesItem> = Vec::new();
-        let mut dispatches = Vec::new();
-        for (moves, leaves) in [(&coming, 0), (&leaving, 1)] {
-            for (arena, list) in &moves.lists {
-                let params = MovePagesParams { items: count(items.len()), n_items: count(list.len()), leaves };
-                dispatches.push((*arena, params));
-                items.extend(list);
-            }
-        }
-        if items.is_empty() {
-            return Ok(left);
-        }
+        let (read, failed) = read_coming(&self.caches, of(Direction::In).filter(|t| !self.lost.contains(&t.session)))?;
+        let pages = |transfer: &Transfer| (transfer.session, pages_of(caches, transfer));
+        let chunk = |moving: Vec<_>| Chunk::new(&moving, self.shortest_run);
+        let coming = chunk(read.iter().map(|(transfer, _)| pages(transfer)).collect());
+        let leaving = chunk(of(Direction::Out).map(pages).collect());
+        let (items, dispatches) = work_lists(&coming, &leaving);
         let items: &[u8] = bytemuck::cast_slice(&items);
-        let all: Vec<&[u8]> = std::iter::once(items).chain(chunks.iter().map(|chunk| &**chunk)).collect();
-        self.upload.write(device, &all)?;
-        encoder.copy_buffer_to_buffer(self.upload.source(), 0, &self.items, 0, items.len() as u64);
-        if coming.bytes() > 0 {
-            encoder.copy_buffer_to_buffer(self.upload.source(), items.len() as u64, &self.packed, 0, coming.bytes());
+        if items.len() as u64 + coming.bytes() > 0 {
+            self.upload.scatter(device, &placed(items, &read, &coming))?;
+            self.written = true;
         }
-        let mut recorder = Recorder::new(encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
-        for (arena, params) in &dispatches {
-            recorder.dispatch(&self.kernel, &self.groups[usize::from(*arena)], params, flat_grid(params.n_items));
+        failed.into_iter().for_each(|session| self.lose(session));
+        self.record_copies(encoder, items.len() as u64, (&coming, &leaving), &dispatches);
+        Ok(leaving.sessions)
+    }
+
+    /// `uploaded`: where coming pages begin in the upload.
+    fn record_copies(
+        &self,
+        encoder: &mut wgpu::CommandEncoder,
+        uploaded: u64,
+        (coming, leaving): (&Chunk, &Chunk),
+        dispatches: &[(u16, MovePagesParams)],
+    ) {
+        let (source, target) = (self.upload.source(), self.back[self.turn].target());
+        let arena = |arena: u16| &self.arenas[usize::from(arena)];
+        if !dispatches.is_empty() {
+            encoder.copy_buffer_to_buffer(source, 0, &self.items, 0, uploaded);
         }
-        drop(recorder);
-        if leaving.bytes() > 0 {
-            encoder.copy_buffer_to_buffer(&self.packed, 0, self.back[self.turn].target(), 0, leaving.bytes());
+        for Run { arena: to, at, staged, bytes } in &coming.runs {
+            encoder.copy_buffer_to_buffer(source, uploaded + staged, &arena(*to).0, *at, *bytes);
         }
-        Ok(left)
+        let Range { start, end } = coming.packed_at;
+        if start < end {
+            encoder.copy_buffer_to_buffer(source, uploaded + start, &self.packed, start, end - start);
+        }
+        if !dispatches.is_empty() {
+            let mut recorder = Recorder::new(encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default()));
+            for (to, params) in dispatches {
+                recorder.dispatch(&self.kernel, &arena(*to).1, params, flat_grid(params.n_items));
+            }
+        }
+        for Run { arena: from, at, staged, bytes } in &leaving.runs {
+            encoder.copy_buffer_to_buffer(&arena(*from).0, *at, target, *staged, *bytes);
+        }
+        let Range { start, end } = leaving.packed_at;
+        if start < end {
+            encoder.copy_buffer_to_buffer(&self.packed, start, target, start, end - start);
+        }
+    }
+
+    /// After a submission: what was written for it can be written anew when the device is done.
+    fn recycle(&mut self, device: &Device) {
+        if std::mem::take(&mut self.written) {
+            self.upload.recycle(device);
+        }
     }
 
     /// After the submission: asks for what left, and reads what left in the step before while the device computes.
-    pub(super) fn submitted(&mut self, device: &Device, left: Leaving, moved: bool) -> Result<(), EngineError> {
-        if moved {
-            self.upload.recycle();
-        }
-        if left.iter().any(|(_, bytes)| *bytes > 0) {
-            self.back[self.turn].request();
+    pub(super) fn submitted(&mut self, device: &Device, left: Leaving) -> Result<(), EngineError> {
+        self.recycle(device);
+        if left.iter().any(|(_, pieces)| !pieces.is_empty()) {
+            self.back[self.turn].request(device);
             self.drain(device)?;
             self.unread = Some((self.turn, left));
             self.turn = 1 - self.turn;
@@ -274,13 +265,11 @@ impl Swap {
         let Some((from, leaving)) = self.unread.take() else { return Ok(()) };
         let caches = &mut self.caches;
         let mut failed = Vec::new();
-        let keep = |bytes: &[u8]| {
-            let mut at = 0;
-            for (session, length) in &leaving {
+        let keep = |staged: &[u8]| {
+            for (session, pieces) in &leaving {
                 // A session that ended on its way is not kept.
-                let kept = caches.get_mut(session).map(|cache| cache.pages.append(&bytes[at..at + length]));
+                let kept = caches.get_mut(session).map(|cache| cache.pages.append(staged, pieces));
                 failed.extend(kept.and_then(Result::err).map(|_| *session));
-                at += length;
             }
         };
         self.back[from].finish(device, keep)?;
@@ -290,16 +279,12 @@ impl Swap {
 }
 
 impl Engine<'_> {
-    /// Moves pages where a step has no rows; waits for them, since there is nothing else to do.
+    /// Moves pages where a step has no rows. What left in the step before is read while the device copies; nothing waits for these.
     pub(super) fn move_alone(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let moves = self.record_moves(&mut encoder, plan, caches)?;
         self.device.submit(encoder)?;
-        self.moves_submitted(plan, moves)?;
-        if let Some(swap) = &mut self.swap {
-            swap.drain(self.device)?;
-        }
-        Ok(())
+        self.moves_submitted(moves)
     }
 
     /// Records the moves of a step.
@@ -339,48 +324,9 @@ impl Engine<'_> {
     }
 
     /// After the submission of a step: reads what left before.
-    pub(super) fn moves_submitted(&mut self, plan: &StepPlan, left: Leaving) -> Result<(), EngineError> {
+    pub(super) fn moves_submitted(&mut self, left: Leaving) -> Result<(), EngineError> {
         let Some(swap) = &mut self.swap else { return Ok(()) };
-        let moved = plan.transfers.iter().any(|transfer| !transfer.pages.is_empty());
-        swap.submitted(self.device, left, moved)
-    }
-
-    /// Time of moving a chunk's bytes through plain mapped copies, out and in: what the link does at best, pages or not. The
-    /// fastest of a few.
-    ///
-    /// # Errors
-    /// [`EngineError::Device`].
-    pub fn plain_copies(&mut self) -> Result<Option<(Bytes, [Duration; 2])>, EngineError> {
-        let Some(swap) = &mut self.swap else { return Ok(None) };
-        swap.drain(self.device)?;
-        let length = swap.packed.size();
-        let mut bytes = Vec::new();
-        let mut fastest = [Duration::MAX; 2];
-        for _ in 0..PLAIN_COPIES {
-            let started = Instant::now();
-            let back = &swap.back[swap.turn];
-            let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            encoder.copy_buffer_to_buffer(&swap.packed, 0, back.target(), 0, length);
-            self.device.submit(encoder)?;
-            bytes.clear();
-            back.read(self.device, usize::try_from(length).expect("a chunk fits in memory"), &mut bytes)?;
-            fastest[0] = fastest[0].min(started.elapsed());
-            let started = Instant::now();
-            swap.upload.upload(self.device, &bytes, &swap.packed, 0)?;
-            self.device.wait()?;
-            fastest[1] = fastest[1].min(started.elapsed());
-        }
-        Ok(Some((Bytes(length), fastest)))
-    }
-
-    /// How fast caches move, measured; zero where they do not.
-    ///
-    /// # Errors
-    /// [`EngineError::Device`].
-    pub fn link_rates(&mut self) -> Result<Rates, EngineError> {
-        let Some((bytes, times)) = self.plain_copies()? else { return Ok(Rates::default()) };
-        let [out, back] = times.map(|time| bytes.0 as f64 / time.as_secs_f64().max(1e-9));
-        Ok(Rates { out, back, prefill: 0.0 })
+        swap.submitted(self.device, left)
     }
 
     /// A session's cache in host memory.
@@ -412,15 +358,14 @@ impl Engine<'_> {
         }
     }
 
-    /// Waits for what is on its way to host memory.
+    /// Waits for what is on its way, in both directions.
     ///
     /// # Errors
     /// [`EngineError::Device`].
     pub fn settle(&mut self) -> Result<(), EngineError> {
-        match &mut self.swap {
-            Some(swap) => swap.drain(self.device),
-            None => Ok(()),
-        }
+        let Some(swap) = &mut self.swap else { return Ok(()) };
+        swap.drain(self.device)?;
+        Ok(self.device.wait()?)
     }
 
     /// Bytes of caches in host memory.
@@ -437,6 +382,14 @@ impl Engine<'_> {
     pub fn keep_in(&mut self, folder: PathBuf) {
         if let Some(swap) = &mut self.swap {
             swap.folder = Some(folder);
+        }
+    }
+
+    /// Copies runs of pages of at least so many bytes by themselves, whatever the adapter, for tests.
+    #[doc(hidden)]
+    pub fn set_shortest_run(&mut self, bytes: Bytes) {
+        if let Some(swap) = &mut self.swap {
+            swap.shortest_run = bytes;
         }
     }
 
@@ -473,11 +426,14 @@ impl Engine<'_> {
             let swap = self.swap.as_mut().expect("this engine swaps");
             let left = swap.record(self.device, &mut encoder, &plan, caches)?;
             self.device.submit(encoder)?;
-            let length = left.iter().map(|(_, length)| length).sum();
-            if length > 0 {
-                swap.upload.recycle();
-                swap.back[swap.turn].read(self.device, length, &mut pages)?;
-            }
+            swap.recycle(self.device);
+            let back = &swap.back[swap.turn];
+            back.request(self.device);
+            back.finish(self.device, |staged| {
+                left.iter()
+                    .flat_map(|(_, pieces)| pieces)
+                    .for_each(|piece| pages.extend_from_slice(&staged[piece.clone()]));
+            })?;
             from = end;
             if last {
                 break;
@@ -518,6 +474,57 @@ impl Engine<'_> {
         }
         Ok(())
     }
+}
+
+/// What is to be copied back, and whose pages can not be read.
+fn read_coming<'a>(
+    caches: &'a BTreeMap<SessionId, HostCache>,
+    transfers: impl Iterator<Item = &'a Transfer>,
+) -> Result<(Coming<'a>, Vec<SessionId>), EngineError> {
+    let (mut coming, mut failed) = (Coming::new(), Vec::new());
+    for transfer in transfers {
+        let length = usize::try_from(transfer.bytes.0).expect("a chunk fits in memory");
+        let cache = caches.get(&transfer.session).ok_or_else(|| not_here(transfer.session))?;
+        match cache.pages.read(cache.returned, length) {
+            Ok(pages) => coming.push((transfer, pages)),
+            Err(_) => failed.push(transfer.session),
+        }
+    }
+    Ok((coming, failed))
+}
+
+/// Where the bytes of an upload lie: items first, then what comes back, each page where its chunk says.
+fn placed<'a>(items: &'a [u8], read: &'a Coming<'_>, coming: &Chunk) -> Vec<(usize, &'a [u8])> {
+    let mut all = vec![(0, items)];
+    for ((_, pages), (_, staged)) in read.iter().zip(&coming.sessions) {
+        let mut rest = &pages[..];
+        for piece in staged {
+            let (here, after) = rest.split_at(piece.len());
+            all.push((items.len() + piece.start, here));
+            rest = after;
+        }
+    }
+    all
+}
+
+/// The pages of a transfer, in the order of their table.
+fn pages_of(caches: &Caches, transfer: &Transfer) -> Vec<(PageId, Bytes)> {
+    let all = caches.tables[&transfer.session].page_ids();
+    all.skip(transfer.pages.start as usize).take(transfer.pages.len()).collect()
+}
+
+/// Items of all pages that are packed, and a dispatch for each arena and direction. What comes back is in its place before what
+/// leaves is packed.
+fn work_lists(coming: &Chunk, leaving: &Chunk) -> (Vec<MovePagesItem>, Vec<(u16, MovePagesParams)>) {
+    let (mut items, mut dispatches) = (Vec::new(), Vec::new());
+    for (chunk, leaves) in [(coming, 0), (leaving, 1)] {
+        for (arena, list) in &chunk.packed {
+            let params = MovePagesParams { items: count(items.len()), n_items: count(list.len()), leaves };
+            dispatches.push((*arena, params));
+            items.extend(list);
+        }
+    }
+    (items, dispatches)
 }
 
 fn count(n: usize) -> u32 {

@@ -1,7 +1,7 @@
 //! What a context switch costs: a cache leaves for the host and comes back, alone and beside the decode rows of others.
 //!
 //! ```text
-//! link ratio = plain copy of as many bytes / switch alone          plain copy: mapped buffers, in one piece per chunk
+//! link ratio = plain copy of as many bytes / switch alone          plain copy: the same buffers, in one piece per chunk
 //! hidden     = 1 - (switch beside decode - decode alone) / switch alone
 //! ```
 //!
@@ -79,9 +79,6 @@ pub fn measure(
     decoding: u32,
     repeats: usize,
 ) -> Result<Switch, EngineError> {
-    let Some((plain_bytes, plain)) = engine.plain_copies()? else {
-        return Err(EngineError::Input("this engine does not swap".to_owned()));
-    };
     let mut driver = Driver::new(engine, caches);
     let probe = driver.admit(compression, tokens.len(), tokens.len())?;
     driver.prefill(probe, tokens, 0..0, chunk, &mut |_, _| ())?;
@@ -91,9 +88,9 @@ pub fn measure(
     let result = bench.run(repeats);
     let sessions: Vec<SessionId> = bench.caches.tables.keys().copied().collect();
     sessions.into_iter().try_for_each(|id| bench.caches.release(id))?;
-    let Measured { bytes, steps, decode, spread, alone, beside } = result?;
+    let Measured { bytes, steps, plain, decode, spread, alone, beside } = result?;
     let one_way = |way: usize| OneWay {
-        plain_s: plain[way].as_secs_f64() * bytes.0 as f64 / plain_bytes.0 as f64,
+        plain_s: plain[way],
         alone_s: alone[way],
         decode_s: decode,
         decode_spread_s: spread,
@@ -113,6 +110,7 @@ struct Bench<'e, 'd> {
 struct Measured {
     bytes: Bytes,
     steps: usize,
+    plain: [f64; 2],
     decode: f64,
     spread: f64,
     alone: [f64; 2],
@@ -137,9 +135,11 @@ impl Bench<'_, '_> {
         let before = self.leave(false)?.1;
         self.come(false)?;
         let started = Instant::now();
-        let (mut decode, mut alone, mut beside) = (Vec::new(), [Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+        let ways = || [Vec::new(), Vec::new()];
+        let (mut decode, mut plain, mut alone, mut beside) = (Vec::new(), ways(), ways(), ways());
         while decode.len() < repeats {
             let decoded = self.steps_of(Moves::Nothing(steps), true)?;
+            let copied = self.plain_copies(bytes)?;
             let mut both = [[0.0; 2]; 2];
             for (at, rows) in [false, true].into_iter().enumerate() {
                 let (time, after) = self.leave(rows)?;
@@ -154,14 +154,24 @@ impl Bench<'_, '_> {
             }
             decode.push(decoded);
             for way in 0..2 {
+                plain[way].push(copied[way]);
                 alone[way].push(both[0][way]);
                 beside[way].push(both[1][way]);
             }
         }
-        let (alone, beside) = (alone.map(median), beside.map(median));
+        let [plain, alone, beside] = [plain, alone, beside].map(|ways| ways.map(median));
         decode.sort_by(f64::total_cmp);
         let spread = decode[3 * decode.len() / 4] - decode[decode.len() / 4];
-        Ok(Measured { bytes, steps, decode: median(decode), spread, alone, beside })
+        Ok(Measured { bytes, steps, plain, decode: median(decode), spread, alone, beside })
+    }
+
+    /// Plain copies of as many bytes, each way, in seconds.
+    fn plain_copies(&mut self, bytes: Bytes) -> Result<[f64; 2], EngineError> {
+        let Some((copied, times)) = self.engine.plain_copies(bytes)? else {
+            return Err(EngineError::Input("this engine does not swap".to_owned()));
+        };
+        assert_eq!(copied, bytes, "arenas that hold a cache have as many bytes");
+        Ok(times.map(|time| time.as_secs_f64()))
     }
 
     /// Steps that a switch takes in one direction.
@@ -217,7 +227,7 @@ impl Bench<'_, '_> {
                 break;
             }
         }
-        // What left last is read behind the step.
+        // What moves last does so behind the step.
         self.engine.settle()?;
         let time = started.elapsed().as_secs_f64();
         if rows {

@@ -5,7 +5,8 @@
 //! comes:   arena[item.page ..] = packed[item.packed ..]
 //! ```
 //!
-//! A link to the host is fast for few large copies and slow for many small ones; a page is 1 to 32 KiB.
+//! A link to the host is fast for few large copies and slow for many small ones; a page is 1 to 32 KiB. Pages that lie together
+//! in a long run are copied without this kernel.
 //!
 //! **Work.** One workgroup of 256 lanes per page, 16 bytes a lane. **Bytes.** Each page is read once and written once on the
 //! device, which its memory does tens of times faster than the link.

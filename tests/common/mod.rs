@@ -5,6 +5,7 @@
 
 #![expect(dead_code, reason = "each test binary uses a part")]
 
+pub(crate) mod process;
 pub(crate) mod sessions;
 
 use std::sync::OnceLock;
