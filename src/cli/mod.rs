@@ -19,6 +19,7 @@ mod devices;
 mod documents;
 mod eval;
 mod failure;
+mod fleet;
 mod generate;
 mod interrupt;
 mod kl;
@@ -39,6 +40,7 @@ mod run_progress;
 mod session;
 mod session_dir;
 mod simulate;
+mod simulation_args;
 mod theory_args;
 mod tokenize;
 mod verify;
@@ -72,6 +74,7 @@ Examples:
   concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 kivi2
   concertina plan --model yi-34b --gpu a100 --context 50k --compress full kivi4
   concertina simulate --model yi-34b --gpu h100 --sessions 1000 --compress kivi4 kivi2
+  concertina fleet --model yi-34b --gpu h100 --gpus 2 4 8 --share 1 2 4 --arrival poisson:0.3/s --price 2.5
   concertina verify --quick
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
@@ -91,6 +94,7 @@ enum Command {
     Bench(bench::BenchArgs),
     Plan(plan::PlanArgs),
     Simulate(simulate::SimulateArgs),
+    Fleet(fleet::FleetArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -115,6 +119,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args, global),
         Command::Plan(args) => plan::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),
+        Command::Fleet(args) => fleet::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };
     result.unwrap_or_else(|error| failure::report(&error))

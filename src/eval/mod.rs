@@ -1,6 +1,7 @@
 //! Measuring: kernels against the oracle, and models against texts.
 
 pub mod calibration;
+pub mod fleet;
 pub mod heads;
 pub mod kl;
 pub mod needle;
