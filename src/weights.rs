@@ -2,6 +2,7 @@
 //! the engine uploads.
 
 use half::f16;
+use rand::{Rng, RngExt as _};
 
 use crate::geometry::ModelGeometry;
 
@@ -69,6 +70,31 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// Random weights of a shape, with an output matrix of its own: for measuring time, which does not depend on their values.
+    /// Scaled by the root of their inputs, so that activations stay numbers through any number of layers.
+    pub fn random(geometry: &ModelGeometry, rng: &mut impl Rng) -> Self {
+        let mut matrix = |rows: u32, cols: u32| {
+            let scale = (cols as f32).sqrt().recip();
+            let n = rows as usize * cols as usize;
+            Matrix::new(rows, cols, (0..n).map(|_| f16::from_f32(rng.random_range(-1.0_f32..1.0) * scale)).collect())
+        };
+        let ModelGeometry { hidden_size: hidden, intermediate_size: inner, heads, vocab_size, .. } = *geometry;
+        let norm = vec![1.0; hidden as usize];
+        let layers = (0..geometry.num_layers)
+            .map(|_| LayerWeights {
+                attention_norm: norm.clone(),
+                qkv: matrix(heads.q_width() + 2 * heads.kv_width(), hidden),
+                attention_output: matrix(hidden, heads.q_width()),
+                ffn_norm: norm.clone(),
+                gate_up: matrix(2 * inner, hidden),
+                down: matrix(hidden, inner),
+            })
+            .collect();
+        let embedding = matrix(vocab_size, hidden);
+        let output = Some(matrix(vocab_size, hidden));
+        Self { geometry: geometry.clone(), embedding, layers, output_norm: norm, output }
+    }
+
     /// The matrix that turns the last hidden state into logits.
     pub fn output_matrix(&self) -> &Matrix {
         self.output.as_ref().unwrap_or(&self.embedding)

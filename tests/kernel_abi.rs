@@ -16,7 +16,7 @@ use concertina::kernels::abi::{
     MatmulParams, MergeItem, MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, MovePagesItem,
     MovePagesParams, PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams, RmsNormParams, RopeParams,
     SampleItem, SampleParams, ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams,
-    VEC4_WORDS,
+    StreamParams, VEC4_WORDS,
 };
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::registry::{all_specs, codecs, format_specs};
@@ -58,6 +58,7 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<SampleParams>(),
         host::<ScoreParams>(),
         host::<SealParams>(),
+        host::<StreamParams>(),
         host::<SelectParams>(),
     ];
     all.into_iter().map(|layout| (layout.name.clone(), layout)).collect()

@@ -146,6 +146,19 @@ impl CacheArgs {
         Ok(codecs)
     }
 
+    /// Caps that are no whole pages are wrong usage.
+    pub(super) fn whole_pages(&self, compressions: &[Compression]) -> Result<()> {
+        for eviction in compressions.iter().filter_map(|compression| compression.token.eviction()) {
+            if let Some(every) = eviction.every.filter(|every| every % self.page_size != 0) {
+                let size = self.page_size;
+                return Err(usage(format!(
+                    "token={eviction}: every{every} is no multiple of the pages of {size} tokens"
+                )));
+            }
+        }
+        Ok(())
+    }
+
     /// What evictions need, so many sessions being observed at once; `None` where nothing is evicted.
     ///
     /// Scores of another model's heads are wrong usage.
@@ -156,14 +169,7 @@ impl CacheArgs {
         slots: u32,
     ) -> Result<Option<EvictionConfig>> {
         let Some(config) = EvictionConfig::of(compressions, slots) else { return Ok(None) };
-        for eviction in compressions.iter().filter_map(|compression| compression.token.eviction()) {
-            if let Some(every) = eviction.every.filter(|every| every % self.page_size != 0) {
-                let size = self.page_size;
-                return Err(usage(format!(
-                    "token={eviction}: every{every} is no multiple of the pages of {size} tokens"
-                )));
-            }
-        }
+        self.whole_pages(compressions)?;
         let geometry = model.geometry();
         let name = model.name();
         let mut head_scores = None;

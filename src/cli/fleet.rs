@@ -59,7 +59,7 @@ pub(super) struct FleetArgs {
     memory: Vec<Bytes>,
 
     /// Price of one GPU for an hour, in any currency: one for all, or one for each --memory; the preset's where not given
-    #[arg(long, value_name = "PRICE", num_args = 1.., value_parser = price)]
+    #[arg(long, value_name = "PRICE", num_args = 1.., allow_negative_numbers = true, value_parser = price)]
     price: Vec<f64>,
 
     /// Bytes of the weights, where they are quantised; two per parameter where not given
@@ -87,7 +87,7 @@ pub(super) struct FleetArgs {
     compress: Vec<Compression>,
 
     /// Seconds within which 95 of a hundred answers are to begin, such as 30s
-    #[arg(long, value_name = "SECONDS", value_parser = limit)]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, value_parser = limit)]
     first_token_within: Option<f64>,
 
     /// Draw the time to the first token against what a session costs into this file

@@ -15,15 +15,15 @@ use super::failure::usage;
 #[derive(Args, Clone, Debug)]
 pub(super) struct AchievedArgs {
     /// The part of the GPU's FLOP/s that is achieved
-    #[arg(long, value_name = "PART", default_value_t = Achieved::default().flops, value_parser = part)]
+    #[arg(long, value_name = "PART", allow_negative_numbers = true, default_value_t = Achieved::default().flops, value_parser = part)]
     achieved_flops: f64,
 
     /// The part of the bandwidth of its memory that is achieved
-    #[arg(long, value_name = "PART", default_value_t = Achieved::default().bandwidth, value_parser = part)]
+    #[arg(long, value_name = "PART", allow_negative_numbers = true, default_value_t = Achieved::default().bandwidth, value_parser = part)]
     achieved_bandwidth: f64,
 
     /// The part of the link to the host that is achieved
-    #[arg(long, value_name = "PART", default_value_t = Achieved::default().link, value_parser = part)]
+    #[arg(long, value_name = "PART", allow_negative_numbers = true, default_value_t = Achieved::default().link, value_parser = part)]
     achieved_link: f64,
 
     /// All of the peaks, as the paper has it

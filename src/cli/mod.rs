@@ -34,6 +34,7 @@ mod plan;
 mod policies;
 mod presets;
 mod progress;
+mod report;
 mod resume;
 mod run;
 mod run_progress;
@@ -92,6 +93,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Report(report::ReportArgs),
     Plan(plan::PlanArgs),
     Simulate(simulate::SimulateArgs),
     Fleet(fleet::FleetArgs),
@@ -117,6 +119,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),
+        Command::Report(args) => report::run(args, global),
         Command::Plan(args) => plan::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),
         Command::Fleet(args) => fleet::run(args, global),

@@ -63,7 +63,7 @@ pub(super) struct PlanArgs {
     answer: u32,
 
     /// Seconds between an answer and the next question
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", allow_negative_numbers = true, default_value = "60", value_parser = seconds)]
     think: f64,
 
     /// Sessions that decode together, for the time of their token
@@ -83,7 +83,7 @@ pub(super) struct PlanArgs {
     chunk: Option<u32>,
 
     /// Price of one GPU for an hour, in any currency
-    #[arg(long, value_name = "PRICE", value_parser = price)]
+    #[arg(long, value_name = "PRICE", allow_negative_numbers = true, value_parser = price)]
     price: Option<f64>,
 
     /// Compressions of the caches, each as for `run`; sweeps over contexts draw a line for each

@@ -195,6 +195,25 @@ impl<'e, 'd> Driver<'e, 'd> {
     /// # Errors
     /// [`EngineError`].
     pub fn decode(&mut self, rows: &[(Probe, u32)]) -> Result<Vec<Vec<f32>>, EngineError> {
+        let plan = self.decode_plan(rows)?;
+        let logits = self.engine.logits(&plan, self.caches)?;
+        self.caches.retire(&plan);
+        Ok(logits)
+    }
+
+    /// Feeds one token to each sequence, in one step, as a session does: the next token of each, chosen on the device.
+    ///
+    /// # Errors
+    /// [`EngineError`].
+    pub fn sample(&mut self, rows: &[(Probe, u32)]) -> Result<Vec<u32>, EngineError> {
+        let plan = self.decode_plan(rows)?;
+        let result = self.engine.execute(&plan, self.caches)?;
+        self.caches.retire(&plan);
+        Ok(result.tokens)
+    }
+
+    /// A step of a row for each, with room for it.
+    fn decode_plan(&mut self, rows: &[(Probe, u32)]) -> Result<StepPlan, EngineError> {
         for (probe, token) in rows {
             self.evict_due(*probe)?;
             self.fed.entry(probe.0).or_default().push(*token);
@@ -210,9 +229,15 @@ impl<'e, 'd> Driver<'e, 'd> {
         };
         let plan = StepPlan { segments: rows.iter().map(segment).collect(), ..StepPlan::default() };
         self.caches.grow(&plan)?;
-        let logits = self.engine.logits(&plan, self.caches)?;
-        self.caches.retire(&plan);
-        Ok(logits)
+        Ok(plan)
+    }
+
+    /// Waits until everything that was submitted is done.
+    ///
+    /// # Errors
+    /// [`EngineError::Device`].
+    pub fn wait(&self) -> Result<(), EngineError> {
+        Ok(self.engine.device().wait()?)
     }
 
     /// Keys, after rotary positions, and values that a list of a sequence holds, decoded, each `[tokens][head_dim]`.

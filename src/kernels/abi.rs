@@ -284,6 +284,11 @@ immediates! {
         /// Logits of a row.
         vocab: u32,
     }
+    /// Immediate data of stream.
+    struct StreamParams {
+        /// Cells of 16 bytes.
+        n_cells: u32,
+    }
 }
 
 /// Words of one row of the `step` buffer.

@@ -40,6 +40,7 @@ pub mod sample;
 pub mod score;
 pub mod seal;
 pub mod select;
+pub mod stream;
 
 use std::borrow::Cow;
 
@@ -161,6 +162,8 @@ pub mod modules {
         MATVEC = "model/matvec.wgsl";
         /// Sampling.
         SAMPLE = "model/sample.wgsl";
+        /// A buffer from end to end.
+        STREAM = "bench/stream.wgsl";
     }
 }
 

@@ -7,7 +7,7 @@ use super::matmul::{self, Output};
 use super::prefill::PrefillSpec;
 use super::{
     KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest,
-    sample, score, seal, select,
+    sample, score, seal, select, stream,
 };
 use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;
@@ -48,6 +48,8 @@ pub fn all_specs() -> Vec<KernelSpec> {
         select::select(),
         select::carry(),
         move_pages::kernel(),
+        stream::read(),
+        stream::copy(),
         elementwise::embed(),
         elementwise::rope(),
         elementwise::gated_activation(),

@@ -18,12 +18,16 @@
 //! | `eval perplexity` | [`PerplexityReport`] |
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
+//! | `bench device` | [`CeilingsReport`] |
+//! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `report` | [`records::RecordsReport`], which is also a page |
 //! | `plan` | [`PlanReport`], which draws [`Curves`] and a page |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
 //! | `fleet` | [`FleetReport`], which draws one and a page |
 //! | `verify` | [`VerifyReport`] |
 
+mod ceilings;
 mod checks;
 mod codecs;
 mod curves;
@@ -34,6 +38,7 @@ mod heads;
 pub mod html;
 mod kl;
 mod meter;
+mod metrics;
 mod needle;
 mod perplexity;
 mod plan;
@@ -41,6 +46,7 @@ mod plan_tables;
 mod plot;
 mod policies;
 mod presets;
+pub mod records;
 mod run;
 mod run_tables;
 mod session;
@@ -51,6 +57,7 @@ mod table;
 mod text;
 mod trace;
 
+pub use ceilings::{CeilingFigures, CeilingsReport};
 pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
 pub use curves::{Curves, Panel};
@@ -61,6 +68,7 @@ pub use kl::{KlReport, KlRow};
 pub use meter::{
     ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, Percentiles, PrefillMetric, ServiceMetric,
 };
+pub use metrics::{MetricsReport, Scaled};
 pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plan::{ContextRow, MachineReport, PlanReport, PlanRow, PlanSettings, Planner};

@@ -1,9 +1,9 @@
-//! `concertina bench`.
+//! `concertina bench switch`.
 
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::{Args, Subcommand};
+use clap::Args;
 use concertina::compression::Compression;
 use concertina::device::Device;
 use concertina::engine::EngineConfig;
@@ -11,29 +11,11 @@ use concertina::eval::switch;
 use concertina::geometry::Bytes;
 use concertina::report::{DeviceReport, Program, SwitchReport, SwitchRow};
 
-use super::args::{CacheArgs, DEFAULT_CHUNK, Global, ModelArg, budget, chooses, small_count, token_count};
-use super::failure::usage;
-use super::load::{Model, engine};
-use super::output::Output;
-use super::progress;
-
-/// Measure speed on this device
-///
-/// Every figure is that of a run whose results were checked, after a warm-up, beside what the hardware does at best,
-/// measured in the same run.
-#[derive(Args, Clone, Debug)]
-#[command(after_help = "\
-Examples:
-  concertina bench switch --model model.gguf --tokens 8192 --compress full kivi4 h2o:0.25")]
-pub(super) struct BenchArgs {
-    #[command(subcommand)]
-    what: What,
-}
-
-#[derive(Clone, Debug, Subcommand)]
-enum What {
-    Switch(SwitchArgs),
-}
+use super::super::args::{CacheArgs, DEFAULT_CHUNK, Global, ModelArg, budget, chooses, small_count, token_count};
+use super::super::failure::usage;
+use super::super::load::{Model, engine};
+use super::super::output::Output;
+use super::super::progress;
 
 /// A context switch: a cache leaves for the host and comes back
 ///
@@ -44,7 +26,7 @@ enum What {
 Examples:
   concertina bench switch --model model.gguf --tokens 8192 --compress full kivi4
   concertina bench switch --model model.gguf --tokens 2048 --decoding 16 --swap-chunk 16MiB --json switch.json")]
-struct SwitchArgs {
+pub(super) struct SwitchArgs {
     #[command(flatten)]
     model: ModelArg,
 
@@ -76,14 +58,8 @@ struct SwitchArgs {
     cache: CacheArgs,
 }
 
-/// Measures.
-pub(super) fn run(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
-    match &args.what {
-        What::Switch(args) => switch(args, global),
-    }
-}
-
-fn switch(args: &SwitchArgs, global: &Global) -> Result<ExitCode> {
+/// Measures context switches.
+pub(super) fn run(args: &SwitchArgs, global: &Global) -> Result<ExitCode> {
     let output = Output::open(global.json.as_deref())?;
     let request = global.adapter()?;
     let model = Model::open(&args.model.model)?;

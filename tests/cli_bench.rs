@@ -1,0 +1,133 @@
+//! Measuring and comparing from the command line: ceilings, the four metrics, and the report that joins them.
+#![cfg(feature = "model")]
+
+use std::fs;
+use std::process::{Command, Output};
+
+use concertina::model::reference_model_path;
+use serde_json::Value;
+
+fn concertina(args: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_concertina"));
+    command.env("XDG_RUNTIME_DIR", std::env::temp_dir()).args(args);
+    command.output().expect("the program should start")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn done(args: &[&str]) -> Output {
+    let output = concertina(args);
+    assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+    output
+}
+
+fn refused(args: &[&str], code: i32, says: &[&str]) {
+    let output = concertina(args);
+    let message = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {message}");
+    for part in says {
+        assert!(message.contains(part), "'{part}' should be in: {message}");
+    }
+}
+
+fn json(path: &str) -> Value {
+    serde_json::from_slice(&fs::read(path).expect("it was written")).expect("JSON")
+}
+
+/// Figures of a metric, by compression: measured and ratio.
+fn figures(report: &Value, metric: &str) -> Vec<(String, f64, f64)> {
+    let groups = report["groups"].as_array().expect("groups").iter();
+    let of = |group: &Value| {
+        let figures = group["figures"].as_array().expect("figures").clone();
+        let name = group["compression"].as_str().expect("a compression").to_owned();
+        let found = figures.into_iter().filter(|figure| figure["metric"] == metric);
+        let number = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+        found
+            .map(move |figure| (name.clone(), number(&figure["measured"]), number(&figure["ratio"])))
+            .collect::<Vec<_>>()
+    };
+    groups.flat_map(of).collect()
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn what_is_measured_stands_beside_what_is_predicted_gpu() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (device, metrics, page) = (path("device.json"), path("metrics.json"), path("page.html"));
+    let tables = text(&done(&["bench", "device", "--quick", "--repeats", "3", "--json", &device]).stdout);
+    assert!(tables.contains("read device memory") && tables.contains("figures for tests alone"), "{tables}");
+    // 100 tokens end in the middle of a page: a session then holds what it commits.
+    let measure =
+        ["bench", "metrics", "--model", "smollm2-135m", "--layers", "2", "--context", "100", "--repeats", "1"];
+    let more = ["--compress", "full", "kivi4", "--batch", "2", "--kv-budget", "96MiB", "--json", &metrics];
+    let tables = text(&done(&[&measure[..], &more].concat()).stdout);
+    assert!(tables.contains("2 of 30 layers with random weights ran"), "it says what was measured: {tables}");
+
+    fs::write(path("damaged.json"), "{\"program\": {\"na").expect("written");
+    fs::write(path("foreign.json"), "{\"program\": {\"name\": \"other\"}}").expect("written");
+    fs::write(path("notes.txt"), "no record").expect("written");
+    let report = path("report.out");
+    let folder_name = folder.path().display().to_string();
+    let output = done(&["report", &folder_name, "--html", &page, "--json", &report]);
+    let (tables, messages) = (text(&output.stdout), text(&output.stderr));
+    for part in ["damaged.json' is left out: it is no whole JSON", "foreign.json' is left out: it was written by other"]
+    {
+        assert!(messages.contains(part), "'{part}' should be in: {messages}");
+    }
+    assert!(!messages.contains("notes.txt"), "not asked for: {messages}");
+    assert!(tables.contains("predicted from the ceilings measured in") && tables.contains("unknown"), "{tables}");
+
+    let report = json(&report);
+    assert_eq!(report["refused"].as_array().map(Vec::len), Some(2), "both are named");
+    for metric in ["cache_bytes", "sessions"] {
+        let found = figures(&report, metric);
+        assert_eq!(found.len(), 2, "{metric} of both compressions: {found:?}");
+        for (compression, measured, ratio) in found {
+            assert!((ratio - 1.0).abs() < 1e-12 && measured > 0.0, "{metric} over {compression}: {measured}, {ratio}");
+        }
+    }
+    let sessions: Vec<f64> = figures(&report, "sessions").iter().map(|(_, measured, _)| *measured).collect();
+    assert!(sessions[1] > sessions[0] && sessions[0] >= 2.0, "smaller caches, more sessions: {sessions:?}");
+    for metric in ["prefill_s", "decode_s", "batch_s", "switch_s"] {
+        let found = figures(&report, metric);
+        assert!(found.len() == 2 && found.iter().all(|f| f.1 > 0.0 && f.2 > 0.0), "{metric}: {found:?}");
+    }
+    let page = fs::read_to_string(page).expect("the page was written");
+    assert!(page.starts_with("<!DOCTYPE html>") && page.ends_with("</html>\n"), "whole");
+    assert!(!page.contains("http") && !page.contains("<script") && !page.contains("src="), "loads nothing");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn a_model_file_is_measured_as_it_is_gpu() {
+    let model = reference_model_path().display().to_string();
+    let args = ["bench", "metrics", "--model", &model, "--context", "64", "--repeats", "1", "--kv-budget", "96MiB"];
+    let output = done(&[&args[..], &["--compress", "token=snapkv:0.5", "--json", "-"]].concat());
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert!(report["scaled"].is_null() && report["kind"] == "bench metrics", "all of it: {report}");
+    let row = &report["results"][0];
+    let number = |name: &str| row[name].as_f64().unwrap_or_else(|| panic!("{name} in {row}"));
+    assert!(number("peak_bytes") >= number("cache_bytes") && number("cache_bytes") > 0.0, "evicted: {row}");
+    assert_eq!(number("switch_bytes"), number("cache_bytes"), "what moves is the cache");
+    let [whole, compress] = ["prefill_s", "compress_s"].map(|name| row[name]["median"].as_f64().expect("a time"));
+    assert!(compress > 0.0 && whole > compress, "compression is a part of prefill: {row}");
+    assert!(row["batch"].is_null(), "none was asked for");
+}
+
+#[test]
+fn what_can_not_be_measured_or_compared_is_refused() {
+    let preset = ["bench", "metrics", "--model", "yi-6b"];
+    let with = |more: &[&'static str]| [&preset[..], more].concat();
+    refused(&with(&["--layers", "33"]), 2, &["--layers 33", "32"]);
+    refused(&["bench", "metrics", "--model", "deepseek-v2"], 2, &["deepseek-v2", "latents"]);
+    refused(&with(&["--compress", "head=duo:0.5"]), 2, &["random weights", "head="]);
+    refused(&with(&["--compress", "token=h2o:64:every10"]), 2, &["every"]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let empty = folder.path().display().to_string();
+    refused(&["report", &empty], 2, &["holds no file that ends in .json"]);
+    refused(&["report", "no such file"], 1, &["is left out: it can not be read", "none of 1 files is a record"]);
+    refused(&["report"], 2, &["error"]);
+}
