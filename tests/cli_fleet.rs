@@ -110,7 +110,7 @@ fn the_command_line_that_it_prints_repeats_it() {
 #[test]
 fn a_target_makes_the_cheapest_dearer_or_says_that_none_reaches_it() {
     let cheapest = |target: &str| {
-        let report = report(&with(&format!("--gpus 2 4 8 --share 1 2 --compress kivi4 --price 2 {target}")));
+        let report = report(&with(&format!("--gpus 2 4 8 --share 1 2 4 --compress kivi4 --price 2 {target}")));
         let place = report["cheapest"].as_u64().and_then(|place| usize::try_from(place).ok());
         place.map(|place| designs(&report)[place].clone())
     };
@@ -148,6 +148,10 @@ fn sessions_that_never_fit_are_counted_and_their_design_is_not_advised() {
     let report = report(&with("--gpus 1 --share 1 --compress full --context fixed:60k"));
     let served = &designs(&report)[0]["served"];
     assert_eq!((served["never_fit"].as_u64(), served["sessions_finished"].as_u64()), (Some(40), Some(0)), "{served}");
+    let shown = text(&concertina(&with("--gpus 2 --share 1 --compress full --context uniform:4k..60k")).stdout);
+    for part in ["refused (never fits)", "the rest (", "No design serves", "leaves beside the weights"] {
+        assert!(shown.contains(part), "'{part}' in:\n{shown}");
+    }
     assert!(served["price_per_session"].is_null() && report["cheapest"].is_null(), "nobody is served for money");
 }
 

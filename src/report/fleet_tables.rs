@@ -6,6 +6,7 @@ use super::fleet::{DesignFigures, DesignRow, FleetReport, gigabytes};
 use super::html;
 use super::run_tables::cache;
 use super::table::{Align, block, count, counted, number, table};
+use crate::eval::simulate::Refused;
 
 /// A column: its heading and what stands in it.
 type Column<'a> = (&'static str, Align, Box<dyn Fn(&DesignRow) -> String + 'a>);
@@ -58,6 +59,7 @@ impl FleetReport {
                 }),
             ),
             figure("keeps up\n(behind)", |served| match served.keeps_up {
+                Some(true) if served.never_fit > 0 => format!("the rest ({})", served.behind),
                 Some(true) => format!("yes ({})", served.behind),
                 Some(false) => format!("no ({})", served.behind),
                 None => "-".to_owned(),
@@ -83,32 +85,42 @@ impl FleetReport {
         let mut all = vec![self.on_cheapest()];
         if !self.left_out.is_empty() {
             let pairs: Vec<String> = self.left_out.iter().map(|l| format!("{} over {}", l.share, l.gpus)).collect();
-            all.push(format!(
-                "Left out, because GPUs that share each layer do not divide GPUs in all: {}.",
-                pairs.join(", ")
-            ));
+            let pairs = pairs.join(", ");
+            all.push(format!("Left out, because GPUs that share each layer do not divide GPUs in all: {pairs}."));
         }
+        all.extend(self.on_what_does_not_fit());
+        all.extend(self.on_refused());
+        all
+    }
+
+    /// Each reason once, of the first design that has it.
+    fn on_what_does_not_fit(&self) -> Vec<String> {
         let mut told: Vec<&str> = Vec::new();
+        let mut all = Vec::new();
         for row in &self.designs {
             let Some(why) = row.does_not_fit.as_deref().filter(|why| !told.contains(why)) else { continue };
             told.push(why);
             all.push(format!("{} does not fit: {why}.", self.label(row)));
         }
-        let mut kinds: Vec<&str> = Vec::new();
-        for row in &self.designs {
-            for refused in row.served.iter().flat_map(|served| &served.refused) {
-                if kinds.contains(&refused.kind) {
-                    continue;
-                }
-                kinds.push(refused.kind);
-                let sessions = counted(u64::from(refused.sessions), "session");
-                all.push(format!(
-                    "{}: {sessions} refused ({}), the first: {}.",
-                    self.label(row),
-                    refused.kind,
-                    refused.first
-                ));
+        all
+    }
+
+    /// Each kind once, of the first design that has it.
+    fn on_refused(&self) -> Vec<String> {
+        let mut told: Vec<&str> = Vec::new();
+        let mut all = Vec::new();
+        let rows = self.designs.iter().flat_map(|row| row.served.iter().map(move |served| (row, served)));
+        for (row, refused) in rows.flat_map(|(row, served)| served.refused.iter().map(move |refused| (row, refused))) {
+            let Refused { kind, sessions, first } = refused;
+            if told.contains(kind) {
+                continue;
             }
+            told.push(kind);
+            let sessions = counted(u64::from(*sessions), "session");
+            all.push(format!("{}: {sessions} refused ({kind}), the first: {first}.", self.label(row)));
+        }
+        if !told.is_empty() {
+            all.push("Budgets are what the memory of a replica leaves beside the weights.".to_owned());
         }
         all
     }
