@@ -149,7 +149,10 @@ fn wrong_usage_is_refused_with_exit_code_2() {
 #[test]
 fn help_explains_every_command() {
     let evals = ["eval perplexity", "eval kl", "eval needle", "calibrate heads"];
-    let others = ["", "devices", "run", "generate", "tokenize", "codecs", "policies", "verify"];
+    let others = [
+        "", "devices", "run", "generate", "tokenize", "codecs", "policies", "presets", "plan", "simulate", "fleet",
+        "verify",
+    ];
     for command in others.into_iter().chain(evals) {
         let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
         let output = concertina(&args);

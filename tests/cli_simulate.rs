@@ -120,6 +120,31 @@ fn the_command_line_that_it_prints_repeats_it() {
 }
 
 #[test]
+fn gpus_that_share_each_layer_are_one_machine() {
+    let (one, two) = (report(&with(&[])), report(&with(&["--gpu", "h100:2"])));
+    let (settings, row) = (&two["settings"], |report: &Value| report["results"][0].clone());
+    assert_eq!(
+        (settings["gpus"].as_u64(), settings["memory_bytes"].as_u64()),
+        (Some(2), Some(160_000_000_000)),
+        "both"
+    );
+    let prefill = |report: &Value| row(report)["predicted"]["prefill_s"].as_f64().expect("a time");
+    let part = prefill(&two) / prefill(&one);
+    // Sums between them are not free.
+    assert!(part > 0.5 && part < 0.7, "two read the same in {part} of the time");
+    assert!(row(&two)["predicted"]["fit"].as_u64() > row(&one)["predicted"]["fit"].as_u64(), "and hold more");
+    let args = with(&["--gpu", "h100:2", "--memory", "75GB", "--peak"]);
+    let output = concertina(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let shown = text(&output.stdout);
+    assert!(shown.contains("2 x NVIDIA H100 SXM, 139.70 GiB"), "{shown}");
+    let again = shown.lines().find_map(|line| line.trim().strip_prefix("again")).expect("a command line");
+    assert!(again.contains("--gpu h100:2 --memory 75000000000") && again.contains("--achieved-flops 1 "), "{again}");
+    let again: Vec<String> = again.split_whitespace().skip(1).map(ToOwned::to_owned).collect();
+    let hash = report(&again)["results"][0]["trace_hash"].as_str().expect("a hash").to_owned();
+    assert!(shown.contains(&hash), "{hash} in:\n{shown}");
+}
+
+#[test]
 fn sessions_that_can_never_run_are_counted_with_the_reason() {
     let report = report(&with(&["--context", "uniform:30k..1000M", "--sessions", "200"]));
     let refused = report["results"][0]["refused"].as_array().expect("a list").clone();

@@ -16,6 +16,7 @@ use concertina::schedule::{
     StepReport,
 };
 use concertina::theory::model::Decoder;
+use concertina::theory::parallel::TensorParallel;
 use concertina::theory::presets::Presets;
 use concertina::theory::step::{Achieved, Machine};
 
@@ -318,7 +319,7 @@ fn workload(sessions: u32, seed: u64) -> Workload {
 fn simulated(machine: &SimulatedMachine, workload: &Workload, compression: &str) -> (Simulation, Steps) {
     let mut simulation = machine.begin(workload.seed, &compressed(compression), &[]).expect("it can be simulated");
     let mut steps = Steps::default();
-    simulation.run(workload, &mut steps).expect("a simulation does not fail");
+    simulation.run(workload.visits(), &mut steps).expect("a simulation does not fail");
     (simulation, steps)
 }
 
@@ -461,6 +462,39 @@ fn a_session_alone_takes_the_time_that_the_theory_says() {
         let part = token_ms / predicted.token_ms;
         assert!((1.0..1.01).contains(&part), "{compression}: a token takes {part} of what is predicted");
     }
+}
+
+/// Where 16 GPUs share 8 KV heads, each head is held twice, so that half of the memory holds copies and every token is read twice.
+#[test]
+fn kv_heads_that_do_not_divide_take_memory_and_time_twice() {
+    let shared = |degree: u32| {
+        let one = machine("yi-34b", "h100");
+        let parallel = TensorParallel { degree, bytes_per_s: 450e9 };
+        SimulatedMachine {
+            machine: one.machine.shared_by(parallel),
+            memory: Bytes(one.memory.0 * u64::from(degree)),
+            ..one
+        }
+    };
+    let budget = |degree| {
+        let machine = shared(degree);
+        machine.budget().expect("room").0 as f64 / (machine.memory - machine.model.weights).0 as f64
+    };
+    assert_eq!([2, 8, 16].map(budget), [1.0, 1.0, 0.5], "of what weights leave");
+    assert!((budget(3) - 8.0 / 9.0).abs() < 1e-6, "9 heads are held where 3 GPUs share 8");
+    let (eight, sixteen) = (shared(8), shared(16));
+    let decode_attention = |machine: &SimulatedMachine| {
+        let alone = Workload { context: Distribution::Fixed(40_000.0), ..workload(1, 0) };
+        simulated(machine, &alone, "full").0.device.spent().decode_attention_s
+    };
+    // Twice the bandwidth for twice the bytes.
+    let part = decode_attention(&sixteen) / decode_attention(&eight);
+    assert!((part - 1.0).abs() < 1e-6, "16 GPUs read caches in {part} of the time of 8");
+    let four = decode_attention(&shared(4)) / decode_attention(&eight);
+    assert!((four - 2.0).abs() < 1e-6, "4 need {four} times as long as 8");
+    let predicted =
+        |machine: &SimulatedMachine| machine.predict(&compressed("full"), 40_000).expect("it fits").switch_s;
+    assert!((predicted(&sixteen) / predicted(&eight) - 1.0).abs() < 1e-6, "copies cross the links, too");
 }
 
 #[test]

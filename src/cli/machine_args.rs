@@ -11,21 +11,9 @@ use concertina::theory::step::{Achieved, Machine};
 use super::args;
 use super::failure::usage;
 
-/// GPUs, and what of their peaks is achieved.
+/// What of a GPU's peaks is achieved.
 #[derive(Args, Clone, Debug)]
-pub(super) struct MachineArgs {
-    /// A GPU by its name, such as h100 (`concertina presets` lists them); h100:4 are four that share each layer
-    #[arg(long, value_name = "NAME[:N]", default_value = "h100")]
-    pub(super) gpu: GpuSpec,
-
-    /// Device memory of one GPU for weights and caches; what it has where not given
-    #[arg(long, value_name = "SIZE", value_parser = args::budget)]
-    memory: Option<Bytes>,
-
-    /// Bytes of the weights, where they are quantised; two per parameter where not given
-    #[arg(long, value_name = "SIZE", value_parser = args::budget)]
-    weights: Option<Bytes>,
-
+pub(super) struct AchievedArgs {
     /// The part of the GPU's FLOP/s that is achieved
     #[arg(long, value_name = "PART", allow_negative_numbers = true, default_value_t = Achieved::default().flops, value_parser = part)]
     achieved_flops: f64,
@@ -41,6 +29,43 @@ pub(super) struct MachineArgs {
     /// All of the peaks, as the paper has it
     #[arg(long, conflicts_with_all = ["achieved_flops", "achieved_bandwidth", "achieved_link"])]
     peak: bool,
+}
+
+impl AchievedArgs {
+    pub(super) fn parts(&self) -> Achieved {
+        if self.peak {
+            return Achieved::PEAK;
+        }
+        Achieved { flops: self.achieved_flops, bandwidth: self.achieved_bandwidth, link: self.achieved_link }
+    }
+
+    /// Where those parts are from.
+    fn source(&self) -> &'static str {
+        match (self.peak, self.parts() == Achieved::default()) {
+            (true, _) => "the data sheet's peak",
+            (_, true) => "what well-made kernels are said to reach",
+            _ => "the command line",
+        }
+    }
+}
+
+/// GPUs, and what of their peaks is achieved.
+#[derive(Args, Clone, Debug)]
+pub(super) struct MachineArgs {
+    /// A GPU by its name, such as h100 (`concertina presets` lists them); h100:4 are four that share each layer
+    #[arg(long, value_name = "NAME[:N]", default_value = "h100")]
+    pub(super) gpu: GpuSpec,
+
+    /// Device memory of one GPU for weights and caches; what it has where not given
+    #[arg(long, value_name = "SIZE", value_parser = args::budget)]
+    memory: Option<Bytes>,
+
+    /// Bytes of the weights, where they are quantised; two per parameter where not given
+    #[arg(long, value_name = "SIZE", value_parser = args::budget)]
+    weights: Option<Bytes>,
+
+    #[command(flatten)]
+    achieved: AchievedArgs,
 }
 
 /// GPUs by name.
@@ -67,6 +92,14 @@ fn part(text: &str) -> Result<f64, String> {
     part.ok_or_else(|| "expected a part of the peak, above 0 and at most 1".to_owned())
 }
 
+/// Reads a price.
+pub(super) fn price(text: &str) -> Result<f64, String> {
+    text.parse::<f64>()
+        .ok()
+        .filter(|p| p.is_finite() && *p > 0.0)
+        .ok_or_else(|| format!("'{text}' is no price above 0"))
+}
+
 /// All GPUs together.
 #[derive(Clone, Debug)]
 pub(super) struct Chosen {
@@ -86,37 +119,34 @@ impl MachineArgs {
         model.with_weights(self.weights)
     }
 
-    fn achieved(&self) -> Achieved {
-        if self.peak {
-            return Achieved::PEAK;
-        }
-        Achieved { flops: self.achieved_flops, bandwidth: self.achieved_bandwidth, link: self.achieved_link }
-    }
-
     /// The GPUs.
     pub(super) fn choose(&self, presets: &Presets) -> Result<Chosen> {
         let GpuSpec { name, count } = &self.gpu;
         let gpu = presets.gpu(name).map_err(usage)?.clone();
-        let achieved = self.achieved();
-        let one = Machine::new(&gpu, &achieved);
-        let machine = match count {
-            1 => one,
-            degree => {
-                let between = gpu.interconnect_bytes_per_s.or(gpu.link_bytes_per_s);
-                let bytes_per_s = between.ok_or_else(|| {
-                    usage(format!("{} has no link to another one; give one of them, or --gpu {name}", gpu.gpu))
-                })?;
-                one.shared_by(TensorParallel { degree: *degree, bytes_per_s })
-            }
-        };
-        let memory = self.memory.unwrap_or(gpu.memory_bytes);
-        let memory = memory.0.checked_mul(u64::from(*count)).map(Bytes);
-        let memory = memory.ok_or_else(|| usage(format!("{count} times that memory is more than can be counted")))?;
-        let achieved_from = match (self.peak, achieved == Achieved::default()) {
-            (true, _) => "the data sheet's peak",
-            (_, true) => "what well-made kernels are said to reach",
-            _ => "the command line",
-        };
-        Ok(Chosen { gpu, gpus: *count, machine, achieved, achieved_from: achieved_from.to_owned(), memory })
+        let achieved = self.achieved.parts();
+        let (machine, memory) = shared(&gpu, &achieved, *count, self.memory.unwrap_or(gpu.memory_bytes))?;
+        let achieved_from = self.achieved.source().to_owned();
+        Ok(Chosen { gpu, gpus: *count, machine, achieved, achieved_from, memory })
     }
+}
+
+/// GPUs that share each layer, of so much memory each: what they achieve, and the memory of all.
+pub(super) fn shared(gpu: &Gpu, achieved: &Achieved, degree: u32, memory: Bytes) -> Result<(Machine, Bytes)> {
+    let one = Machine::new(gpu, achieved);
+    let machine = match degree {
+        1 => one,
+        degree => {
+            let between = gpu.interconnect_bytes_per_s.or(gpu.link_bytes_per_s);
+            let bytes_per_s = between.ok_or_else(|| {
+                usage(format!(
+                    "{} has no link to another one, so that {degree} can not share a layer; give one of them",
+                    gpu.gpu
+                ))
+            })?;
+            one.shared_by(TensorParallel { degree, bytes_per_s })
+        }
+    };
+    let all = memory.0.checked_mul(u64::from(degree)).map(Bytes);
+    let all = all.ok_or_else(|| usage(format!("{degree} times {memory} is more than can be counted")))?;
+    Ok((machine, all))
 }

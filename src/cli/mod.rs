@@ -19,6 +19,7 @@ mod devices;
 mod documents;
 mod eval;
 mod failure;
+mod fleet;
 mod generate;
 mod interrupt;
 mod kl;
@@ -40,6 +41,7 @@ mod run_progress;
 mod session;
 mod session_dir;
 mod simulate;
+mod simulation_args;
 mod theory_args;
 mod tokenize;
 mod verify;
@@ -73,6 +75,7 @@ Examples:
   concertina eval kl --model model.gguf --text essay.txt --compress int8 kivi4 kivi2
   concertina plan --model yi-34b --gpu a100 --context 50k --compress full kivi4
   concertina simulate --model yi-34b --gpu h100 --sessions 1000 --compress kivi4 kivi2
+  concertina fleet --model yi-34b --gpu h100 --gpus 2 4 8 --share 1 2 4 --arrival poisson:0.3/s --price 2.5
   concertina verify --quick
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
@@ -93,6 +96,7 @@ enum Command {
     Report(report::ReportArgs),
     Plan(plan::PlanArgs),
     Simulate(simulate::SimulateArgs),
+    Fleet(fleet::FleetArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -118,6 +122,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Report(args) => report::run(args, global),
         Command::Plan(args) => plan::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),
+        Command::Fleet(args) => fleet::run(args, global),
         Command::Verify(args) => verify::run(args, global),
     };
     result.unwrap_or_else(|error| failure::report(&error))

@@ -16,7 +16,7 @@ use concertina::theory::throughput::Rounds;
 
 use super::args::{self, Global};
 use super::failure::usage;
-use super::machine_args::{Chosen, MachineArgs};
+use super::machine_args::{Chosen, MachineArgs, price};
 use super::output::{Output, OutputFile};
 use super::theory_args::{NamedModel, PresetsArg, model};
 
@@ -171,13 +171,6 @@ fn set(name: &str, quality: &QualityTable) -> Vec<Compression> {
 fn seconds(text: &str) -> Result<f64, String> {
     let value = text.strip_suffix('s').unwrap_or(text).parse::<f64>().ok();
     value.filter(|s| (0.0..=1e7).contains(s)).ok_or_else(|| format!("'{text}' is no time; write seconds, such as 60"))
-}
-
-fn price(text: &str) -> Result<f64, String> {
-    text.parse::<f64>()
-        .ok()
-        .filter(|p| p.is_finite() && *p > 0.0)
-        .ok_or_else(|| format!("'{text}' is no price above 0"))
 }
 
 /// Plans.

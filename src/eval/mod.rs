@@ -2,6 +2,7 @@
 
 pub mod calibration;
 pub mod ceilings;
+pub mod fleet;
 pub mod heads;
 pub mod kl;
 pub mod metrics;

@@ -4,6 +4,10 @@
 //! memory = weights + budget        budget = activations + window + staging of swaps + scores of evictions + tables + pages
 //! ```
 //!
+//! Where several GPUs share each layer, memory and rates are those of all, and KV heads that they can not divide evenly are held as
+//! copies ([`over_all`](crate::theory::parallel::TensorParallel::over_all)). Bytes of caches are counted once here, so the budget is smaller by as much, and what is
+//! read and moved takes the time of as many bytes as are held.
+//!
 //! Sessions that wait for their first step are kept as numbers: a prompt is made when the line is about to come to it, and
 //! dropped when its session is over. In between a session keeps its tokens, 8 bytes for each, since its cache may have to be
 //! computed again: ten thousand that are all between two questions of 50,000 tokens take 4 GiB.
@@ -23,7 +27,7 @@ use crate::pool::PoolError;
 use crate::pool::page_table::{TableShape, Window};
 use crate::schedule::simulation::SimulationError;
 use crate::schedule::virtual_device::VirtualDevice;
-use crate::schedule::workload::{Visit, Workload};
+use crate::schedule::workload::Visit;
 use crate::schedule::{
     Abilities, Caches, HostConfig, OneList, PlaceInLine, REPEAT_ROOM, Rates, Request, ScheduleConfig, Scheduler,
     SessionId, StepReport, Store, SubmitError,
@@ -40,9 +44,9 @@ const SWAP_CHUNKS: u64 = 5;
 pub struct SimulatedMachine {
     /// The model.
     pub model: Decoder,
-    /// The GPU.
+    /// The GPU, or several that share each layer.
     pub machine: Machine,
-    /// Bytes of device memory.
+    /// Bytes of device memory, of all of them.
     pub memory: Bytes,
     /// Bytes of host memory for caches.
     pub host_budget: Bytes,
@@ -156,7 +160,14 @@ impl SimulatedMachine {
         PageGeometry { page_size: self.page_size, head_dim: self.model.geometry.heads.head_dim }
     }
 
-    /// Bytes for caches and everything around them: what the weights leave.
+    /// KV heads of a layer, and how many its GPUs hold, copies included.
+    fn kv_heads(&self) -> (u64, u64) {
+        let heads = u64::from(self.model.geometry.heads.num_kv_heads.max(1));
+        let held = self.machine.parallel.map_or(heads, |parallel| parallel.over_all(&self.model, Bytes(heads)).0);
+        (heads, held)
+    }
+
+    /// Bytes for caches and everything around them: what the weights leave, copies of KV heads left out.
     ///
     /// # Errors
     /// [`SimulateError::NoRoom`].
@@ -165,7 +176,10 @@ impl SimulatedMachine {
         if weights >= memory {
             return Err(SimulateError::NoRoom { weights, memory });
         }
-        Ok(memory - weights)
+        let left = memory - weights;
+        let (heads, held) = self.kv_heads();
+        let once = u128::from(left.0) * u128::from(heads) / u128::from(held);
+        Ok(Bytes(u64::try_from(once).unwrap_or(left.0)))
     }
 
     /// What evictions need for some compressions.
@@ -282,7 +296,8 @@ impl SimulatedMachine {
         for rung in &all[1..] {
             caches.serves_later(&compression, rung).map_err(SimulateError::Compression)?;
         }
-        let link = self.machine.link / f64::from(lists.lists);
+        let (heads, held) = self.kv_heads();
+        let link = self.machine.link * heads as f64 / held as f64 / f64::from(lists.lists);
         let host = HostConfig {
             budget: lists.share(self.host_budget),
             rates: Rates { out: link, back: link, prefill: 0.0 },
@@ -321,7 +336,8 @@ impl SimulatedMachine {
         let request = Request { compression: one, ..Request::new(vec![0; n_tokens.max(1) as usize], 1) };
         let needed = caches.needed(&request).map_err(served)?;
         let (model, machine) = (&self.model, &self.machine);
-        let read = Bytes(held.0 * u64::from(lists.read));
+        let copied = |bytes| machine.parallel.map_or(bytes, |parallel| parallel.over_all(model, bytes));
+        let (read, moved) = (copied(Bytes(held.0 * u64::from(lists.read))), copied(lists.whole(held)));
         Ok(Predicted {
             context_tokens: n_tokens,
             kv_bytes: lists.whole(held),
@@ -329,7 +345,7 @@ impl SimulatedMachine {
             fit: concurrency(caches.pool.capacity(), needed),
             prefill_s: machine.prefill(model, n_tokens, read),
             token_ms: machine.decode(model, kept, read) * 1e3,
-            switch_s: machine.switch(lists.whole(held), lists.whole(held)),
+            switch_s: machine.switch(moved, moved),
         })
     }
 }
@@ -363,12 +379,16 @@ pub trait Listener {
 }
 
 impl Simulation {
-    /// Runs a workload until every session is over.
+    /// Runs a workload, or what of it comes here, until every session is over; sessions are in the order in which they come.
     ///
     /// # Errors
     /// [`SimulateError`].
-    pub fn run(&mut self, workload: &Workload, listener: &mut dyn Listener) -> Result<(), SimulateError> {
-        let mut visits = workload.visits().peekable();
+    pub fn run(
+        &mut self,
+        visits: impl Iterator<Item = Visit>,
+        listener: &mut dyn Listener,
+    ) -> Result<(), SimulateError> {
+        let mut visits = visits.peekable();
         loop {
             let now = self.scheduler.now();
             while let Some(visit) = visits.next_if(|visit| visit.at <= now) {

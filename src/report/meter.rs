@@ -193,15 +193,11 @@ impl ServiceMetric {
         let sessions_finished = finished.count();
         let hours = scheduler.now().as_secs_f64() / 3600.0;
         let answers = || scheduler.sessions().flat_map(|(_, session)| &session.answers);
-        let per_token = |answer: &Answer| {
-            let after_first = answer.produced.len().checked_sub(1).filter(|n| *n > 0)?;
-            Some((answer.finished? - answer.first_token?).as_secs_f64() * 1e3 / after_first as f64)
-        };
         Self {
             sessions_finished,
             sessions_per_hour: (hours > 0.0).then(|| sessions_finished as f64 / hours),
             first_token_s: Percentiles::of(answers().filter_map(|a| Some(a.first_token?.as_secs_f64())).collect()),
-            per_token_ms: Percentiles::of(answers().filter_map(per_token).collect()),
+            per_token_ms: Percentiles::of(answers().filter_map(Answer::per_token_ms).collect()),
             switch_s: Percentiles::of(moves.to_vec()),
         }
     }

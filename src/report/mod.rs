@@ -24,6 +24,7 @@
 //! | `report` | [`records::RecordsReport`], which is also a page |
 //! | `plan` | [`PlanReport`], which draws [`Curves`] and a page |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
+//! | `fleet` | [`FleetReport`], which draws one and a page |
 //! | `verify` | [`VerifyReport`] |
 
 mod ceilings;
@@ -31,6 +32,8 @@ mod checks;
 mod codecs;
 mod curves;
 mod device;
+mod fleet;
+mod fleet_tables;
 mod heads;
 pub mod html;
 mod kl;
@@ -59,6 +62,7 @@ pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
 pub use curves::{Curves, Panel};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
+pub use fleet::{DesignFigures, DesignRow, FleetReport, FleetSettings};
 pub use heads::HeadsReport;
 pub use kl::{KlReport, KlRow};
 pub use meter::{
@@ -73,7 +77,7 @@ pub use policies::{PoliciesReport, PolicyReport};
 pub use presets::{GpuPresetReport, ModelPresetReport, PresetsReport};
 pub use run::{FaultsReport, RoundReport, RunReport, RunSettings, SessionReport, finish_name};
 pub use session::{LoadReport, LoadedSession, RefusedFile, SaveReport, SavedDocument, SessionDetails, SessionList};
-pub use simulate::{SimulateReport, SimulateRow, SimulateSettings, UsageReport};
+pub use simulate::{ScheduleSettings, SimulateReport, SimulateRow, SimulateSettings, UsageReport};
 pub use switch::{SwitchReport, SwitchRow};
 pub use table::Align;
 pub use text::{GenerateReport, TokenReport, TokenizeReport};

@@ -323,9 +323,6 @@ impl PlanReport {
 
     /// The GPUs in words.
     pub fn hardware(&self) -> String {
-        match self.settings.gpus {
-            1 => self.gpu.gpu.clone(),
-            n => format!("{n} x {}", self.gpu.gpu),
-        }
+        self.gpu.several(self.settings.gpus)
     }
 }

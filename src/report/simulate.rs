@@ -40,11 +40,13 @@ pub struct SimulateSettings {
     pub model: String,
     /// Files that models and GPUs were added from.
     pub presets: Vec<String>,
+    /// GPUs that share each layer.
+    pub gpus: u32,
     /// Who comes, when, and with what.
     pub workload: Workload,
     /// Parts of the GPU's peaks that are achieved.
     pub achieved: Achieved,
-    /// Device memory.
+    /// Memory of all GPUs.
     pub memory_bytes: Bytes,
     /// Weights in it.
     pub weights_bytes: Bytes,
@@ -52,6 +54,16 @@ pub struct SimulateSettings {
     pub host_budget_bytes: Bytes,
     /// What a step moves each way.
     pub swap_chunk_bytes: Bytes,
+    /// How the schedule is set.
+    #[serde(flatten)]
+    pub schedule: ScheduleSettings,
+    /// Harder compressions for caches that do not fit, in the form that `--ladder` reads.
+    pub ladder: Vec<String>,
+}
+
+/// How a simulated schedule is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct ScheduleSettings {
     /// Sessions that may compute at once.
     pub max_sessions: u32,
     /// Sessions that are scored at once.
@@ -62,31 +74,50 @@ pub struct SimulateSettings {
     pub page_tokens: u32,
     /// Longest context.
     pub context_tokens: u32,
-    /// Harder compressions for caches that do not fit, in the form that `--ladder` reads.
-    pub ladder: Vec<String>,
+}
+
+impl ScheduleSettings {
+    /// As options of a command line.
+    pub(super) fn options(&self) -> String {
+        let Self { max_sessions, observed, chunk_tokens, page_tokens, context_tokens } = self;
+        format!(
+            "--max-sessions {max_sessions} --observed {observed} --chunk {chunk_tokens} --page-size {page_tokens} \
+             --context-length {context_tokens}"
+        )
+    }
+}
+
+/// A workload as options of a command line.
+pub(super) fn workload_options(workload: &Workload) -> String {
+    let Workload { sessions, arrival, context, rounds, question, answer, think, seed } = workload;
+    format!(
+        "--sessions {sessions} --arrival {arrival} --context {context} --rounds {rounds} --question {question} \
+         --answer {answer} --think {think} --seed {seed}"
+    )
+}
+
+/// Parts of peaks as options of a command line.
+pub(super) fn achieved_options(achieved: &Achieved) -> String {
+    let Achieved { flops, bandwidth, link } = achieved;
+    format!("--achieved-flops {flops} --achieved-bandwidth {bandwidth} --achieved-link {link}")
 }
 
 impl SimulateSettings {
     /// The command line that repeats it.
     pub fn command(&self, gpu: &Gpu, compressions: &[&str]) -> String {
-        let Workload { sessions, arrival, context, rounds, question, answer, think, seed } = &self.workload;
-        let Achieved { flops, bandwidth, link } = self.achieved;
+        let of_one = self.memory_bytes.0 / u64::from(self.gpus.max(1));
         let mut text = format!(
-            "concertina simulate --model {} --gpu {} --memory {} --weights {} --sessions {sessions} --arrival {arrival} \
-             --context {context} --rounds {rounds} --question {question} --answer {answer} --think {think} --seed {seed} \
-             --achieved-flops {flops} --achieved-bandwidth {bandwidth} --achieved-link {link} --host-budget {} \
-             --swap-chunk {} --max-sessions {} --observed {} --chunk {} --page-size {} --context-length {} --compress {}",
+            "concertina simulate --model {} --gpu {}:{} --memory {of_one} --weights {} {} {} --host-budget {} --swap-chunk {} {} \
+             --compress {}",
             quoted(&self.model),
             gpu.name,
-            self.memory_bytes.0,
+            self.gpus,
             self.weights_bytes.0,
+            workload_options(&self.workload),
+            achieved_options(&self.achieved),
             self.host_budget_bytes.0,
             self.swap_chunk_bytes.0,
-            self.max_sessions,
-            self.observed,
-            self.chunk_tokens,
-            self.page_tokens,
-            self.context_tokens,
+            self.schedule.options(),
             compressions.join(" ")
         );
         for file in &self.presets {
@@ -100,7 +131,7 @@ impl SimulateSettings {
 }
 
 /// A word as a shell reads it.
-fn quoted(word: &str) -> String {
+pub(super) fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:,=+".contains(c);
     if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
 }
@@ -218,7 +249,10 @@ impl SimulateReport {
         Plot {
             title: format!(
                 "{}: {} sessions on {} with {}",
-                self.model.name, self.settings.workload.sessions, self.gpu.gpu, self.settings.memory_bytes
+                self.model.name,
+                self.settings.workload.sessions,
+                self.gpu.several(self.settings.gpus),
+                self.settings.memory_bytes
             ),
             x_title: "seconds of the machine per session (log scale)".to_owned(),
             y_title: "time to the first token at 95 %, s (log scale)".to_owned(),

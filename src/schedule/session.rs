@@ -169,6 +169,14 @@ pub struct Answer {
     pub finished: Option<Duration>,
 }
 
+impl Answer {
+    /// Milliseconds per token after the first; none where there is no second, or not the last.
+    pub fn per_token_ms(&self) -> Option<f64> {
+        let after_first = self.produced.len().checked_sub(1).filter(|n| *n > 0)?;
+        Some((self.finished? - self.first_token?).as_secs_f64() * 1e3 / after_first as f64)
+    }
+}
+
 /// How often a session changed places.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Moves {

@@ -10,7 +10,7 @@ use crate::geometry::Bytes;
 use crate::theory::model::Decoder;
 use crate::theory::step::{Machine, StepTime, StepWork};
 
-/// A GPU that computes nothing and takes the time for it.
+/// A GPU, or several that share each layer, that computes nothing and takes the time for it.
 #[derive(Clone, Debug)]
 pub struct VirtualDevice {
     simulation: Simulation,
@@ -65,6 +65,11 @@ impl VirtualDevice {
         self.evicting
     }
 
+    /// Bytes of a cache over all GPUs that share each layer.
+    fn with_copies(&self, bytes: Bytes) -> Bytes {
+        self.machine.parallel.map_or(bytes, |parallel| parallel.over_all(&self.model, bytes))
+    }
+
     fn work(&self, plan: &StepPlan, caches: &Caches) -> StepWork {
         let mut work = StepWork::default();
         for rows in &plan.segments {
@@ -73,11 +78,12 @@ impl VirtualDevice {
             work.sampling += u64::from(rows.sample.is_some());
             // All lists are equally long; what an eviction removed is not seen.
             let before = table.n_held(0, 0) - n;
-            let cache = Bytes(table.held_bytes().0 * u64::from(self.lists.read) / u64::from(table.shape().num_lists()));
+            let cache = table.held_bytes().0 * u64::from(self.lists.read) / u64::from(table.shape().num_lists());
+            let cache = self.with_copies(Bytes(cache));
             if rows.decode { &mut work.decode } else { &mut work.prefill }.add(&self.model, n, before, cache);
         }
         for transfer in &plan.transfers {
-            let bytes = self.lists.whole(transfer.bytes);
+            let bytes = self.with_copies(self.lists.whole(transfer.bytes));
             match transfer.direction {
                 Direction::Out => work.out += bytes,
                 Direction::In => work.back += bytes,
@@ -119,7 +125,7 @@ impl Backend for VirtualDevice {
         let before = caches.tables[&session].held_bytes();
         self.simulation.evict(session, tokens, caches)?;
         let after = caches.tables[&session].held_bytes();
-        let bytes = self.lists.whole(Bytes(2 * before.0 + after.0));
+        let bytes = self.with_copies(self.lists.whole(Bytes(2 * before.0 + after.0)));
         let elapsed = Duration::from_secs_f64(self.machine.memory(bytes));
         self.simulation.record(elapsed.subsec_nanos());
         self.evicting += elapsed;

@@ -286,6 +286,12 @@ impl Workload {
             Visit { index, at, document, turns: (0..rounds.max(1)).map(|_| turn()).collect() }
         })
     }
+
+    /// Of these, the sessions of one of several machines, to which they are dealt out in turn: every session comes to one of them,
+    /// when it would have come to the only one.
+    pub fn dealt_to(&self, machine: u32, machines: u32) -> impl Iterator<Item = Visit> + use<> {
+        self.visits().filter(move |visit| visit.index % machines.max(1) == machine)
+    }
 }
 
 impl Visit {
@@ -414,6 +420,20 @@ mod tests {
             all(&Workload { question: Distribution::LogNormal { median: 90.0, sigma: 1.0 }, think, ..workload() });
         for (a, b) in all(&workload()).iter().zip(&longer) {
             assert_eq!((a.at, a.document, a.turns[2].answer), (b.at, b.document, b.turns[2].answer), "other questions");
+        }
+    }
+
+    #[test]
+    fn every_session_is_dealt_to_one_machine_as_it_is() {
+        let workload = Workload { sessions: 50, ..workload() };
+        let all: Vec<Visit> = workload.visits().collect();
+        for machines in [1, 3, 8, 60] {
+            let hands: Vec<Vec<Visit>> = (0..machines).map(|m| workload.dealt_to(m, machines).collect()).collect();
+            let (most, least) = (hands.iter().map(Vec::len).max(), hands.iter().map(Vec::len).min());
+            assert!(most <= least.map(|n| n + 1), "{machines}: as many to each, but for one: {most:?} and {least:?}");
+            let mut dealt: Vec<Visit> = hands.into_iter().flatten().collect();
+            dealt.sort_by_key(|visit| visit.index);
+            assert_eq!(dealt, all, "{machines}: each once, unchanged");
         }
     }
 

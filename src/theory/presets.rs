@@ -41,6 +41,14 @@ pub struct Gpu {
 }
 
 impl Gpu {
+    /// So many of them in words.
+    pub fn several(&self, n: u32) -> String {
+        match n {
+            1 => self.gpu.clone(),
+            n => format!("{n} x {}", self.gpu),
+        }
+    }
+
     /// The critical intensity: FLOP per byte of its memory at which computing takes as long as reading.
     pub fn critical_intensity(&self) -> f64 {
         self.flops_per_s / self.memory_bytes_per_s
