@@ -226,7 +226,7 @@ fn prepare(args: &FleetArgs) -> Result<Job> {
         model: args.model.clone(),
         presets: args.presets.files(),
         workload: args.workload.workload(),
-        achieved: args.achieved.parts(),
+        achieved: args.achieved.of(&gpu)?.0,
         weights_bytes: decoder.weights,
         price_per_hour,
         compressions: choices.compressions.iter().map(Compression::short).collect(),

@@ -1,8 +1,11 @@
 //! A model on GPUs that need not be here: what `plan`, `simulate` and `fleet` are about.
 
-use anyhow::Result;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::geometry::Bytes;
+use concertina::report::records::Body;
 use concertina::theory::model::Decoder;
 use concertina::theory::parallel::TensorParallel;
 use concertina::theory::presets::{Gpu, Presets};
@@ -10,6 +13,7 @@ use concertina::theory::step::{Achieved, Machine};
 
 use super::args;
 use super::failure::usage;
+use super::report::record;
 
 /// What of a GPU's peaks is achieved.
 #[derive(Args, Clone, Debug)]
@@ -29,24 +33,50 @@ pub(super) struct AchievedArgs {
     /// All of the peaks, as the paper has it
     #[arg(long, conflicts_with_all = ["achieved_flops", "achieved_bandwidth", "achieved_link"])]
     peak: bool,
+
+    /// What this record of `bench device` measured, made with --json on such a GPU
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["achieved_flops", "achieved_bandwidth", "achieved_link", "peak"])]
+    measured: Option<PathBuf>,
 }
 
 impl AchievedArgs {
-    pub(super) fn parts(&self) -> Achieved {
-        if self.peak {
-            return Achieved::PEAK;
-        }
-        Achieved { flops: self.achieved_flops, bandwidth: self.achieved_bandwidth, link: self.achieved_link }
+    /// The parts of a GPU's peaks, and where they are from.
+    pub(super) fn of(&self, gpu: &Gpu) -> Result<(Achieved, String)> {
+        let given =
+            Achieved { flops: self.achieved_flops, bandwidth: self.achieved_bandwidth, link: self.achieved_link };
+        let (achieved, from) = match (&self.measured, self.peak, given == Achieved::default()) {
+            (Some(path), ..) => return measured(path, gpu),
+            (None, true, _) => (Achieved::PEAK, "the data sheet's peak"),
+            (None, false, true) => (given, "what well-made kernels are said to reach"),
+            (None, false, false) => (given, "the command line"),
+        };
+        Ok((achieved, from.to_owned()))
     }
+}
 
-    /// Where those parts are from.
-    fn source(&self) -> &'static str {
-        match (self.peak, self.parts() == Achieved::default()) {
-            (true, _) => "the data sheet's peak",
-            (_, true) => "what well-made kernels are said to reach",
-            _ => "the command line",
+/// What a record measured, over the peaks of a GPU.
+fn measured(path: &Path, gpu: &Gpu) -> Result<(Achieved, String)> {
+    let file = path.display();
+    let record = record(path).map_err(|reason| anyhow!("'{file}': {reason}"))?;
+    let Body::Ceilings(ceilings) = &record.body else {
+        let command = record.body.command();
+        return Err(usage(format!("'{file}' is a record of {command}; --measured takes one of bench device")));
+    };
+    let Machine { flops, bandwidth, link, .. } = ceilings.machine();
+    let achieved = Achieved {
+        flops: flops / gpu.flops_per_s,
+        bandwidth: bandwidth / gpu.memory_bytes_per_s,
+        link: gpu.link_bytes_per_s.map_or(1.0, |peak| link / peak),
+    };
+    for (what, part) in [("FLOP/s", achieved.flops), ("bandwidth", achieved.bandwidth), ("link", achieved.link)] {
+        if !(part > 0.0 && part <= 1.0) {
+            return Err(usage(format!(
+                "'{file}' was measured on {}, whose {what} is {part:.2} times the peak of {}: it is another GPU",
+                record.device, gpu.gpu
+            )));
         }
     }
+    Ok((achieved, format!("{} in {file}", record.device)))
 }
 
 /// GPUs, and what of their peaks is achieved.
@@ -123,9 +153,8 @@ impl MachineArgs {
     pub(super) fn choose(&self, presets: &Presets) -> Result<Chosen> {
         let GpuSpec { name, count } = &self.gpu;
         let gpu = presets.gpu(name).map_err(usage)?.clone();
-        let achieved = self.achieved.parts();
+        let (achieved, achieved_from) = self.achieved.of(&gpu)?;
         let (machine, memory) = shared(&gpu, &achieved, *count, self.memory.unwrap_or(gpu.memory_bytes))?;
-        let achieved_from = self.achieved.source().to_owned();
         Ok(Chosen { gpu, gpus: *count, machine, achieved, achieved_from, memory })
     }
 }

@@ -7,10 +7,11 @@ use anyhow::{Result, anyhow};
 use clap::Args;
 use concertina::compression::Compression;
 use concertina::geometry::Bytes;
+use concertina::report::records::{Body, KlRow, NeedleRow};
 use concertina::report::{ModelReport, PlanReport, PlanRow, PlanSettings, Planner, Program};
 use concertina::theory::challenges::Scene;
 use concertina::theory::presets::Gpu;
-use concertina::theory::quality::QualityTable;
+use concertina::theory::quality::{Quality, QualityTable};
 use concertina::theory::search::{self, Goal, search};
 use concertina::theory::throughput::Rounds;
 
@@ -18,6 +19,7 @@ use super::args::{self, Global};
 use super::failure::usage;
 use super::machine_args::{Chosen, MachineArgs, price};
 use super::output::{Output, OutputFile};
+use super::report::record;
 use super::theory_args::{NamedModel, PresetsArg, model};
 
 /// Predict what long contexts cost: what fits, how long it takes, and which compression gets there
@@ -103,6 +105,10 @@ pub(super) struct PlanArgs {
     /// a number; users (sessions that fit) at least.
     #[arg(long, value_name = "GOAL")]
     find: Option<Goal>,
+
+    /// Records of `eval kl` and `eval needle`, made with --json: what they measured takes the place of what comes with the program
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    quality: Vec<PathBuf>,
 
     /// Draw the sweep into this file: contexts as curves, compressions by bytes and measured quality
     #[arg(long, value_name = "FILE")]
@@ -236,7 +242,46 @@ fn prepare(args: &PlanArgs) -> Result<(Planner, ModelReport, Gpu)> {
         rounds,
         price_per_hour: args.price,
     };
-    Ok((Planner { decoder, machine, settings, quality: QualityTable::built_in() }, report, gpu))
+    let quality = quality(&args.quality)?;
+    Ok((Planner { decoder, machine, settings, quality }, report, gpu))
+}
+
+/// What is known of quality, with what records add.
+fn quality(paths: &[PathBuf]) -> Result<QualityTable> {
+    let mut table = QualityTable::built_in();
+    for path in paths {
+        let file = path.display().to_string();
+        let record = record(path).map_err(|reason| anyhow!("'{file}': {reason}"))?;
+        let row = |compression: &str| Quality::unknown(compression, &file);
+        let rows: Vec<Quality> = match &record.body {
+            Body::Kl(_, rows) => {
+                let full = rows.iter().find(|row| row.compression == Compression::default().to_string());
+                let difference = |nll: f64| full.map(|full| nll - full.nll);
+                let of = |kl: &KlRow| Quality {
+                    mean_kl: Some(kl.mean_kl),
+                    nll_difference: difference(kl.nll),
+                    ..row(&kl.compression)
+                };
+                rows.iter().filter(|kl| kl.mean_kl > 0.0).map(of).collect()
+            }
+            Body::Needle(_, rows) => {
+                let count = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+                let of = |needle: &NeedleRow| Quality {
+                    needles: Some([count(needle.right), count(needle.asked)]),
+                    ..row(&needle.compression)
+                };
+                rows.iter().map(of).collect()
+            }
+            other => {
+                let command = other.command();
+                return Err(usage(format!("'{file}' is a record of {command}; --quality takes eval kl and eval needle")));
+            }
+        };
+        for row in rows {
+            table.add(row).map_err(|reason| anyhow!("'{file}': {reason}"))?;
+        }
+    }
+    Ok(table)
 }
 
 fn report(args: &PlanArgs, planner: &Planner, model: ModelReport, gpu: Gpu) -> Result<PlanReport> {

@@ -66,7 +66,8 @@ pub(super) fn run(args: &ReportArgs, global: &Global) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn record(path: &Path) -> Result<Record, String> {
+/// Reads one record.
+pub(super) fn record(path: &Path) -> Result<Record, String> {
     let unreadable = |e: std::io::Error| format!("it can not be read: {e}");
     let length = fs::metadata(path).map_err(unreadable)?.len();
     if length > BYTES_MAX {

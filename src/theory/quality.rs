@@ -26,6 +26,21 @@ pub struct Quality {
     pub source: String,
 }
 
+impl Quality {
+    /// A compression of which nothing is known yet.
+    pub fn unknown(compression: &str, source: &str) -> Self {
+        Self {
+            compression: compression.to_owned(),
+            mean_kl: None,
+            median_kl: None,
+            nll_difference: None,
+            same_top1: None,
+            needles: None,
+            source: source.to_owned(),
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -60,14 +75,25 @@ impl QualityTable {
         Ok(table)
     }
 
-    /// Adds a measurement; a compression that is there already is measured anew.
+    /// Adds a measurement. What it says of a compression that is there already takes the place of what was known; the rest stays.
     ///
     /// # Errors
     /// A sentence when there is no such compression.
     pub fn add(&mut self, row: Quality) -> Result<(), String> {
         let compression: Compression = row.compression.parse().map_err(|error| format!("{error}"))?;
-        self.rows.retain(|(known, _)| *known != compression);
-        self.rows.push((compression, row));
+        let known = self.rows.iter_mut().find(|(known, _)| *known == compression);
+        let Some((_, known)) = known else {
+            let row = Quality { compression: compression.short(), ..row };
+            self.rows.push((compression, row));
+            return Ok(());
+        };
+        known.mean_kl = row.mean_kl.or(known.mean_kl);
+        // A median belongs to its mean.
+        known.median_kl = if row.mean_kl.is_some() { row.median_kl } else { known.median_kl };
+        known.nll_difference = row.nll_difference.or(known.nll_difference);
+        known.same_top1 = row.same_top1.or(known.same_top1);
+        known.needles = row.needles.or(known.needles);
+        known.source = row.source;
         Ok(())
     }
 
@@ -124,6 +150,10 @@ mod tests {
         let row = Quality { mean_kl: Some(0.5), ..table.of(&read("kivi4")).expect("measured").clone() };
         table.add(row).expect("it exists");
         assert_eq!((table.rows().count(), table.of(&read("kivi4")).and_then(|r| r.mean_kl)), (n, Some(0.5)), "one row");
+        let needles = Quality { needles: Some([1, 5]), ..Quality::unknown("layer=full,hidden=kivi4", "another run") };
+        table.add(needles).expect("it exists");
+        let both = table.of(&read("kivi4")).map(|row| (row.mean_kl, row.needles));
+        assert_eq!(both, Some((Some(0.5), Some([1, 5]))), "what a record does not say stays");
         let foreign = Quality { compression: "kivi5".to_owned(), ..table.rows().next().expect("rows").1.clone() };
         assert!(table.add(foreign).is_err_and(|e| e.contains("kivi4")), "what there is");
         assert!(QualityTable::parse("[[measured]]\ncompression = 3").is_err_and(|e| e.contains("line 2")), "the line");

@@ -12,4 +12,4 @@ mod tests;
 
 pub use join::{DeviceBasis, Figure, Group, Metric, Quality, RecordsReport, Refused, Source, join};
 pub use predict::Basis;
-pub use read::{Body, Record, parse};
+pub use read::{Body, KlRow, NeedleRow, Record, parse};

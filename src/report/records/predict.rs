@@ -27,7 +27,7 @@ impl Basis {
         });
         if let Some((ceilings, file)) = measured.min_by_key(|(ceilings, _)| ceilings.quick) {
             let quick = if ceilings.quick { ", measured with --quick: no figures to rely on" } else { "" };
-            return Some(Self { machine: machine(ceilings), words: format!("the ceilings measured in {file}{quick}") });
+            return Some(Self { machine: ceilings.machine(), words: format!("the ceilings measured in {file}{quick}") });
         }
         let gpu = named_after(device, &Presets::built_in().gpus)?;
         let words = format!("the peaks of {}, which no device reaches; measure yours with bench device", gpu.gpu);
@@ -35,14 +35,17 @@ impl Basis {
     }
 }
 
-/// A device of these ceilings. Out and back take as long at the link's rate as they were measured to take one after the other.
-fn machine(ceilings: &Ceilings) -> Machine {
-    let (out, back) = (ceilings.out_bytes_per_s.median, ceilings.back_bytes_per_s.median);
-    Machine {
-        flops: ceilings.flop_per_s.median,
-        bandwidth: ceilings.read_bytes_per_s.median,
-        link: 2.0 / (out.recip() + back.recip()),
-        parallel: None,
+impl Ceilings {
+    /// A device of these ceilings. Out and back take as long at the link's rate as they were measured to take one after the
+    /// other.
+    pub fn machine(&self) -> Machine {
+        let (out, back) = (self.out_bytes_per_s.median, self.back_bytes_per_s.median);
+        Machine {
+            flops: self.flop_per_s.median,
+            bandwidth: self.read_bytes_per_s.median,
+            link: 2.0 / (out.recip() + back.recip()),
+            parallel: None,
+        }
     }
 }
 
