@@ -80,6 +80,20 @@ fn what_is_measured_stands_beside_what_is_predicted_gpu() {
     assert!(!messages.contains("notes.txt"), "not asked for: {messages}");
     assert!(tables.contains("predicted from the ceilings measured in") && tables.contains("unknown"), "{tables}");
 
+    // The same record is what plan says is achieved.
+    let planned = path("plan.out");
+    let plan = ["plan", "--model", "smollm2-135m", "--context", "4k", "--measured"];
+    done(&[&plan[..], &[&device, "--gpu", "l4", "--json", &planned]].concat());
+    let (planned, ceilings) = (json(&planned), json(&device));
+    let rate = planned["machine"]["flops_per_s"].as_f64().expect("a rate");
+    let measured = ceilings["flop_per_s"]["median"].as_f64().expect("a rate");
+    assert!((rate / measured - 1.0).abs() < 1e-9, "{rate} FLOP/s planned, {measured} measured");
+    let from = planned["settings"]["achieved_from"].as_str().expect("words").to_owned();
+    assert!(from.contains("device.json"), "{from}");
+    let other = concertina(&[&plan[..], &[&metrics]].concat());
+    let message = text(&other.stderr);
+    assert!(!other.status.success() && message.contains("takes one of bench device"), "{message}");
+
     let report = json(&report);
     assert_eq!(report["refused"].as_array().map(Vec::len), Some(2), "both are named");
     for metric in ["cache_bytes", "sessions"] {

@@ -125,6 +125,31 @@ fn the_closing_question_is_answered_honestly() {
     );
 }
 
+/// What `eval kl` writes, as far as it counts here.
+const KL: &str = r#"{"program": {"name": "concertina"}, "device": {"adapter": {"name": "some", "backend": "vulkan"}},
+ "model": {"name": "some", "geometry": {"num_layers": 2, "hidden_size": 16, "intermediate_size": 24, "heads": {"num_qo_heads": 2,
+ "num_kv_heads": 1, "head_dim": 8}, "vocab_size": 10, "context_length": 100, "rope_theta": 1e4, "rms_norm_eps": 1e-5}},
+ "settings": {"prefix_tokens": 64}, "results": [
+ {"compression": "layer=full,head=full,token=full,hidden=f16", "mean_kl": 0.0, "nll": 2.0},
+ {"compression": "layer=full,head=full,token=snapkv:0.25,hidden=kivi4", "mean_kl": 0.25, "nll": 2.5}]}"#;
+
+#[test]
+fn quality_of_records_is_known_from_then_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("kl.json");
+    fs::write(&path, KL).expect("written");
+    let path = path.to_str().expect("UTF-8");
+    let of = |more: &[&str]| report(&[&EXAMPLE[..], more].concat())["results"][2]["quality"].clone();
+    assert!(of(&[]).is_null(), "nobody measured the third of the usual ones");
+    let known = of(&["--quality", path]);
+    assert_eq!((known["mean_kl"].as_f64(), known["nll_difference"].as_f64()), (Some(0.25), Some(0.5)), "{known}");
+    fs::write(folder.path().join("bad.json"), &KL[..100]).expect("written");
+    let output =
+        concertina(&[&EXAMPLE[..], &["--quality", folder.path().join("bad.json").to_str().expect("UTF-8")]].concat());
+    let message = text(&output.stderr);
+    assert!(!output.status.success() && message.contains("bad.json': it is no whole JSON"), "{message}");
+}
+
 #[test]
 fn nonsense_is_refused_with_the_numbers() {
     let plan = |more: &[&'static str]| [&["plan", "--model", "yi-34b"], more].concat();

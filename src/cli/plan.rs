@@ -274,7 +274,9 @@ fn quality(paths: &[PathBuf]) -> Result<QualityTable> {
             }
             other => {
                 let command = other.command();
-                return Err(usage(format!("'{file}' is a record of {command}; --quality takes eval kl and eval needle")));
+                return Err(usage(format!(
+                    "'{file}' is a record of {command}; --quality takes eval kl and eval needle"
+                )));
             }
         };
         for row in rows {

@@ -27,7 +27,10 @@ impl Basis {
         });
         if let Some((ceilings, file)) = measured.min_by_key(|(ceilings, _)| ceilings.quick) {
             let quick = if ceilings.quick { ", measured with --quick: no figures to rely on" } else { "" };
-            return Some(Self { machine: ceilings.machine(), words: format!("the ceilings measured in {file}{quick}") });
+            return Some(Self {
+                machine: ceilings.machine(),
+                words: format!("the ceilings measured in {file}{quick}"),
+            });
         }
         let gpu = named_after(device, &Presets::built_in().gpus)?;
         let words = format!("the peaks of {}, which no device reaches; measure yours with bench device", gpu.gpu);
