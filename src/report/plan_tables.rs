@@ -347,8 +347,8 @@ impl Search {
             ));
         }
         all.push(
-            "Quality is that of a model of 135 million parameters over 2,048 tokens; for longer contexts and other models \
-             measure it with `eval`."
+            "Quality is that of a model of 135 million parameters over 2,048 tokens, and a low KL does not mean that single \
+             facts are found, which needles count; for longer contexts and other models measure it with `eval` (--quality)."
                 .to_owned(),
         );
         all
