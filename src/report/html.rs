@@ -42,7 +42,7 @@ h1,h2,p,li,summary{overflow-wrap:anywhere}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--grid);text-align:left;white-space:nowrap;vertical-align:top}
 th{color:var(--faint);font-weight:600;white-space:normal;vertical-align:bottom}
-td:first-child{white-space:normal;min-width:8rem}
+td:first-child{white-space:normal;min-width:min(17rem,38vw)}
 .heads td{font-weight:600;padding-top:.9rem}
 .right{text-align:right}
 figure{margin:1rem 0}
