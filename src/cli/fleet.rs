@@ -21,7 +21,7 @@ use super::machine_args::{AchievedArgs, price, shared};
 use super::output::{Output, OutputFile};
 use super::progress;
 use super::simulation_args::{ScheduleArgs, WorkloadArgs, check_host_budget, refused};
-use super::theory_args::{NamedModel, PresetsArg, model};
+use super::theory_args::{NamedModel, TheoryModelArgs, model};
 
 /// Size a deployment: one load on many designs, each so many GPUs that share the work in some way
 ///
@@ -38,9 +38,8 @@ Examples:
   concertina fleet --model llama-3-8b --gpu l4 --context-length 64k --context uniform:4k..50k --gpus 4 8 16 --html fleet.html
   concertina fleet --model yi-6b --gpu a100 --arrival all --rounds 1 --json - | jq '.designs[].served.sessions_per_hour'")]
 pub(super) struct FleetArgs {
-    /// A model by its name, of those that `concertina presets` lists, or a GGUF file, or a Hugging Face repository: owner/name; of a file only its shape is used
-    #[arg(long, value_name = "NAME|PATH|owner/name")]
-    model: String,
+    #[command(flatten)]
+    model: TheoryModelArgs,
 
     /// A GPU by its name, of those that `concertina presets` lists
     #[arg(long, value_name = "NAME", default_value = "h100")]
@@ -68,9 +67,6 @@ pub(super) struct FleetArgs {
 
     #[command(flatten)]
     achieved: AchievedArgs,
-
-    #[command(flatten)]
-    presets: PresetsArg,
 
     #[command(flatten)]
     workload: WorkloadArgs,
@@ -201,9 +197,9 @@ fn prices(args: &FleetArgs, gpu: &Gpu, memories: usize) -> Result<Vec<f64>> {
 }
 
 fn prepare(args: &FleetArgs) -> Result<Job> {
-    let presets = args.presets.load()?;
+    let presets = args.model.presets.load()?;
     let gpu = presets.gpu(&args.gpu).map_err(usage)?.clone();
-    let NamedModel { name, decoder } = model(&args.model, &presets)?;
+    let NamedModel { name, decoder } = model(&args.model.model, &presets)?;
     check_host_budget(&gpu, args.host_budget)?;
     let decoder = decoder.with_weights(args.weights);
     let memory = if args.memory.is_empty() { vec![gpu.memory_bytes] } else { args.memory.clone() };
@@ -223,8 +219,8 @@ fn prepare(args: &FleetArgs) -> Result<Job> {
         )));
     }
     let settings = FleetSettings {
-        model: args.model.clone(),
-        presets: args.presets.files(),
+        model: args.model.model.clone(),
+        presets: args.model.presets.files(),
         workload: args.workload.workload(),
         achieved: args.achieved.of(&gpu)?.0,
         weights_bytes: decoder.weights,

@@ -20,7 +20,7 @@ use super::failure::usage;
 use super::machine_args::{Chosen, MachineArgs, price};
 use super::output::{Output, OutputFile};
 use super::report::record;
-use super::theory_args::{NamedModel, PresetsArg, model};
+use super::theory_args::{NamedModel, TheoryModelArgs, model};
 
 /// Predict what long contexts cost: what fits, how long it takes, and which compression gets there
 ///
@@ -37,16 +37,11 @@ Examples:
   concertina plan --model yi-34b --gpu h100 --find 'cost(1M) <= cost(4k)'
   concertina plan --model model.gguf --gpu rtx4090 --find 'users(32k) >= 20' --json plan.json")]
 pub(super) struct PlanArgs {
-    /// A model by its name (`concertina presets` lists them), or a GGUF file, or a Hugging Face repository: owner/name; of a file
-    /// only its shape is used
-    #[arg(long, value_name = "NAME|PATH|owner/name")]
-    model: String,
+    #[command(flatten)]
+    model: TheoryModelArgs,
 
     #[command(flatten)]
     machine: MachineArgs,
-
-    #[command(flatten)]
-    presets: PresetsArg,
 
     /// Tokens of a document, such as 50k or 1M
     #[arg(long, value_name = "TOKENS", default_value = "50k", value_parser = search::tokens)]
@@ -205,9 +200,9 @@ pub(super) fn run(args: &PlanArgs, global: &Global) -> Result<ExitCode> {
 }
 
 fn prepare(args: &PlanArgs) -> Result<(Planner, ModelReport, Gpu)> {
-    let presets = args.presets.load()?;
+    let presets = args.model.presets.load()?;
     let chosen = args.machine.choose(&presets)?;
-    let NamedModel { name, decoder } = model(&args.model, &presets)?;
+    let NamedModel { name, decoder } = model(&args.model.model, &presets)?;
     let decoder = args.machine.decoder(decoder);
     let Chosen { gpu, gpus, machine, achieved, achieved_from, memory } = chosen;
     let weights = decoder.weights;
@@ -231,7 +226,7 @@ fn prepare(args: &PlanArgs) -> Result<(Planner, ModelReport, Gpu)> {
     let report = ModelReport::new(name, &decoder.geometry, Some(weights));
     let report = ModelReport { kv_per_token_bytes: decoder.token_bytes(), ..report };
     let settings = PlanSettings {
-        model: args.model.clone(),
+        model: args.model.model.clone(),
         gpus,
         achieved,
         achieved_from,

@@ -20,7 +20,7 @@ use super::machine_args::{Chosen, MachineArgs};
 use super::output::{Output, OutputFile};
 use super::progress;
 use super::simulation_args::{ScheduleArgs, WorkloadArgs, check_host_budget, refused};
-use super::theory_args::{NamedModel, PresetsArg, model};
+use super::theory_args::{NamedModel, TheoryModelArgs, model};
 
 /// Ask what a GPU that is not here would do: thousands of sessions over a virtual clock
 ///
@@ -37,15 +37,11 @@ Examples:
   concertina simulate --model yi-6b --gpu a100 --host-budget 200GB --arrival poisson:500/h --compress full token=keydiff:0.5
   concertina simulate --model yi-34b --gpu h200 --weights 20GB --arrival all --rounds 1 --json - | jq '.results[].trace_hash'")]
 pub(super) struct SimulateArgs {
-    /// A model by its name, of those that `concertina presets` lists, or a GGUF file, or a Hugging Face repository: owner/name; of a file only its shape is used
-    #[arg(long, value_name = "NAME|PATH|owner/name")]
-    model: String,
+    #[command(flatten)]
+    model: TheoryModelArgs,
 
     #[command(flatten)]
     machine: MachineArgs,
-
-    #[command(flatten)]
-    presets: PresetsArg,
 
     #[command(flatten)]
     workload: WorkloadArgs,
@@ -119,9 +115,9 @@ pub(super) fn run(args: &SimulateArgs, global: &Global) -> Result<ExitCode> {
 }
 
 fn prepare(args: &SimulateArgs) -> Result<Job> {
-    let presets = args.presets.load()?;
+    let presets = args.model.presets.load()?;
     let Chosen { gpu, gpus, machine, achieved, memory, .. } = args.machine.choose(&presets)?;
-    let NamedModel { name, decoder } = model(&args.model, &presets)?;
+    let NamedModel { name, decoder } = model(&args.model.model, &presets)?;
     check_host_budget(&gpu, args.host_budget)?;
     let decoder = args.machine.decoder(decoder);
     let schedule = args.schedule.settings(&decoder)?;
@@ -129,8 +125,8 @@ fn prepare(args: &SimulateArgs) -> Result<Job> {
     let machine = args.schedule.on(&schedule, &decoder, (machine, memory), args.host_budget);
     let workload = args.workload.workload();
     let settings = SimulateSettings {
-        model: args.model.clone(),
-        presets: args.presets.files(),
+        model: args.model.model.clone(),
+        presets: args.model.presets.files(),
         gpus,
         workload: workload.clone(),
         achieved,

@@ -43,6 +43,18 @@ impl PresetsArg {
     }
 }
 
+/// A model that need not be here.
+#[derive(Args, Clone, Debug)]
+pub(super) struct TheoryModelArgs {
+    /// A model by its name, of those that `concertina presets` lists, or a GGUF file, or a Hugging Face repository: owner/name; of a
+    /// file only its shape is used
+    #[arg(long, value_name = "NAME|PATH|owner/name")]
+    pub(super) model: String,
+
+    #[command(flatten)]
+    pub(super) presets: PresetsArg,
+}
+
 /// A model and what it is called.
 pub(super) struct NamedModel {
     /// What it is called: that of the preset, or the file's name.

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::html::escaped;
+
 /// Width and height of the picture.
 const SIZE: (f64, f64) = (960.0, 700.0);
 /// Width and height of what a panel's axes span.
@@ -80,11 +82,6 @@ fn short(value: f64) -> String {
         v if v >= 0.001 => format!("{}", (v * 1e6).round() / 1e6),
         v => format!("{v:.0e}"),
     }
-}
-
-/// Text as it may stand in an element.
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 impl Curves {

@@ -164,7 +164,7 @@ pub fn bar_legend() -> Html {
 }
 
 /// Text as it may stand between tags and in quoted attributes; control characters have no form there.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

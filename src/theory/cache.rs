@@ -20,7 +20,7 @@
 use serde::Serialize;
 
 use super::model::Decoder;
-use super::predict::concurrency;
+use super::predict::{GROUP_TOKENS, concurrency};
 use super::step::Machine;
 use crate::compression::Compression;
 use crate::compression::head::{HeadPattern, ListPattern};
@@ -30,8 +30,6 @@ use crate::compression::layer::Sharing;
 use crate::compression::token::TokenPolicy;
 use crate::geometry::{Bytes, HeadGeometry, PageGeometry};
 
-/// Tokens over which a codec's bytes are counted where there are no pages: every group of tokens that a codec has divides it.
-const GROUP_TOKENS: u32 = 128;
 /// Tokens of a page whose bounds `quest` keeps, where pages are not given.
 const QUEST_PAGE: u32 = 64;
 

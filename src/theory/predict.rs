@@ -4,15 +4,15 @@ use crate::compression::Compression;
 use crate::geometry::{Bytes, ModelGeometry, PageGeometry};
 
 /// Tokens over which a codec's bytes are counted: every group of tokens that a codec has divides it.
-const PAGE_TOKENS: u32 = 128;
+pub(super) const GROUP_TOKENS: u32 = 128;
 
 /// Bytes of the cache of one session of `n_tokens` tokens, all of them sealed, without the rounding to pages:
 /// `n_tokens * layers * num_kv_heads * bytes` (equation 1, with the codec's bytes per token and KV head, metadata
 /// included).
 pub fn kv_bytes(model: &ModelGeometry, compression: &Compression, n_tokens: u64) -> Bytes {
-    let page = PageGeometry { page_size: PAGE_TOKENS, head_dim: model.heads.head_dim };
+    let page = PageGeometry { page_size: GROUP_TOKENS, head_dim: model.heads.head_dim };
     let per_page = u64::from(model.num_lists()) * compression.hidden.page_bytes(page).0;
-    Bytes((n_tokens * per_page).div_ceil(u64::from(PAGE_TOKENS)))
+    Bytes((n_tokens * per_page).div_ceil(u64::from(GROUP_TOKENS)))
 }
 
 /// Concurrency: sessions that fit in `memory`, `floor(memory / kv)` (section 2.2 of the paper; `memory` is what the
