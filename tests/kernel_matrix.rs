@@ -44,7 +44,7 @@ fn every_admitted_head_shape_has_kernels_within_the_limits() {
             if heads.check().is_ok() {
                 let shape = CacheShape { heads, page_size: 64 };
                 specs.extend([append::kernel(&shape), merge_states::kernel(&shape), moments::kernel(&shape)]);
-                assert!(PrefillSpec::tile_positions(&shape) > 0, "a tile of {heads:?} holds a position");
+                assert!(PrefillSpec::item_positions(&shape) > 0, "an item of {heads:?} holds a position");
                 // Narrowest and widest groups of every head, and some between.
                 let widest = HeadGeometry { num_qo_heads: group_size + 1, ..heads }.check().is_err();
                 let some = widest || group_size == 1 || (head_dim % 40 == 0 && [3, 8, 12].contains(&group_size));

@@ -13,7 +13,7 @@ use super::decode::DecodeSpec;
 use super::parameters::{self, ParameterSource};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 use super::plan::{AttentionPlan, Dispatch, Place};
-use super::prefill::PrefillSpec;
+use super::prefill::{PrefillSpec, PrefillTuning};
 use super::{Recorder, append, flat_grid, merge_states, quest, seal};
 use crate::compression::hidden::{HiddenCodec, Side, lowrank};
 use crate::device::staging::Uploader;
@@ -104,6 +104,8 @@ struct FormatKernels {
     codec: HiddenCodec,
     decode: Arc<Pipeline>,
     prefill: Arc<Pipeline>,
+    /// Workgroups of a prefill item.
+    prefill_tiles: u32,
     /// Keys, values; none for pages that are never sealed.
     seal: Option<[Arc<Pipeline>; 2]>,
     /// One bind group per arena, the window last.
@@ -252,7 +254,8 @@ impl AttentionKernels {
             held += Bytes(buffer.size());
             let parameters = Slot::Whole(&buffer);
             let decode = cache.get(device, &DecodeSpec { format, tier: device.tier() }.kernel())?;
-            let prefill = cache.get(device, &PrefillSpec { format }.kernel())?;
+            let prefill_spec = PrefillSpec { format, tuning: PrefillTuning::default() };
+            let prefill = cache.get(device, &prefill_spec.kernel())?;
             let seal = if format.codec.seals() {
                 let mut compile = |side| cache.get(device, &seal::kernel(&format, side));
                 Some([compile(Side::Key)?, compile(Side::Value)?])
@@ -274,6 +277,7 @@ impl AttentionKernels {
                 codec: format.codec,
                 decode,
                 prefill,
+                prefill_tiles: prefill_spec.tiles(),
                 seal,
                 decode_groups,
                 prefill_groups,
@@ -402,12 +406,12 @@ impl AttentionKernels {
             let scale_log2 = heads.sm_scale() * std::f32::consts::LOG2_E;
             let (q_stride, angles) = (self.stride, format.angles);
             let params = AttentionParams { items, n_items, layer, q_stride, scale_log2, angles };
-            let (pipeline, groups) = if prefill {
-                (&format.prefill, &format.prefill_groups)
+            let (pipeline, groups, tiles) = if prefill {
+                (&format.prefill, &format.prefill_groups, format.prefill_tiles)
             } else {
-                (&format.decode, &format.decode_groups)
+                (&format.decode, &format.decode_groups, 1)
             };
-            recorder.dispatch(pipeline, &groups[self.arena(at.arena)], &params, flat_grid(n_items));
+            recorder.dispatch(pipeline, &groups[self.arena(at.arena)], &params, flat_grid(n_items * tiles));
         };
         layer_plan.decode.iter().for_each(|d| attend(recorder, lists.decode, 2, d, false));
         layer_plan.prefill.iter().for_each(|d| attend(recorder, lists.prefill, 3, d, true));

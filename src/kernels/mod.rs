@@ -116,8 +116,16 @@ pub mod modules {
         PRODUCT = "model/product.wgsl";
         /// Split-KV decode.
         DECODE = "attention/decode.wgsl";
+        /// The rotation of rows in workgroup memory.
+        ROTATE_ROWS = "attention/rotate_rows.wgsl";
+        /// The rows of a prefill workgroup.
+        PREFILL_TILE = "attention/prefill_tile.wgsl";
+        /// Rows whose channels are turned in the output slots.
+        PREFILL_ROWS = "attention/prefill_rows.wgsl";
         /// Chunked causal prefill.
         PREFILL = "attention/prefill.wgsl";
+        /// The same for keys and values that are no plain channels.
+        PREFILL_GENERAL = "attention/prefill_general.wgsl";
         /// Merging attention states.
         MERGE_STATES = "attention/merge_states.wgsl";
         /// New tokens into pages.

@@ -255,7 +255,7 @@ impl AttentionPlan {
                     assert_eq!(segment.n_rows, 1, "a decode segment should be one row");
                     list.decode(&mut parts, &mut self.merge);
                 } else {
-                    list.prefill(PrefillSpec::tile_positions(shape), &mut parts, &mut self.merge);
+                    list.prefill(PrefillSpec::item_positions(shape), &mut parts, &mut self.merge);
                 }
                 list.score(pass, score::rows_max(shape), &mut parts);
             }

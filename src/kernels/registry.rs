@@ -4,7 +4,7 @@ use super::attention::{CacheShape, Format};
 use super::decode::DecodeSpec;
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::{self, Output};
-use super::prefill::PrefillSpec;
+use super::prefill::{PrefillSpec, PrefillTuning};
 use super::{
     KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest,
     sample, score, seal, select, stream,
@@ -79,7 +79,7 @@ pub fn all_specs() -> Vec<KernelSpec> {
 
 /// The kernels that read pages of a format, those that make them, and those of evictions.
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
-    let mut specs = vec![PrefillSpec { format: *format }.kernel()];
+    let mut specs = vec![PrefillSpec { format: *format, tuning: PrefillTuning::default() }.kernel()];
     specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
     specs.extend([Tier::Portable, Tier::Subgroup].map(|tier| DecodeSpec { format: *format, tier }.kernel()));
     if format.codec.seals() {
