@@ -6,12 +6,9 @@
 
 const QUADS = TILE_ROWS / 4u;
 const CHUNK_VECS = CHUNK_CELLS * 2u;
-// Cells that a lane decodes of one load: all lanes should have some.
-const KEY_UNIT = min(KEY_CODEC_SPAN, KEY_SHARE);
-const VALUE_UNIT = min(VALUE_CODEC_SPAN, VALUE_SHARE);
 // Parts that a row's maximum is found in.
 const FOLDS = 4u;
-const BATCH_ROWS = min(TILE_TOKENS * (QUADS + 1u) / HEAD_VECS, 8u);
+const ROTATED_ROWS = min(TILE_TOKENS * (QUADS + 1u) / ROW_VECS, 8u);
 
 var<workgroup> q_tile: array<array<array<vec4<f32>, 8>, ROW_GROUPS>, CHUNK_VECS>;        // four channels each
 var<workgroup> k_tile: array<array<array<vec4<f32>, ACROSS>, LANE_TOKENS>, CHUNK_VECS>;  // four channels each
@@ -36,57 +33,16 @@ fn stage_queries(li: u32, tile: Tile, first: u32) {
   for (var i = li; i < TILE_ROWS * CHUNK_VECS; i += WORKGROUP_SIZE) {
     let r = i / CHUNK_VECS;
     let v = i % CHUNK_VECS;
-    q_tile[v][r / 8u][r % 8u] = query(tile, r, min(first + v, HEAD_VECS - 1u));
+    q_tile[v][r / 8u][r % 8u] = query(tile, r, min(first + v, ROW_VECS - 1u));
   }
 }
 
-// Cells `first_cell ..` of the keys of the tile that begins at `start`. Tokens past the run repeat its last one.
-fn stage_keys(li: u32, tile: Tile, start: u32, first_cell: u32) {
-  for (var i = li; i < TILE_TOKENS * (CHUNK_CELLS / KEY_UNIT); i += WORKGROUP_SIZE) {
-    let place = i % TILE_TOKENS;
-    let token = min(start + place, tile.n_tokens - 1u);
-    let cell = first_cell + i / TILE_TOKENS * KEY_UNIT;
-    if (cell < KEY_CELLS) {
-      let page = tables[tile.pages + token / PAGE_SIZE];
-      let row = key_codec_row(page, token % PAGE_SIZE, cell);
-      let raw = key_codec_load(page, token % PAGE_SIZE, cell);
-      var length = 1.0;
-      if (PAIRED) { length = merged_length(page, token % PAGE_SIZE, 0u, tile.member); }
-      for (var u = 0u; u < min(KEY_UNIT, KEY_CELLS - cell); u++) {
-        let k = key_codec_cell(page, token % PAGE_SIZE, cell + u, row, raw);
-        let to = (cell + u - first_cell) * 2u;
-        k_tile[to][place / ACROSS][place % ACROSS] = k.low * length;
-        k_tile[to + 1u][place / ACROSS][place % ACROSS] = k.high * length;
-      }
-    }
-  }
+fn put_key(place: u32, vec: u32, value: vec4<f32>) {
+  k_tile[vec][place / ACROSS][place % ACROSS] = value;
 }
 
-// VALUE_TOKENS values from token `start` of the run on. Values past its end are zeros: an unused slot may hold anything, and
-// zero times NaN is NaN. Runs of sealed pages are whole pages, so a block of several tokens is never cut.
-fn stage_values(li: u32, tile: Tile, start: u32) {
-  for (var i = li; i < VALUE_TOKENS / VALUE_UNIT * VALUE_CELLS; i += WORKGROUP_SIZE) {
-    let cell = i % VALUE_CELLS;
-    let place = i / VALUE_CELLS * VALUE_UNIT;
-    let token = min(start + place, tile.n_tokens - 1u);
-    let page = tables[tile.pages + token / PAGE_SIZE];
-    let raw = value_codec_load(page, token % PAGE_SIZE, cell);
-    let low = cell * 2u;
-    let high = low + 1u;
-    for (var u = 0u; u < VALUE_UNIT; u++) {
-      var v = Cell(vec4<f32>(0.0), vec4<f32>(0.0));
-      if (start + place + u < tile.n_tokens) {
-        let slot = token % PAGE_SIZE + u;
-        v = value_codec_cell(page, slot, cell, value_codec_row(page, slot, cell), raw);
-        if (PAIRED) {
-          let length = merged_length(page, slot, 1u, tile.member);
-          v = Cell(v.low * length, v.high * length);
-        }
-      }
-      v_tile[place + u][low / ACROSS][low % ACROSS] = v.low;
-      v_tile[place + u][high / ACROSS][high % ACROSS] = v.high;
-    }
-  }
+fn put_value(place: u32, vec: u32, value: vec4<f32>) {
+  v_tile[place][vec / ACROSS][vec % ACROSS] = value;
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
@@ -112,11 +68,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 
   for (var start = 0u; start < tile.n_tokens; start += TILE_TOKENS) {
     var s: array<vec4<f32>, 2u * LANE_TOKENS>;  // [token][quad of rows]
-    for (var first = 0u; first < HEAD_VECS; first += CHUNK_VECS) {
+    for (var first = 0u; first < ROW_VECS; first += CHUNK_VECS) {
       stage_queries(li, tile, first);
       stage_keys(li, tile, start, first / 2u);
       workgroupBarrier();
-      for (var v = 0u; v < min(CHUNK_VECS, HEAD_VECS - first); v++) {
+      for (var v = 0u; v < min(CHUNK_VECS, ROW_VECS - first); v++) {
         let q0 = q_tile[v][rows][0]; let q1 = q_tile[v][rows][1]; let q2 = q_tile[v][rows][2];
         let q3 = q_tile[v][rows][3]; let q4 = q_tile[v][rows][4]; let q5 = q_tile[v][rows][5];
         let q6 = q_tile[v][rows][6]; let q7 = q_tile[v][rows][7];
@@ -217,7 +173,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let vec = j * ACROSS + x;
     for (var r = 0u; r < 8u; r++) {  // unroll
       let row = rows * 8u + r;
-      if (row < tile.n_rows && vec < HEAD_VECS) { state_o[(tile.slot + row) * HEAD_VECS + vec] = acc[j * 8u + r]; }
+      if (row < tile.n_rows && vec < ROW_VECS) { state_o[(tile.slot + row) * ROW_VECS + vec] = acc[j * 8u + r]; }
     }
   }
   if (VALUE_ROTATES) { turn_outputs(li, tile); }

@@ -5,7 +5,7 @@
 // registers. In QK a lane owns a register tile of 4 rows by 8 tokens; in PV a cell of 8 channels and some quads of rows.
 
 const TILE_TOKENS = 64u;
-const BATCH_ROWS = TILE_ROWS;
+const ROTATED_ROWS = TILE_ROWS;
 const QUADS = TILE_ROWS / 4u;
 const TOKEN_LANES = WORKGROUP_SIZE / QUADS;
 const LANE_TOKENS = TILE_TOKENS / TOKEN_LANES;
@@ -48,7 +48,7 @@ fn picked(row_at: u32, channel: u32) -> f32 {
 fn lifted_value(row: u32, basis: u32, channel: u32) -> f32 {
   var sum = 0.0;
   for (var z = 0u; z < VALUE_WIDTH / 4u; z++) {
-    sum += dot(q_tile[row * HEAD_VECS + z], parameters[basis + VALUE_BASIS + channel * (VALUE_WIDTH / 4u) + z]);
+    sum += dot(q_tile[row * ROW_VECS + z], parameters[basis + VALUE_BASIS + channel * (VALUE_WIDTH / 4u) + z]);
   }
   return sum;
 }
@@ -65,8 +65,8 @@ fn put_row_vec(i: u32, value: vec4<f32>) {
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) li: u32) {
   let tile = read_tile(workgroup.y * GRID_WIDTH + workgroup.x);
   if (tile.n_rows == 0u) { return; }
-  for (var i = li; i < TILE_ROWS * HEAD_VECS; i += WORKGROUP_SIZE) {
-    q_tile[i] = scaled_query(tile, i / HEAD_VECS, i % HEAD_VECS);
+  for (var i = li; i < TILE_ROWS * ROW_VECS; i += WORKGROUP_SIZE) {
+    q_tile[i] = scaled_query(tile, i / ROW_VECS, i % ROW_VECS);
   }
   workgroupBarrier();
   if (KEY_ROTATES) { rotate(li); }
@@ -189,11 +189,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
   }
   workgroupBarrier();
   if (VALUE_ROTATES) { rotate_back(li); }
-  for (var i = li; i < tile.n_rows * HEAD_VECS; i += WORKGROUP_SIZE) {
+  for (var i = li; i < tile.n_rows * ROW_VECS; i += WORKGROUP_SIZE) {
     var o = q_tile[i];
     if (VALUE_LIFTS) {
-      for (var j = 0u; j < 4u; j++) { o[j] = lifted_value(i / HEAD_VECS, basis, i % HEAD_VECS * 4u + j); }
+      for (var j = 0u; j < 4u; j++) { o[j] = lifted_value(i / ROW_VECS, basis, i % ROW_VECS * 4u + j); }
     }
-    state_o[tile.slot * HEAD_VECS + i] = o;
+    state_o[tile.slot * ROW_VECS + i] = o;
   }
 }

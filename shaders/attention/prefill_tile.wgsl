@@ -4,7 +4,6 @@
 // TILES workgroups per item.
 
 const TILES = ITEM_ROWS / TILE_ROWS;
-const HEAD_VECS = HEAD_DIM / 4u;
 
 @group(0) @binding(4) var<storage, read_write> state_o: array<vec4<f32>>;
 
@@ -47,5 +46,5 @@ fn last_seen(tile: Tile, r: u32) -> u32 {
 fn scaled_query(tile: Tile, r: u32, vec: u32) -> vec4<f32> {
   let row = tile.row + min(r, tile.n_rows - 1u);
   let head = tile.kv_head * GROUP_SIZE + row % GROUP_SIZE;
-  return q[(tile.first_row + row / GROUP_SIZE) * (par.q_stride / 4u) + head * HEAD_VECS + vec] * par.scale_log2;
+  return q[(tile.first_row + row / GROUP_SIZE) * (par.q_stride / 4u) + head * ROW_VECS + vec] * par.scale_log2;
 }

@@ -13,7 +13,7 @@ use super::decode::DecodeSpec;
 use super::parameters::{self, ParameterSource};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 use super::plan::{AttentionPlan, Dispatch, Place};
-use super::prefill::{PrefillSpec, PrefillTuning};
+use super::prefill::PrefillSpec;
 use super::{Recorder, append, flat_grid, merge_states, quest, seal};
 use crate::compression::hidden::{HiddenCodec, Side, lowrank};
 use crate::device::staging::Uploader;
@@ -253,8 +253,11 @@ impl AttentionKernels {
             let buffer = device.storage("codec parameters", bytes)?;
             held += Bytes(buffer.size());
             let parameters = Slot::Whole(&buffer);
-            let decode = cache.get(device, &DecodeSpec { format, tier: device.tier() }.kernel())?;
-            let prefill_spec = PrefillSpec { format, tuning: PrefillTuning::default() };
+            let decode = cache.get(
+                device,
+                &DecodeSpec { format, tier: device.tier(), tuning: cache.tuning().decode(&format) }.kernel(),
+            )?;
+            let prefill_spec = PrefillSpec::new(format, cache.tuning().prefill(device.tier()));
             let prefill = cache.get(device, &prefill_spec.kernel())?;
             let seal = if format.codec.seals() {
                 let mut compile = |side| cache.get(device, &seal::kernel(&format, side));

@@ -1,25 +1,30 @@
 //! Joining a prelude and plain WGSL files into one text.
 //!
-//! WGSL declarations at module scope do not depend on order, so joining files is enough; a table of first lines
-//! leads an error message back to the file that it came from.
+//! WGSL declarations at module scope do not depend on order, so joining files is enough; a table of lines
+//! leads an error message back to the file that it came from. Loops that ask for it are written out ([`unroll`](super::unroll)).
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
-use super::{Constant, GRID_WIDTH, KernelSpec, Part};
+use super::unroll::unroll;
+use super::{Constant, GRID_WIDTH, KernelSpec, Part, words};
 use crate::compression::hidden::Side;
 
-/// A joined text and where its files begin.
+/// A joined text and where its lines came from.
 #[derive(Clone, Debug)]
 pub struct LinkedShader {
     /// WGSL.
     pub wgsl: String,
-    /// First line (from 1) of each file, ascending.
-    pub files: Vec<(usize, &'static str)>,
+    /// The file of each line, and its line there, from 1.
+    pub lines: Vec<(&'static str, usize)>,
 }
 
 /// Joins the prelude and the modules of `spec`.
 pub fn link(spec: &KernelSpec) -> LinkedShader {
-    let mut wgsl = String::new();
+    // WGSL wants these before everything else.
+    let directives: BTreeSet<&str> =
+        spec.parts.iter().flat_map(|part| part.module.text.lines()).filter(is_directive).collect();
+    let mut wgsl: String = directives.into_iter().flat_map(|directive| [directive, "\n"]).collect();
     let _ = writeln!(wgsl, "const GRID_WIDTH = {GRID_WIDTH}u;");
     for (name, constant) in &spec.constants {
         let _ = match constant {
@@ -29,18 +34,27 @@ pub fn link(spec: &KernelSpec) -> LinkedShader {
             Constant::F32(bits) => writeln!(wgsl, "const {name} = {:?}f;", f32::from_bits(*bits)),
         };
     }
-    let mut files = vec![(1, "prelude")];
+    let mut lines = vec![("prelude", 0); wgsl.lines().count()];
+    lines.iter_mut().zip(1..).for_each(|(line, number)| line.1 = number);
+    let numbers = spec.constants.iter().filter_map(|(name, constant)| match constant {
+        Constant::U32(value) => Some((name.as_ref(), *value)),
+        Constant::Bool(_) | Constant::F32(_) => None,
+    });
+    let numbers = numbers.collect();
     for Part { module, side } in &spec.parts {
-        files.push((wgsl.lines().count() + 1, module.name));
-        match side {
-            None => wgsl.push_str(module.text),
-            Some(side) => wgsl.push_str(&rename(module.text, *side)),
-        }
-        if !wgsl.ends_with('\n') {
+        let renamed = side.map(|side| rename(module.text, side));
+        for (text, number) in unroll(renamed.as_deref().unwrap_or(module.text), &numbers) {
+            wgsl.push_str(if is_directive(&text.as_str()) { "" } else { &text });
             wgsl.push('\n');
+            lines.push((module.name, number));
         }
     }
-    LinkedShader { wgsl, files }
+    LinkedShader { wgsl, lines }
+}
+
+/// Whether a line switches on an extension of the language.
+fn is_directive(line: &&str) -> bool {
+    line.starts_with("enable ")
 }
 
 /// A text whose names of a codec are those of one side.
@@ -49,39 +63,21 @@ fn rename(text: &str, side: Side) -> String {
         Side::Key => ("key_", "KEY_", "Key"),
         Side::Value => ("value_", "VALUE_", "Value"),
     };
-    let mut out = String::with_capacity(text.len() + text.len() / 8);
-    let mut rest = text;
-    while let Some(start) = rest.find(|c: char| c.is_ascii_alphabetic() || c == '_') {
-        let (before, from) = rest.split_at(start);
-        let end = from.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(from.len());
-        let (word, after) = from.split_at(end);
-        out.push_str(before);
-        if word.starts_with("codec_") {
-            out.push_str(lower);
-        } else if word.starts_with("CODEC_") {
-            out.push_str(upper);
-        } else if word.starts_with("Codec") {
-            out.push_str(camel);
-        }
-        match word.strip_prefix("SIDE_") {
-            Some(name) => {
-                out.push_str(upper);
-                out.push_str(name);
-            }
-            None => out.push_str(word),
-        }
-        rest = after;
-    }
-    out.push_str(rest);
-    out
+    words::replace(text, |word| {
+        let prefix = match word {
+            _ if word.starts_with("codec_") => lower,
+            _ if word.starts_with("CODEC_") => upper,
+            _ if word.starts_with("Codec") => camel,
+            _ => return word.strip_prefix("SIDE_").map(|name| format!("{upper}{name}").into()),
+        };
+        Some(format!("{prefix}{word}").into())
+    })
 }
 
 impl LinkedShader {
-    /// Which file, and which line in it, a line of the joined text came from.
+    /// Which file, and which line in it, a line (from 1) of the joined text came from.
     pub fn origin(&self, line: usize) -> (&'static str, usize) {
-        let at = self.files.partition_point(|(first, _)| *first <= line).max(1) - 1;
-        let (first, name) = self.files[at];
-        (name, line + 1 - first)
+        self.lines.get(line.max(1) - 1).copied().unwrap_or(("prelude", line))
     }
 
     /// Parses and validates with naga.
@@ -96,7 +92,9 @@ impl LinkedShader {
         })?;
         let capabilities = naga::valid::Capabilities::IMMEDIATES
             | naga::valid::Capabilities::SUBGROUP
-            | naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+            | naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32
+            | naga::valid::Capabilities::SHADER_FLOAT16
+            | naga::valid::Capabilities::COOPERATIVE_MATRIX;
         let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities);
         let info = validator.validate(&module).map_err(|e| {
             let line = e.location(&self.wgsl).map_or(1, |l| l.line_number as usize);
@@ -113,6 +111,8 @@ mod tests {
     use crate::kernels::Module;
 
     static GOOD: Module = Module { name: "good.wgsl", text: "fn twice(x: u32) -> u32 { return x * FACTOR; }\n" };
+    static EXTENDED: Module =
+        Module { name: "extended.wgsl", text: "enable f16;\nfn half() -> f16 { return 0.5h; }\n" };
     static BAD: Module = Module { name: "bad.wgsl", text: "// a comment\nfn broken( {\n" };
 
     fn spec(modules: Vec<&'static Module>) -> KernelSpec {
@@ -129,6 +129,16 @@ mod tests {
         let message = linked.validate().expect_err("broken text should not parse");
         assert!(message.starts_with("bad.wgsl:2:"), "{message}");
         assert!(link(&spec(vec![&GOOD])).validate().is_ok(), "the good file alone should parse");
+    }
+
+    #[test]
+    fn directives_come_first_and_lines_keep_their_numbers() {
+        let linked = link(&spec(vec![&GOOD, &EXTENDED, &BAD]));
+        assert!(linked.wgsl.starts_with("enable f16;\n"), "{}", linked.wgsl);
+        let message = linked.validate().expect_err("broken text should not parse");
+        assert!(message.starts_with("bad.wgsl:2:"), "{message}");
+        let linked = link(&spec(vec![&GOOD, &EXTENDED]));
+        linked.validate().unwrap_or_else(|e| panic!("{e}"));
     }
 
     #[test]

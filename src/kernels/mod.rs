@@ -32,6 +32,7 @@ pub mod parameters;
 pub mod pipeline;
 pub mod plan;
 pub mod prefill;
+pub mod prefill_coop;
 pub mod quest;
 pub mod recording;
 pub mod registry;
@@ -40,7 +41,11 @@ pub mod sample;
 pub mod score;
 pub mod seal;
 pub mod select;
+pub mod self_test;
 pub mod stream;
+pub mod tuning;
+mod unroll;
+mod words;
 
 use std::borrow::Cow;
 
@@ -116,14 +121,20 @@ pub mod modules {
         PRODUCT = "model/product.wgsl";
         /// Split-KV decode.
         DECODE = "attention/decode.wgsl";
-        /// The rotation of rows in workgroup memory.
+        /// The same in register tiles.
+        DECODE_TILED = "attention/decode_tiled.wgsl";
+        /// Random rotations of rows of channels.
         ROTATE_ROWS = "attention/rotate_rows.wgsl";
         /// The rows of a prefill workgroup.
         PREFILL_TILE = "attention/prefill_tile.wgsl";
         /// Rows whose channels are turned in the output slots.
         PREFILL_ROWS = "attention/prefill_rows.wgsl";
+        /// Keys and values into workgroup memory.
+        PREFILL_STAGE = "attention/prefill_stage.wgsl";
         /// Chunked causal prefill.
         PREFILL = "attention/prefill.wgsl";
+        /// The same on cooperative matrices.
+        PREFILL_COOP = "attention/prefill_coop.wgsl";
         /// The same for keys and values that are no plain channels.
         PREFILL_GENERAL = "attention/prefill_general.wgsl";
         /// Merging attention states.
@@ -227,6 +238,13 @@ pub struct KernelSpec {
     pub bindings: &'static [Binding],
     /// Bytes of `var<immediate>`.
     pub immediate_bytes: u32,
+}
+
+impl KernelSpec {
+    /// Whether it computes on cooperative matrices: compiled only where the [`self_test`] passes.
+    pub fn is_cooperative(&self) -> bool {
+        self.parts.iter().any(|part| part.module.text.contains("enable wgpu_cooperative_matrix;"))
+    }
 }
 
 /// Workgroups of one dispatch are laid out in rows of this many, because WebGPU allows no more in one dimension.

@@ -13,11 +13,12 @@
 //! sequence and one KV head, and a run of tokens in one arena. The host ends each run at the item's last position, so tiles
 //! above the diagonal cost nothing. A kernel with smaller tiles runs several workgroups per item ([`PrefillSpec::tiles`]).
 //!
-//! **Two texts.** `prefill.wgsl` serves every codec whose keys and values have all channels, rotated ones and merged layers
-//! included. `prefill_general.wgsl` serves keys that are pruned channels, whose query channels differ from page to page, and latents.
-//! Both take the same items.
+//! **Three texts** take the same items ([`PrefillTuning`]). `prefill.wgsl` serves every codec whose keys and values have all channels,
+//! rotated ones and merged layers included. `prefill_general.wgsl` serves every format, and alone keys that are pruned channels, whose
+//! query channels differ from page to page, and latents. `prefill_coop.wgsl` multiplies on cooperative matrices
+//! ([`prefill_coop`](super::prefill_coop)).
 //!
-//! **Mapping** ([`PrefillTuning`]). `prefill.wgsl` is two products of register tiles over operands in workgroup memory: keys and
+//! **Mapping.** `prefill.wgsl` is two products of register tiles over operands in workgroup memory: keys and
 //! values are decoded once per tile, queries are staged again from the device's cache because they do not fit. A lane owns
 //! 8 rows by `tokens / lanes per row group` scores, then 8 rows by about `4 * vecs` channels. What a workgroup memory read returns
 //! so feeds 2.7 to 4 multiply-adds per value: an H100 returns 32 values and computes 128 multiply-adds in a clock. Rotated
@@ -35,8 +36,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::attention::{CacheShape, Format};
+use super::prefill_coop::{self, CooperativeTile};
 use super::{KernelSpec, modules};
 use crate::compression::hidden::{Side, Transform};
+use crate::device::Tier;
 
 /// Rows of an item at most. A group has no more heads than half of it.
 pub const ITEM_ROWS: u32 = 64;
@@ -44,9 +47,20 @@ pub const ITEM_ROWS: u32 = 64;
 /// Workgroup memory that every supported adapter has.
 const PORTABLE_WORKGROUP_BYTES: u32 = 32 * 1024;
 
+/// How prefill is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum PrefillTuning {
+    /// The kernel that serves every format.
+    General,
+    /// Register tiles.
+    Tiled(PrefillTile),
+    /// Cooperative matrices.
+    Cooperative(CooperativeTile),
+}
+
 /// Tile sizes of `prefill.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PrefillTuning {
+pub struct PrefillTile {
     /// Rows of a tile, 32 or 64; 32 at most where heads are wider than 128.
     pub rows: u32,
     /// Tokens of a tile, 64 or 128.
@@ -57,52 +71,91 @@ pub struct PrefillTuning {
     pub cells: u32,
 }
 
-impl PrefillTuning {
-    /// Every choice that is worth measuring and fits the portable workgroup memory for heads of `head_dim`.
-    pub fn candidates(head_dim: u32) -> Vec<Self> {
-        let all = [(64, 64, 2, 2), (64, 64, 4, 2), (64, 64, 2, 1), (32, 64, 2, 4), (32, 64, 4, 4), (32, 128, 2, 1)];
-        let mut kept: Vec<Self> = Vec::new();
-        for (rows, tokens, vecs, cells) in all {
-            let tuning = Self { rows, tokens, vecs, cells };
-            if Mapping::new(tuning, head_dim).bytes() <= PORTABLE_WORKGROUP_BYTES {
-                kept.push(tuning);
-            }
-        }
-        kept
-    }
-}
-
-impl Default for PrefillTuning {
+impl Default for PrefillTile {
     fn default() -> Self {
         Self { rows: 64, tokens: 64, vecs: 2, cells: 2 }
     }
 }
 
+impl PrefillTuning {
+    /// What a tier runs where nothing else is chosen.
+    pub fn of_tier(tier: Tier) -> Self {
+        match tier {
+            Tier::Portable | Tier::Subgroup => Self::Tiled(PrefillTile::default()),
+            Tier::Cooperative => Self::Cooperative(CooperativeTile::default()),
+        }
+    }
+
+    /// Everything that is worth measuring for a format, the general kernel first.
+    pub fn candidates(format: &Format) -> Vec<Self> {
+        let tiles = [(64, 64, 2, 2), (64, 64, 4, 2), (64, 64, 2, 1), (32, 64, 2, 4), (32, 64, 4, 4), (32, 128, 2, 1)];
+        let tiled = tiles.map(|(rows, tokens, vecs, cells)| Self::Tiled(PrefillTile { rows, tokens, vecs, cells }));
+        let cooperative = CooperativeTile::ALL.map(Self::Cooperative);
+        let all = [Self::General].into_iter().chain(tiled).chain(cooperative);
+        all.filter(|tuning| tuning.serves(format)).collect()
+    }
+
+    /// Whether the kernel can read pages of this format.
+    pub fn serves(&self, format: &Format) -> bool {
+        let whole = |side| {
+            let transform = format.codec.side(side).transform;
+            !matches!(transform, Transform::Pruning { .. } | Transform::LowRank { .. })
+        };
+        let plain = whole(Side::Key) && whole(Side::Value);
+        match self {
+            Self::General => true,
+            Self::Tiled(tile) => {
+                plain && Mapping::new(*tile, format.shape.heads.head_dim).bytes() <= PORTABLE_WORKGROUP_BYTES
+            }
+            Self::Cooperative(tile) => plain && tile.serves(format),
+        }
+    }
+
+    /// This one where it serves the format; otherwise register tiles, or the general kernel.
+    fn for_format(self, format: &Format) -> Self {
+        let choices = [self, Self::of_tier(Tier::Portable)];
+        choices.into_iter().find(|tuning| tuning.serves(format)).unwrap_or(Self::General)
+    }
+}
+
 impl fmt::Display for PrefillTuning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}x{}x{}x{}", self.rows, self.tokens, self.vecs, self.cells)
+        match self {
+            Self::General => f.pad("general"),
+            Self::Tiled(PrefillTile { rows, tokens, vecs, cells }) => {
+                f.pad(&format!("tiled:{rows}:{tokens}:{vecs}:{cells}"))
+            }
+            Self::Cooperative(CooperativeTile { tokens, slice }) => f.pad(&format!("cooperative:{tokens}:{slice}")),
+        }
     }
 }
 
 impl FromStr for PrefillTuning {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let numbers: Vec<u32> = text.split('x').flat_map(str::parse).collect();
-        let (&[rows, tokens, vecs, cells], 4) = (numbers.as_slice(), text.split('x').count()) else {
-            let example = Self::default();
-            return Err(format!("'{text}' is no prefill tuning; give rows, tokens, vecs and cells, like {example}"));
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, rest) = text.split_once(':').unwrap_or((text, ""));
+        let numbers: Option<Vec<u32>> = rest.split(':').filter(|n| !n.is_empty()).map(|n| n.parse().ok()).collect();
+        let tuning = match (kind, numbers.as_deref()) {
+            ("general", Some([])) => Some(Self::General),
+            ("tiled", Some(&[rows, tokens, vecs, cells])) => {
+                let known = [32, 64].contains(&rows)
+                    && [64, 128].contains(&tokens)
+                    && [2, 4].contains(&vecs)
+                    && [1, 2, 4].contains(&cells);
+                known.then_some(Self::Tiled(PrefillTile { rows, tokens, vecs, cells }))
+            }
+            ("cooperative", Some(&[tokens, slice])) => {
+                CooperativeTile::ALL.into_iter().find(|t| (t.tokens, t.slice) == (tokens, slice)).map(Self::Cooperative)
+            }
+            _ => None,
         };
-        let tuning = Self { rows, tokens, vecs, cells };
-        let known = [32, 64].contains(&tuning.rows)
-            && [64, 128].contains(&tuning.tokens)
-            && [2, 4].contains(&tuning.vecs)
-            && [1, 2, 4].contains(&tuning.cells);
-        if known {
-            Ok(tuning)
-        } else {
-            Err(format!("prefill tuning {text}: rows are 32 or 64, tokens 64 or 128, vecs 2 or 4, cells 1, 2 or 4"))
-        }
+        tuning.ok_or_else(|| {
+            format!(
+                "'{text}' is no tuning of prefill: general, tiled:ROWS:TOKENS:VECS:CELLS (32 or 64, 64 or 128, 2 or 4, 1, 2 or \
+                 4), or cooperative:TOKENS:SLICE (32 or 64 each)"
+            )
+        })
     }
 }
 
@@ -120,8 +173,8 @@ struct Mapping {
 }
 
 impl Mapping {
-    fn new(tuning: PrefillTuning, head_dim: u32) -> Self {
-        let PrefillTuning { rows, tokens, vecs, cells } = tuning;
+    fn new(tile: PrefillTile, head_dim: u32) -> Self {
+        let PrefillTile { rows, tokens, vecs, cells } = tile;
         let rows = if head_dim > 128 { rows.min(32) } else { rows };
         let head_vecs = head_dim / 4;
         let wanted = head_vecs.div_ceil(vecs).max(8);
@@ -152,7 +205,6 @@ impl Mapping {
         let share = |cells: u32, most: u32| 1 << (cells / self.lanes()).clamp(1, most).ilog2();
         vec![
             ("WORKGROUP_SIZE", self.lanes()),
-            ("TILE_ROWS", self.rows),
             ("TILE_TOKENS", self.tokens),
             ("ROW_GROUPS", self.rows / 8),
             ("ACROSS", self.across),
@@ -172,30 +224,33 @@ impl Mapping {
 pub struct PrefillSpec {
     /// The cache it reads.
     pub format: Format,
-    /// Tile sizes; `prefill_general.wgsl` has its own.
-    pub tuning: PrefillTuning,
+    /// How it is launched; it serves the format.
+    tuning: PrefillTuning,
 }
 
 impl PrefillSpec {
+    /// The kernel for a format, as `tuning` says where that serves the format.
+    pub fn new(format: Format, tuning: PrefillTuning) -> Self {
+        Self { format, tuning: tuning.for_format(&format) }
+    }
+
     /// Query positions of an item at most.
     pub fn item_positions(shape: &CacheShape) -> u32 {
         ITEM_ROWS / shape.heads.group_size()
     }
 
-    /// Whether keys and values have all channels.
-    fn is_plain(&self) -> bool {
-        let plain = |side| {
-            !matches!(self.format.codec.side(side).transform, Transform::Pruning { .. } | Transform::LowRank { .. })
-        };
-        plain(Side::Key) && plain(Side::Value)
+    /// Whether queries, probabilities, keys and values are rounded to f16 before they are multiplied.
+    pub const fn multiplies_f16(&self) -> bool {
+        matches!(self.tuning, PrefillTuning::Cooperative(_))
     }
 
     fn tile_rows(&self) -> u32 {
         let head_dim = self.format.shape.heads.head_dim;
-        match self.is_plain() {
-            true => Mapping::new(self.tuning, head_dim).rows,
-            false if head_dim > 128 => 16,
-            false => 32,
+        match self.tuning {
+            PrefillTuning::Tiled(tile) => Mapping::new(tile, head_dim).rows,
+            PrefillTuning::Cooperative(_) => prefill_coop::TILE_ROWS,
+            PrefillTuning::General if head_dim > 128 => 16,
+            PrefillTuning::General => 32,
         }
     }
 
@@ -206,15 +261,61 @@ impl PrefillSpec {
 
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
-        let mut constants = vec![("ITEM_ROWS", ITEM_ROWS)];
-        if self.is_plain() {
-            constants.extend(Mapping::new(self.tuning, self.format.shape.heads.head_dim).constants());
-            let modules = [&modules::ROTATE_ROWS, &modules::PREFILL_TILE, &modules::PREFILL_ROWS, &modules::PREFILL];
-            self.format.attention_kernel("prefill", &constants, &modules)
-        } else {
-            constants.extend([("WORKGROUP_SIZE", 64), ("TILE_ROWS", self.tile_rows())]);
-            let modules = [&modules::ROTATE_ROWS, &modules::PREFILL_TILE, &modules::PREFILL_GENERAL];
-            self.format.attention_kernel("prefill", &constants, &modules)
+        let head_dim = self.format.shape.heads.head_dim;
+        let mut constants = vec![("ITEM_ROWS", ITEM_ROWS), ("TILE_ROWS", self.tile_rows())];
+        let staged = [&modules::PREFILL_ROWS, &modules::PREFILL_STAGE];
+        let (name, kernel) = match self.tuning {
+            PrefillTuning::General => {
+                constants.push(("WORKGROUP_SIZE", 64));
+                ("prefill", vec![&modules::PREFILL_GENERAL])
+            }
+            PrefillTuning::Tiled(tile) => {
+                constants.extend(Mapping::new(tile, head_dim).constants());
+                ("prefill", [&staged[..], &[&modules::PREFILL]].concat())
+            }
+            PrefillTuning::Cooperative(tile) => {
+                constants.extend(tile.constants(head_dim));
+                ("prefill_coop", [&staged[..], &[&modules::PREFILL_COOP]].concat())
+            }
+        };
+        let modules = [&[&modules::ROTATE_ROWS, &modules::PREFILL_TILE][..], &kernel].concat();
+        self.format.attention_kernel(name, &constants, &modules)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compression::hidden::HiddenCodec;
+    use crate::geometry::HeadGeometry;
+
+    fn format(codec: &str, head_dim: u32) -> Format {
+        let heads = HeadGeometry { num_qo_heads: 4, num_kv_heads: 1, head_dim };
+        let codec: HiddenCodec = codec.parse().expect("a codec");
+        CacheShape { heads, page_size: 64 }.format(codec)
+    }
+
+    #[test]
+    fn tunings_read_back_as_they_are_written() {
+        let candidates = PrefillTuning::candidates(&format("f16", 128));
+        assert!(candidates.len() > 6, "all kernels serve plain heads: {candidates:?}");
+        for tuning in candidates {
+            assert_eq!(tuning.to_string().parse(), Ok(tuning), "{tuning}");
         }
+        for text in
+            ["", "tiled", "tiled:64:64:2", "tiled:48:64:2:2", "general:1", "cooperative:16:16", "tiled:64:64:2:x"]
+        {
+            assert!(text.parse::<PrefillTuning>().is_err(), "'{text}' is no tuning");
+        }
+    }
+
+    #[test]
+    fn a_kernel_that_does_not_serve_a_format_gives_way() {
+        let cooperative = PrefillTuning::of_tier(Tier::Cooperative);
+        let chosen = |codec, head_dim| PrefillSpec::new(format(codec, head_dim), cooperative).tuning;
+        assert_eq!(chosen("kivi4", 128), cooperative, "codes are decoded to f16");
+        assert_eq!(chosen("f32", 128), PrefillTuning::of_tier(Tier::Portable), "f32 does not fit in f16");
+        assert_eq!(chosen("f16", 72), PrefillTuning::of_tier(Tier::Portable), "no multiple of 16");
+        assert_eq!(chosen("think:0.6+int8", 128), PrefillTuning::General, "channels differ from page to page");
     }
 }

@@ -1,7 +1,7 @@
 //! Every kernel that can be asked for, so that tests cover what the program can reach.
 
 use super::attention::{CacheShape, Format};
-use super::decode::DecodeSpec;
+use super::decode::{DecodeSpec, DecodeTuning};
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::{self, Output};
 use super::prefill::{PrefillSpec, PrefillTuning};
@@ -79,9 +79,13 @@ pub fn all_specs() -> Vec<KernelSpec> {
 
 /// The kernels that read pages of a format, those that make them, and those of evictions.
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
-    let mut specs = vec![PrefillSpec { format: *format, tuning: PrefillTuning::default() }.kernel()];
+    let candidates = PrefillTuning::candidates(format).into_iter();
+    let mut specs: Vec<_> = candidates.map(|tuning| PrefillSpec::new(*format, tuning).kernel()).collect();
     specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
-    specs.extend([Tier::Portable, Tier::Subgroup].map(|tier| DecodeSpec { format: *format, tier }.kernel()));
+    for tuning in DecodeTuning::candidates(format) {
+        let spec = |tier| DecodeSpec { format: *format, tier, tuning }.kernel();
+        specs.extend([Tier::Portable, Tier::Subgroup].map(spec));
+    }
     if format.codec.seals() {
         specs.extend([Side::Key, Side::Value].map(|side| seal::kernel(format, side)));
     }

@@ -1,0 +1,30 @@
+//! How kernels are launched: what changes their speed and nothing else.
+//!
+//! A kernel's text follows from what it computes (its spec) and from its tuning: lanes, register tiles, loads in flight. Which
+//! is fastest is an adapter's affair; every candidate is checked like any other kernel.
+
+use super::attention::Format;
+use super::decode::DecodeTuning;
+use super::prefill::PrefillTuning;
+use crate::device::Tier;
+
+/// The tuning of every kernel that has one; what is not chosen is as the methods say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Tuning {
+    /// Of decode, for all formats.
+    pub decode: Option<DecodeTuning>,
+    /// Of prefill, for all formats.
+    pub prefill: Option<PrefillTuning>,
+}
+
+impl Tuning {
+    /// How decode reads pages of a format.
+    pub fn decode(&self, _format: &Format) -> DecodeTuning {
+        self.decode.unwrap_or_default()
+    }
+
+    /// How prefill runs in a tier, where the chosen kernel serves the format.
+    pub fn prefill(&self, tier: Tier) -> PrefillTuning {
+        self.prefill.unwrap_or_else(|| PrefillTuning::of_tier(tier))
+    }
+}
