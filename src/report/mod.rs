@@ -19,6 +19,7 @@
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
 //! | `bench device` | [`CeilingsReport`] |
+//! | `bench kernels` | [`KernelsReport`] |
 //! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
 //! | `report` | [`records::RecordsReport`], which is also a page |
@@ -36,6 +37,7 @@ mod fleet;
 mod fleet_tables;
 mod heads;
 pub mod html;
+mod kernels;
 mod kl;
 mod meter;
 mod metrics;
@@ -64,6 +66,7 @@ pub use curves::{Curves, Panel};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
 pub use fleet::{DesignFigures, DesignRow, FleetReport, FleetSettings};
 pub use heads::HeadsReport;
+pub use kernels::{KernelsReport, kernel_line};
 pub use kl::{KlReport, KlRow};
 pub use meter::{
     ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, Percentiles, PrefillMetric, ServiceMetric,
