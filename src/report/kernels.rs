@@ -34,6 +34,11 @@ impl KernelsReport {
     pub fn without_figure(&self) -> usize {
         self.rows.iter().filter(|row| !matches!(row.outcome, Outcome::Measured(_))).count()
     }
+
+    /// A roofline of each kernel, as one picture.
+    pub fn svg(&self) -> String {
+        super::roofline::svg(&self.rows, &self.roof, &self.device.adapter.name)
+    }
 }
 
 /// A number with three digits that count, however small it is: a slow device's figures are far below a GPU's.

@@ -1,23 +1,22 @@
 //! `concertina bench kernels`.
 
+use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, anyhow};
 use clap::{Args, ValueEnum};
 use concertina::device::Device;
-use concertina::engine::bench::{BenchSettings, TimedRuns};
-use concertina::engine::ceilings::{Ceiling, CeilingSizes, Ceilings};
-use concertina::eval::ceilings;
-use concertina::eval::kernels::{Candidates, Case, KernelBench, Protocol, Roof, Sizes, cases};
-use concertina::eval::spread::WARM_UP;
-use concertina::geometry::Bytes;
-use concertina::report::{DeviceReport, KernelsReport, Program, kernel_line};
+use concertina::engine::bench::TimedRuns;
+use concertina::eval::kernels::{self, Candidates, Case, KernelPlan, Roof, Sizes, cases};
+use concertina::report::{Comparison, DeviceReport, KernelsReport, Origin, Program, RecordFigure, kernel_line};
 
 use super::super::args::Global;
 use super::super::failure::usage;
-use super::super::output::Output;
+use super::super::output::{Output, OutputFile};
 use super::super::progress;
+use super::record::Record;
 
 /// Single kernels against what the device gives at best
 ///
@@ -29,7 +28,9 @@ use super::super::progress;
 Examples:
   concertina bench kernels --list
   concertina bench kernels --only decode/16x32k/g4 --json kernels.json
-  concertina bench kernels --only kivi4 int8 --candidates --seconds 3")]
+  concertina bench kernels --only kivi4 int8 --candidates --seconds 3
+  concertina bench kernels --record benches/record --svg roofline.svg
+  concertina bench kernels --compare benches/record/a-gpu/2026-01-31-1a2b3c4.csv --tolerance 0.05")]
 pub(super) struct KernelsArgs {
     /// Measure the cases whose names contain one of these texts
     #[arg(long, value_name = "TEXT", num_args = 1..)]
@@ -54,24 +55,44 @@ pub(super) struct KernelsArgs {
     /// Leave pages in the order in which the pool gave them; they are shuffled otherwise
     #[arg(long)]
     in_order: bool,
+
+    /// Write the figures to DIR/<device>/<date>-<commit>.csv, each as soon as it is there
+    #[arg(long, value_name = "DIR")]
+    record: Option<PathBuf>,
+
+    /// The commit that this program was built from, for a record, where neither its build nor git can tell
+    #[arg(long, value_name = "COMMIT")]
+    commit: Option<String>,
+
+    /// Show the figures beside those of a record, and fail where one reaches less of its ceiling
+    #[arg(long, value_name = "FILE")]
+    compare: Option<PathBuf>,
+
+    /// How much less of its ceiling a figure may reach than that of the record, as a part of it
+    #[arg(long, value_name = "PART", default_value_t = 0.1, value_parser = part, requires = "compare")]
+    tolerance: f64,
+
+    /// Draw a roofline of each kernel
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum SizesArg {
+pub(super) enum SizesArg {
     /// Contexts of 4K to 128K tokens, 64K to 512K in all.
     Full,
     /// A few thousand tokens.
     Small,
 }
 
-/// Bytes that runs take turns over on a GPU: five times the largest cache of one that we know, 50 MB.
-const COLD: Bytes = Bytes(250_000_000);
-/// Times that each ceiling is measured.
-const CEILING_REPEATS: usize = 20;
-
-fn seconds(text: &str) -> Result<f64, String> {
+pub(super) fn seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| format!("'{text}' is not a number of seconds"))?;
     if seconds > 0.0 && seconds <= 3600.0 { Ok(seconds) } else { Err(format!("{text} is not between 0 and 3600")) }
+}
+
+fn part(text: &str) -> Result<f64, String> {
+    let part: f64 = text.parse().map_err(|_| format!("'{text}' is not a number"))?;
+    if (0.0..1.0).contains(&part) { Ok(part) } else { Err(format!("{text} is not from 0 to below 1")) }
 }
 
 /// Measures kernels.
@@ -83,82 +104,106 @@ pub(super) fn run(args: &KernelsArgs, global: &Global) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
+    // What can be refused is refused before anything is measured.
+    let then = args.compare.as_ref().map(read_record).transpose()?;
+    let origin = match args.record.is_some() || then.is_some() {
+        true => Some(Origin::now(args.commit.as_deref()).map_err(usage)?),
+        false => None,
+    };
+    let svg = args.svg.as_deref().map(|path| OutputFile::open("the rooflines", path)).transpose()?;
     let device = Device::open(&global.adapter()?)?;
-    let report = measure(args, &device, &output)?;
-    let without = report.without_figure();
+    let record = match (&args.record, &origin) {
+        (Some(dir), Some(origin)) => Some(Record::open(dir, &device.summary().name, origin.clone())?),
+        _ => None,
+    };
+    let mut plan = KernelPlan::of(&device);
+    plan.sizes = args.sizes.map_or(plan.sizes, Into::into);
+    plan.protocol.seconds = args.seconds.unwrap_or(plan.protocol.seconds);
+    plan.settings.in_order = args.in_order;
+    plan.candidates = if args.candidates { Candidates::All } else { Candidates::Chosen };
+    let cases = args.cases(plan.sizes)?;
+    let spinner = progress::spinner("measuring the device's ceilings");
+    let roof = Roof::measure(&device);
+    spinner.finish_and_clear();
+    let report = measure(&device, &plan, roof?, &cases, &output, record.as_ref())?;
     output.text(&format!("\n{report}"))?;
-    output.json(&report)?;
-    if without > 0 {
-        let all = report.rows.len();
-        eprintln!(
-            "error: {without} of {all} kernels have no figure, because their results are wrong or they do not run"
-        );
-        return Ok(ExitCode::FAILURE);
+    if let Some(record) = &record {
+        output.text(&format!("\nwritten: {}\n", record.figures(&report)?.display()))?;
     }
-    Ok(ExitCode::SUCCESS)
+    if let Some(svg) = svg {
+        svg.write(report.svg().as_bytes())?;
+    }
+    let mut code = refused(&report);
+    if let (Some(then), Some(origin)) = (then, &origin) {
+        let compared = Comparison::new(then, &report.record(origin), args.tolerance).map_err(|e| anyhow!(e))?;
+        output.text(&format!("\n{compared}"))?;
+        if compared.worse() > 0 {
+            eprintln!("error: {} figures are worse than the record allows", compared.worse());
+            code = ExitCode::FAILURE;
+        }
+    }
+    output.json(&report)?;
+    Ok(code)
 }
 
-/// Measures what the arguments name, showing each row as soon as it is there.
-fn measure(args: &KernelsArgs, device: &Device, output: &Output) -> Result<KernelsReport> {
-    let started = Instant::now();
-    let software = device.summary().kind == "cpu";
-    let by_kind = if software { Sizes::Small } else { Sizes::Full };
-    let sizes = args.sizes.map_or(by_kind, Into::into);
-    let cases = args.cases(sizes)?;
-    let runs = TimedRuns::new(device)?;
-    let device_report = DeviceReport::new(device, Some(runs.clock()));
-    output.text(&format!("device  {device_report}\n"))?;
-    let roof = roof(device, software)?;
-    let (read, flop) = (roof.read_bytes_per_s * 1e-9, roof.flop_per_s * 1e-9);
-    output.text(&format!("read    {read:.1} GB/s\nFLOP    {flop:.0} GFLOP/s\n\n"))?;
-    let mut protocol = if software { Protocol::SOFTWARE } else { Protocol::FULL };
-    protocol.seconds = args.seconds.unwrap_or(protocol.seconds);
-    // A processor's caches are no larger than what one case reads there, and its memory may be small.
-    let cold = if software { Bytes::ZERO } else { COLD };
-    let settings = BenchSettings { cold, in_order: args.in_order, max_arena: None };
-    let mut bench = KernelBench::new(runs, settings, protocol, roof);
-    let candidates = if args.candidates { Candidates::All } else { Candidates::Chosen };
-    let bar = progress::counter("kernels", cases.len() as u64);
-    let mut rows = Vec::new();
-    for case in &cases {
-        bar.set_message(case.name());
-        let mut shown = Ok(());
-        let measured = bench.case(case, candidates, &mut |row| {
-            let line = kernel_line(&row);
-            shown = bar.suspend(|| output.text(&line));
-            rows.push(row);
-        });
-        if measured.is_err() || shown.is_err() {
-            bar.finish_and_clear();
-        }
-        measured?;
-        shown?;
-        bar.inc(1);
+fn read_record(path: &PathBuf) -> Result<Vec<RecordFigure>> {
+    let text = fs::read_to_string(path).with_context(|| format!("can not read the record '{}'", path.display()))?;
+    RecordFigure::read(&text).map_err(|e| anyhow!("'{}' is not a record of figures: {e}", path.display()))
+}
+
+/// The exit code for a report: not 0 where a kernel has no figure.
+pub(super) fn refused(report: &KernelsReport) -> ExitCode {
+    let (without, all) = (report.without_figure(), report.rows.len());
+    if without == 0 {
+        return ExitCode::SUCCESS;
     }
-    bar.finish_and_clear();
-    Ok(KernelsReport {
+    eprintln!("error: {without} of {all} kernels have no figure, because their results are wrong or they do not run");
+    ExitCode::FAILURE
+}
+
+/// Measures cases, showing and recording each row as soon as it is there.
+pub(super) fn measure(
+    device: &Device,
+    plan: &KernelPlan,
+    roof: Roof,
+    cases: &[Case],
+    output: &Output,
+    record: Option<&Record>,
+) -> Result<KernelsReport> {
+    let started = Instant::now();
+    let clock = TimedRuns::new(device)?.clock();
+    let mut report = KernelsReport {
         kind: "bench kernels",
         program: Program::THIS,
-        device: device_report,
-        sizes,
-        in_order: args.in_order,
+        device: DeviceReport::new(device, Some(clock)),
+        sizes: plan.sizes,
+        in_order: plan.settings.in_order,
         roof,
-        rows,
-        elapsed_s: started.elapsed().as_secs_f64(),
-    })
-}
-
-/// The ceilings that kernels are compared with.
-fn roof(device: &Device, software: bool) -> Result<Roof> {
-    let spinner = progress::spinner("measuring the device's ceilings");
-    let sizes = if software { CeilingSizes::SOFTWARE } else { CeilingSizes::FULL };
-    let measured = Ceilings::new(device, sizes).and_then(|mut made| {
-        let mut of = |ceiling| ceilings::ceiling(&mut made, ceiling, WARM_UP, CEILING_REPEATS);
-        Ok([of(Ceiling::Read)?, of(Ceiling::Flop)?])
+        rows: Vec::new(),
+        elapsed_s: 0.0,
+    };
+    let (read, flop) = (roof.read_bytes_per_s * 1e-9, roof.flop_per_s * 1e-9);
+    output.text(&format!("device  {}\nread    {read:.1} GB/s\nFLOP    {flop:.0} GFLOP/s\n\n", report.device))?;
+    let bar = progress::counter("kernels", cases.len() as u64);
+    let mut shown = Ok(());
+    let measured = kernels::measure(device, plan, roof, cases, &mut |row| {
+        bar.set_message(row.case.clone());
+        bar.set_position(cases.iter().take_while(|case| case.name() != row.case).count() as u64 + 1);
+        let line = kernel_line(&row);
+        report.rows.push(row);
+        let now = bar.suspend(|| output.text(&line)).and_then(|()| match record {
+            Some(record) => record.figures(&report).map(|_| ()),
+            None => Ok(()),
+        });
+        if shown.is_ok() {
+            shown = now;
+        }
     });
-    spinner.finish_and_clear();
-    let [read, flop] = measured?.map(|measured| measured.value.median);
-    Ok(Roof { read_bytes_per_s: read, flop_per_s: flop })
+    bar.finish_and_clear();
+    measured?;
+    shown?;
+    report.elapsed_s = started.elapsed().as_secs_f64();
+    Ok(report)
 }
 
 impl KernelsArgs {

@@ -10,11 +10,15 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::spread::Spread;
+use super::ceilings;
+use super::spread::{Spread, WARM_UP};
 use super::verify::NMSE_LIMIT;
 use crate::compression::hidden::HiddenCodec;
+use crate::device::Device;
 use crate::engine::EngineError;
 use crate::engine::bench::{BenchSettings, Checked, KernelRun, TimedRuns, Turn};
+use crate::engine::ceilings::{Ceiling, CeilingSizes, Ceilings};
+use crate::geometry::Bytes;
 use crate::kernels::PipelineCache;
 use crate::schedule::{BackendError as _, Fault};
 pub use cases::{Case, Sizes, cases};
@@ -110,6 +114,11 @@ impl Figures {
         }
     }
 
+    /// The ceiling that the kernel comes nearer to, `read` or `flop`, and the part of it that is reached.
+    pub fn bound(&self) -> (&'static str, f64) {
+        if self.of_read >= self.of_flop { ("read", self.of_read) } else { ("flop", self.of_flop) }
+    }
+
     /// FLOP per byte.
     pub fn intensity(&self) -> f64 {
         self.flop / self.bytes
@@ -123,6 +132,73 @@ pub enum Candidates {
     Chosen,
     /// All.
     All,
+}
+
+/// How cases are measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct KernelPlan {
+    /// How large cases are.
+    pub sizes: Sizes,
+    /// Which variants of each kernel.
+    pub candidates: Candidates,
+    /// When a time counts.
+    pub protocol: Protocol,
+    /// How inputs are made.
+    pub settings: BenchSettings,
+}
+
+/// Bytes that runs take turns over on a GPU: five times the 50 MB that are the largest cache of one.
+const COLD: Bytes = Bytes(250_000_000);
+/// Times that each ceiling is measured.
+const CEILING_REPEATS: usize = 20;
+
+/// Whether a device is a processor that pretends to be a GPU.
+fn is_software(device: &Device) -> bool {
+    device.summary().kind == "cpu"
+}
+
+impl KernelPlan {
+    /// Full sizes on a GPU. On processors small ones, which take no turns: what one reads there is beyond their caches or near
+    /// enough, and figures say little anyway.
+    pub fn of(device: &Device) -> Self {
+        let software = is_software(device);
+        let cold = if software { Bytes::ZERO } else { COLD };
+        Self {
+            sizes: if software { Sizes::Small } else { Sizes::Full },
+            candidates: Candidates::Chosen,
+            protocol: if software { Protocol::SOFTWARE } else { Protocol::FULL },
+            settings: BenchSettings { cold, in_order: false, max_arena: None },
+        }
+    }
+}
+
+impl Roof {
+    /// Measures the ceilings that kernels are compared with.
+    ///
+    /// # Errors
+    /// As [`ceilings::ceiling`].
+    pub fn measure(device: &Device) -> Result<Self, EngineError> {
+        let sizes = if is_software(device) { CeilingSizes::SOFTWARE } else { CeilingSizes::FULL };
+        let mut made = Ceilings::new(device, sizes)?;
+        let mut of = |ceiling| ceilings::ceiling(&mut made, ceiling, WARM_UP, CEILING_REPEATS);
+        let (read, flop) = (of(Ceiling::Read)?, of(Ceiling::Flop)?);
+        Ok(Self { read_bytes_per_s: read.value.median, flop_per_s: flop.value.median })
+    }
+}
+
+/// Measures case after case; `each` sees every row as soon as it is there.
+///
+/// # Errors
+/// [`EngineError`] where the device is lost or has no timer; anything else is a row without a figure.
+pub fn measure(
+    device: &Device,
+    plan: &KernelPlan,
+    roof: Roof,
+    cases: &[Case],
+    each: &mut dyn FnMut(KernelRow),
+) -> Result<(), EngineError> {
+    let mut bench = KernelBench::new(TimedRuns::new(device)?, plan.settings, plan.protocol, roof);
+    cases.iter().try_for_each(|case| bench.case(case, plan.candidates, each))
 }
 
 /// Measures case after case.
