@@ -7,7 +7,7 @@ use concertina::device::Device;
 use concertina::engine::bench::cache::CacheSpec;
 use concertina::engine::bench::decode::DecodeRun;
 use concertina::engine::bench::merge::{MergeRun, MergeSpec};
-use concertina::engine::bench::{BenchSettings, KernelRun, TimedRuns, Turn};
+use concertina::engine::bench::{BenchSettings, KernelRun, TimedRuns};
 use concertina::eval::kernels::{Candidates, Case, Figures, KernelBench, KernelRow, Outcome, Protocol, Roof};
 use concertina::geometry::{Bytes, HeadGeometry};
 use concertina::kernels::PipelineCache;
@@ -36,7 +36,7 @@ fn decode(device: &Device, spec: &CacheSpec, settings: &BenchSettings) -> Decode
 
 fn once(device: &'static Device, run: &dyn KernelRun, copy: usize) {
     let mut runs = TimedRuns::new(device).expect("a timer");
-    let times = runs.run(run, Turn { candidate: 0, copy }, 1).expect("it runs");
+    let times = runs.run(run, copy, 1).expect("it runs");
     assert_eq!(times.len(), 1, "one run, one time");
 }
 
@@ -99,7 +99,7 @@ fn runs_take_turns_over_copies_and_pages_spill_over_arenas_gpu() {
     }
     // Copies differ in what they hold, so the reference of another one does not fit.
     assert!(run.check(device, 0).expect("it is read").error_over_bound > 1.0, "each copy has pages of its own");
-    let ordered = decode(device, &spec, &BenchSettings { in_order: true, ..HOT });
+    let mut ordered = decode(device, &spec, &BenchSettings { in_order: true, ..HOT });
     once(device, &ordered, 0);
     assert!(ordered.check(device, 0).expect("it is read").error_over_bound <= 1.0, "pages in order");
 }

@@ -1,5 +1,6 @@
 //! Decode with the merge of its states, over a cache of any size.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use rand::{RngExt, SeedableRng};
@@ -8,7 +9,7 @@ use rayon::prelude::*;
 
 use super::cache::{BenchCache, CacheSpec};
 use super::outputs::{Expected, Outputs, filled, poison};
-use super::{BenchSettings, Checked, KernelRun, Turn, Work};
+use super::{BenchSettings, Checked, KernelRun, Work};
 use crate::compression::hidden::HiddenCodec;
 use crate::device::{Device, Tier};
 use crate::engine::EngineError;
@@ -36,7 +37,6 @@ fn candidates(format: Format, tier: Tier) -> Vec<(String, KernelSpec)> {
 
 #[derive(Debug)]
 struct Kernel {
-    label: String,
     pipeline: Arc<Pipeline>,
     /// One bind group per arena.
     groups: Vec<wgpu::BindGroup>,
@@ -49,20 +49,52 @@ pub struct DecodeRun {
     cache: BenchCache,
     /// Of each copy.
     plans: Vec<(AttentionPlan, ListOffsets)>,
+    candidates: Vec<(String, KernelSpec)>,
     /// For sealed pages; for all where none is sealed.
-    kernels: Vec<Kernel>,
+    kernel: Kernel,
     /// For open pages beside sealed ones.
     open: Kernel,
     merge: Arc<Pipeline>,
     merge_group: wgpu::BindGroup,
     /// `[rows][num_qo_heads][head_dim]`.
     q: Vec<f32>,
-    states: [wgpu::Buffer; 2],
+    bound: Bound,
     outputs: Outputs,
+    /// Of copies that were checked before.
+    expected: BTreeMap<usize, Vec<Expected>>,
+}
+
+/// What a decode kernel is bound to besides tables and an arena.
+#[derive(Debug)]
+struct Bound {
+    step: wgpu::Buffer,
+    q: wgpu::Buffer,
+    /// `[state][head_dim]`, and `[state]` (m, l).
+    states: [wgpu::Buffer; 2],
+    parameters: wgpu::Buffer,
+}
+
+impl Bound {
+    fn kernel(
+        &self,
+        device: &Device,
+        pipelines: &mut PipelineCache,
+        cache: &BenchCache,
+        spec: &KernelSpec,
+    ) -> Result<Kernel, EngineError> {
+        let pipeline = pipelines.get(device, spec)?;
+        let Self { step, q, states: [o, ml], parameters } = self;
+        let bind = |arena| {
+            let slots = [step, &cache.buffers.tables, arena, q, o, ml, parameters];
+            pipeline.bind(device, &slots.map(Slot::Whole))
+        };
+        let groups = cache.buffers.arenas.iter().map(bind).collect();
+        Ok(Kernel { pipeline, groups })
+    }
 }
 
 impl DecodeRun {
-    /// Makes and fills the cache, plans, and compiles every candidate.
+    /// Makes and fills the cache, plans, and compiles.
     ///
     /// # Errors
     /// [`EngineError`].
@@ -76,37 +108,29 @@ impl DecodeRun {
         let heads = spec.shape.heads;
         let mut words = Vec::new();
         let plans: Vec<_> = cache.copies.iter().map(|tables| plan(spec, tables, &mut words)).collect();
-        let step = filled(device, "step", &words)?;
         let mut rng = ChaCha8Rng::seed_from_u64(13);
         let rows = spec.contexts.len();
         let q: Vec<f32> = (0..rows * heads.q_width() as usize).map(|_| rng.random_range(-2.0_f32..2.0)).collect();
-        let q_buffer = filled(device, "q", &q)?;
         let n_states = plans.iter().map(|(plan, _)| u64::from(plan.n_states)).max().unwrap_or(0);
-        let states = [
-            device.storage("attention states", Bytes(n_states * u64::from(heads.head_dim) * WORD_BYTES))?,
-            device.storage("attention state maxima", Bytes(n_states * 2 * WORD_BYTES))?,
-        ];
-        let outputs = Outputs::new(device, heads, rows)?;
-        let parameters = device.storage("codec parameters", Bytes(16))?;
-        let [o, ml] = &states;
-        let mut kernel = |label: String, kernel: &KernelSpec| -> Result<Kernel, EngineError> {
-            let pipeline = pipelines.get(device, kernel)?;
-            let bind = |arena| {
-                let slots = [&step, &cache.buffers.tables, arena, &q_buffer, o, ml, &parameters];
-                pipeline.bind(device, &slots.map(Slot::Whole))
-            };
-            let groups = cache.buffers.arenas.iter().map(bind).collect();
-            Ok(Kernel { label, pipeline, groups })
+        let bound = Bound {
+            step: filled(device, "step", &words)?,
+            q: filled(device, "q", &q)?,
+            states: [
+                device.storage("attention states", Bytes(n_states * u64::from(heads.head_dim) * WORD_BYTES))?,
+                device.storage("attention state maxima", Bytes(n_states * 2 * WORD_BYTES))?,
+            ],
+            parameters: device.storage("codec parameters", Bytes(16))?,
         };
-        let format = |codec| spec.shape.format(codec);
-        let all = candidates(format(spec.codec), device.tier());
-        let kernels = all.into_iter().map(|(label, spec)| kernel(label, &spec)).collect::<Result<_, _>>()?;
-        let (label, open) = candidates(format(HiddenCodec::F16), device.tier()).swap_remove(0);
-        let open = kernel(label, &open)?;
+        let outputs = Outputs::new(device, heads, rows)?;
+        let of_codec = |codec| candidates(spec.shape.format(codec), device.tier());
+        let candidates = of_codec(spec.codec);
+        let kernel = bound.kernel(device, pipelines, &cache, &candidates[0].1)?;
+        let open = bound.kernel(device, pipelines, &cache, &of_codec(HiddenCodec::F16)[0].1)?;
         let merge = pipelines.get(device, &merge_states::kernel(&spec.shape))?;
-        let merge_group = merge.bind(device, &[&step, o, ml, &outputs.o, &outputs.lse].map(Slot::Whole));
-        let spec = spec.clone();
-        Ok(Self { spec, cache, plans, kernels, open, merge, merge_group, q, states, outputs })
+        let [o, ml] = &bound.states;
+        let merge_group = merge.bind(device, &[&bound.step, o, ml, &outputs.o, &outputs.lse].map(Slot::Whole));
+        let (spec, expected) = (spec.clone(), BTreeMap::new());
+        Ok(Self { spec, cache, plans, candidates, kernel, open, merge, merge_group, q, bound, outputs, expected })
     }
 
     /// Copies of the cache that runs take turns over.
@@ -174,7 +198,12 @@ fn plan(spec: &CacheSpec, tables: &[PageTable], words: &mut Vec<u32>) -> (Attent
 
 impl KernelRun for DecodeRun {
     fn candidates(&self) -> Vec<String> {
-        self.kernels.iter().map(|kernel| kernel.label.clone()).collect()
+        self.candidates.iter().map(|(label, _)| label.clone()).collect()
+    }
+
+    fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError> {
+        self.kernel = self.bound.kernel(device, pipelines, &self.cache, &self.candidates[candidate].1)?;
+        Ok(())
     }
 
     fn work(&self) -> Work {
@@ -188,12 +217,12 @@ impl KernelRun for DecodeRun {
         Work { bytes: work.bytes + (states + rows) * WORD_BYTES as f64, ..work }
     }
 
-    fn record(&self, recorder: &mut Recorder<'_>, turn: Turn) {
-        let (plan, lists) = &self.plans[turn.copy % self.plans.len()];
+    fn record(&self, recorder: &mut Recorder<'_>, copy: usize) {
+        let (plan, lists) = &self.plans[copy % self.plans.len()];
         let heads = self.spec.shape.heads;
         let layer = &plan.plans[0];
         for (at, range) in &layer.decode {
-            let kernel = if at.codec == self.spec.codec { &self.kernels[turn.candidate] } else { &self.open };
+            let kernel = if at.codec == self.spec.codec { &self.kernel } else { &self.open };
             let params = AttentionParams {
                 items: lists.decode + range.start * 2,
                 n_items: range.end - range.start,
@@ -211,15 +240,18 @@ impl KernelRun for DecodeRun {
     }
 
     fn poison(&mut self, device: &Device) -> Result<(), EngineError> {
-        let [o, ml] = &self.states;
+        let [o, ml] = &self.bound.states;
         poison(device, &[o, ml])?;
         Ok(self.outputs.poison(device)?)
     }
 
-    fn check(&self, device: &Device, copy: usize) -> Result<Checked, EngineError> {
+    fn check(&mut self, device: &Device, copy: usize) -> Result<Checked, EngineError> {
         let copy = copy % self.plans.len();
-        let expected: Vec<_> = self.samples().into_par_iter().map(|sample| self.expected(copy, sample)).collect();
-        Ok(self.outputs.check(device, &expected)?)
+        if !self.expected.contains_key(&copy) {
+            let expected = self.samples().into_par_iter().map(|sample| self.expected(copy, sample)).collect();
+            self.expected.insert(copy, expected);
+        }
+        Ok(self.outputs.check(device, &self.expected[&copy])?)
     }
 
     fn spoil(&mut self, device: &Device, copy: usize) -> Result<(), EngineError> {

@@ -6,7 +6,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::outputs::{Expected, Outputs, filled};
-use super::{BenchSettings, Checked, KernelRun, Turn, Work};
+use super::{BenchSettings, Checked, KernelRun, Work};
 use crate::device::Device;
 use crate::device::staging::Uploader;
 use crate::engine::EngineError;
@@ -129,6 +129,15 @@ impl KernelRun for MergeRun {
         vec!["64 lanes".to_owned()]
     }
 
+    fn choose(
+        &mut self,
+        _device: &Device,
+        _pipelines: &mut PipelineCache,
+        _candidate: usize,
+    ) -> Result<(), EngineError> {
+        Ok(())
+    }
+
     fn work(&self) -> Work {
         let heads = self.spec.shape.heads;
         let (states, width) = (f64::from(self.spec.n_states()), f64::from(heads.head_dim));
@@ -136,10 +145,10 @@ impl KernelRun for MergeRun {
         Work { bytes: (states * (width + 2.0) + rows) * WORD_BYTES as f64, flop: 2.0 * states * width, pairs: None }
     }
 
-    fn record(&self, recorder: &mut Recorder<'_>, turn: Turn) {
+    fn record(&self, recorder: &mut Recorder<'_>, copy: usize) {
         let n_items = self.spec.n_items();
         let params = MergeParams { items: 0, n_items, o_stride: self.spec.shape.heads.q_width() };
-        let group = &self.groups[turn.copy % self.groups.len()];
+        let group = &self.groups[copy % self.groups.len()];
         recorder.dispatch(&self.pipeline, group, &params, flat_grid(n_items));
     }
 
@@ -147,7 +156,7 @@ impl KernelRun for MergeRun {
         Ok(self.outputs.poison(device)?)
     }
 
-    fn check(&self, device: &Device, _copy: usize) -> Result<Checked, EngineError> {
+    fn check(&mut self, device: &Device, _copy: usize) -> Result<Checked, EngineError> {
         let (rows, heads) = (self.spec.rows as usize, self.spec.shape.heads.num_kv_heads);
         let step = rows.div_ceil(SAMPLES).max(1);
         let sampled = (0..self.spec.rows).step_by(step);

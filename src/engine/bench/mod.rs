@@ -21,7 +21,7 @@ mod timed;
 use super::EngineError;
 use crate::device::Device;
 use crate::geometry::Bytes;
-use crate::kernels::Recorder;
+use crate::kernels::{PipelineCache, Recorder};
 pub use timed::TimedRuns;
 
 /// What one run does.
@@ -46,15 +46,6 @@ pub struct BenchSettings {
     pub max_arena: Option<Bytes>,
 }
 
-/// Which run it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Turn {
-    /// Index in [`KernelRun::candidates`].
-    pub candidate: usize,
-    /// Which copy of the inputs is read, counted without end.
-    pub copy: usize,
-}
-
 /// How what a run left compares with the reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Checked {
@@ -70,14 +61,20 @@ pub struct Checked {
 
 /// A kernel with its inputs on a device, ready to run.
 pub trait KernelRun {
-    /// Variants of the kernel that give the same result; the first is the one that the program uses.
+    /// Variants of the kernel that give the same result; the first is the one that the program uses, and is chosen.
     fn candidates(&self) -> Vec<String>;
+
+    /// Compiles the variant that runs from now on.
+    ///
+    /// # Errors
+    /// [`EngineError::Kernel`] where it does not run on this device; others still may.
+    fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError>;
 
     /// What each run does.
     fn work(&self) -> Work;
 
-    /// Records one run. It overwrites what the run before it left.
-    fn record(&self, recorder: &mut Recorder<'_>, turn: Turn);
+    /// Records one run over a copy of the inputs; copies are counted without end. It overwrites what the run before it left.
+    fn record(&self, recorder: &mut Recorder<'_>, copy: usize);
 
     /// Makes everything that a run should write a NaN.
     ///
@@ -85,11 +82,11 @@ pub trait KernelRun {
     /// [`EngineError::Device`].
     fn poison(&mut self, device: &Device) -> Result<(), EngineError>;
 
-    /// Compares what the last run left, which read copy `copy`, with the reference.
+    /// Compares what the last run left, which read copy `copy`, with the reference; that is computed once.
     ///
     /// # Errors
     /// [`EngineError::Device`].
-    fn check(&self, device: &Device, copy: usize) -> Result<Checked, EngineError>;
+    fn check(&mut self, device: &Device, copy: usize) -> Result<Checked, EngineError>;
 
     /// Changes what runs of copy `copy` read, for tests of [`Self::check`].
     ///

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{KernelRun, Turn};
+use super::KernelRun;
 use crate::device::Device;
 use crate::device::timing::{Clock, StepTimer};
 use crate::engine::EngineError;
@@ -38,19 +38,19 @@ impl<'d> TimedRuns<'d> {
         self.timer.clock()
     }
 
-    /// Runs `n` times from a turn on, each reading the next copy; the time of each.
+    /// Runs `n` times from a copy on, each reading the next one; the time of each.
     ///
     /// # Errors
     /// [`EngineError::Device`].
     ///
     /// # Panics
     /// When `n` is 0 or more than [`Self::MOST`].
-    pub fn run(&mut self, case: &dyn KernelRun, first: Turn, n: usize) -> Result<Vec<Duration>, EngineError> {
+    pub fn run(&mut self, case: &dyn KernelRun, first: usize, n: usize) -> Result<Vec<Duration>, EngineError> {
         let Self { device, timer } = self;
         let mut encoder = device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         for i in 0..n {
             let pass = if i == 0 { timer.begin(&mut encoder) } else { timer.begin_next(&mut encoder) };
-            case.record(&mut Recorder::new(pass), Turn { copy: first.copy + i, ..first });
+            case.record(&mut Recorder::new(pass), first + i);
         }
         timer.resolve(&mut encoder);
         device.submit(encoder)?;

@@ -16,7 +16,7 @@ use super::verify::NMSE_LIMIT;
 use crate::compression::hidden::HiddenCodec;
 use crate::device::Device;
 use crate::engine::EngineError;
-use crate::engine::bench::{BenchSettings, Checked, KernelRun, TimedRuns, Turn};
+use crate::engine::bench::{BenchSettings, Checked, KernelRun, TimedRuns};
 use crate::engine::ceilings::{Ceiling, CeilingSizes, Ceilings};
 use crate::geometry::Bytes;
 use crate::kernels::PipelineCache;
@@ -263,10 +263,11 @@ impl<'d> KernelBench<'d> {
     /// # Errors
     /// [`EngineError`].
     pub fn candidate(&mut self, run: &mut dyn KernelRun, candidate: usize) -> Result<Outcome, EngineError> {
-        let Self { runs, protocol, roof, .. } = self;
+        let Self { runs, pipelines, protocol, roof, .. } = self;
         let device = runs.device();
+        run.choose(device, pipelines, candidate)?;
         run.poison(device)?;
-        runs.run(run, Turn { candidate, copy: 0 }, 1)?;
+        runs.run(run, 0, 1)?;
         let before = run.check(device, 0)?;
         if let Some(why) = wrong(&before) {
             return Ok(Outcome::Wrong(why));
@@ -274,7 +275,7 @@ impl<'d> KernelBench<'d> {
         let mut last = 0;
         let times = protocol.times(TimedRuns::MOST as usize, |copy, n| -> Result<Vec<Duration>, EngineError> {
             last = copy + n - 1;
-            runs.run(run, Turn { candidate, copy }, n)
+            runs.run(run, copy, n)
         })?;
         let after = run.check(device, last)?;
         if let Some(why) = wrong(&after) {
