@@ -12,9 +12,9 @@ use concertina::compression::hidden::Side;
 use concertina::geometry::HeadGeometry;
 use concertina::kernels::abi::{
     AppendItem, AppendParams, AttentionParams, CarryItem, CarryParams, DecideItem, DecideParams, DecodeItem,
-    EmbedParams, GatedActivationParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams,
+    EmbedParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams,
     MatmulParams, MergeItem, MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, MovePagesItem,
-    MovePagesParams, PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams, RmsNormParams, RopeParams,
+    MovePagesParams, PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams,
     SampleItem, SampleParams, ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams,
     StreamParams, VEC4_WORDS,
 };
@@ -44,7 +44,6 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<MovePagesParams>(),
         host::<DecideParams>(),
         host::<EmbedParams>(),
-        host::<GatedActivationParams>(),
         host::<GatherParams>(),
         host::<KeyScoreParams>(),
         host::<MatmulParams>(),
@@ -53,8 +52,6 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<MergeLayersParams>(),
         host::<PageBoundsParams>(),
         host::<QuestParams>(),
-        host::<RmsNormParams>(),
-        host::<RopeParams>(),
         host::<SampleParams>(),
         host::<ScoreParams>(),
         host::<SealParams>(),

@@ -33,11 +33,13 @@ use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::timing::{Clock, StepTimer};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, CELL_BYTES, ModelGeometry, WORD_BYTES};
+use crate::kernels::append::Positions;
 use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::EvictionKernels;
-use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers};
+use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers, Turning};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Segment};
+use crate::kernels::product_tuning::ProductTuning;
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
@@ -45,7 +47,7 @@ use crate::pool::{PagePool, PoolError, PoolLayout};
 use crate::schedule::{Abilities, Backend, BackendError, Caches, Fault, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
 pub use config::{EngineConfig, EvictionConfig};
-use layers::{Layers, RowCounts};
+use layers::{Layers, RowCounts, Rows};
 use paged_attention::page_sizes;
 use scratch::{Scratch, ScratchSizes};
 use step::{StepOffsets, StepRows, inverse_frequencies};
@@ -151,13 +153,16 @@ impl<'d> Engine<'d> {
         let heads_of_codecs = parameters::of_weights(weights, &config.codecs);
         let weights = DeviceWeights::upload(device, weights)?;
         let mut cache = PipelineCache::default();
-        let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch)?;
+        let tuning = ProductTuning::of_kind(&device.summary().kind);
+        let most = config.max_sessions;
+        let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch, &Rows { tuning, most })?;
         let heads = geometry.heads;
         let rows = RowBuffers {
             qkv: &scratch.qkv,
             stride: heads.q_width() + 2 * heads.kv_width(),
             k_offset: heads.q_width(),
             v_offset: heads.q_width() + heads.kv_width(),
+            positions: Positions::Rotary,
             output: &scratch.attention,
         };
         let attention_sizes = config.attention_sizes(&geometry, sizes.max_states);
@@ -430,8 +435,8 @@ impl<'d> Engine<'d> {
                 let n_items = u32::try_from(attention.moments.len()).expect("rows of a step are counted in 32 bits");
                 evictions.kernels.record_moments(&mut recorder, offsets.lists.moments, n_items, layer);
             }
-            self.layers.rotate(&mut recorder, offsets.angles, rows);
-            self.attention.record(&mut recorder, attention, &offsets.lists, layer);
+            let turning = Turning { angles: offsets.angles, n_rows: rows.active };
+            self.attention.record(&mut recorder, attention, &offsets.lists, layer, turning);
             if let Some(evictions) = &self.evictions {
                 evictions.kernels.record_scores(&mut recorder, attention, &offsets.lists, layer);
             }

@@ -1,20 +1,21 @@
 //! Joining a prelude and plain WGSL files into one text.
 //!
-//! WGSL declarations at module scope do not depend on order, so joining files is enough; a table of first lines
-//! leads an error message back to the file that it came from.
+//! WGSL declarations at module scope do not depend on order, so joining files is enough; a table of lines
+//! leads an error message back to the file that it came from. Loops that ask for it are written out ([`unroll`](super::unroll)).
 
 use std::fmt::Write as _;
 
-use super::{Constant, GRID_WIDTH, KernelSpec, Part};
+use super::unroll::unroll;
+use super::{Constant, GRID_WIDTH, KernelSpec, Part, words};
 use crate::compression::hidden::Side;
 
-/// A joined text and where its files begin.
+/// A joined text and where its lines came from.
 #[derive(Clone, Debug)]
 pub struct LinkedShader {
     /// WGSL.
     pub wgsl: String,
-    /// First line (from 1) of each file, ascending.
-    pub files: Vec<(usize, &'static str)>,
+    /// The file of each line, and its line there, from 1.
+    pub lines: Vec<(&'static str, usize)>,
 }
 
 /// Joins the prelude and the modules of `spec`.
@@ -29,18 +30,22 @@ pub fn link(spec: &KernelSpec) -> LinkedShader {
             Constant::F32(bits) => writeln!(wgsl, "const {name} = {:?}f;", f32::from_bits(*bits)),
         };
     }
-    let mut files = vec![(1, "prelude")];
+    let mut lines = vec![("prelude", 0); wgsl.lines().count()];
+    lines.iter_mut().zip(1..).for_each(|(line, number)| line.1 = number);
+    let numbers = spec.constants.iter().filter_map(|(name, constant)| match constant {
+        Constant::U32(value) => Some((name.as_ref(), *value)),
+        Constant::Bool(_) | Constant::F32(_) => None,
+    });
+    let numbers = numbers.collect();
     for Part { module, side } in &spec.parts {
-        files.push((wgsl.lines().count() + 1, module.name));
-        match side {
-            None => wgsl.push_str(module.text),
-            Some(side) => wgsl.push_str(&rename(module.text, *side)),
-        }
-        if !wgsl.ends_with('\n') {
+        let renamed = side.map(|side| rename(module.text, side));
+        for (text, number) in unroll(renamed.as_deref().unwrap_or(module.text), &numbers) {
+            wgsl.push_str(&text);
             wgsl.push('\n');
+            lines.push((module.name, number));
         }
     }
-    LinkedShader { wgsl, files }
+    LinkedShader { wgsl, lines }
 }
 
 /// A text whose names of a codec are those of one side.
@@ -49,39 +54,21 @@ fn rename(text: &str, side: Side) -> String {
         Side::Key => ("key_", "KEY_", "Key"),
         Side::Value => ("value_", "VALUE_", "Value"),
     };
-    let mut out = String::with_capacity(text.len() + text.len() / 8);
-    let mut rest = text;
-    while let Some(start) = rest.find(|c: char| c.is_ascii_alphabetic() || c == '_') {
-        let (before, from) = rest.split_at(start);
-        let end = from.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(from.len());
-        let (word, after) = from.split_at(end);
-        out.push_str(before);
-        if word.starts_with("codec_") {
-            out.push_str(lower);
-        } else if word.starts_with("CODEC_") {
-            out.push_str(upper);
-        } else if word.starts_with("Codec") {
-            out.push_str(camel);
-        }
-        match word.strip_prefix("SIDE_") {
-            Some(name) => {
-                out.push_str(upper);
-                out.push_str(name);
-            }
-            None => out.push_str(word),
-        }
-        rest = after;
-    }
-    out.push_str(rest);
-    out
+    words::replace(text, |word| {
+        let prefix = match word {
+            _ if word.starts_with("codec_") => lower,
+            _ if word.starts_with("CODEC_") => upper,
+            _ if word.starts_with("Codec") => camel,
+            _ => return word.strip_prefix("SIDE_").map(|name| format!("{upper}{name}").into()),
+        };
+        Some(format!("{prefix}{word}").into())
+    })
 }
 
 impl LinkedShader {
-    /// Which file, and which line in it, a line of the joined text came from.
+    /// Which file, and which line in it, a line (from 1) of the joined text came from.
     pub fn origin(&self, line: usize) -> (&'static str, usize) {
-        let at = self.files.partition_point(|(first, _)| *first <= line).max(1) - 1;
-        let (first, name) = self.files[at];
-        (name, line + 1 - first)
+        self.lines.get(line.max(1) - 1).copied().unwrap_or(("prelude", line))
     }
 
     /// Parses and validates with naga.
