@@ -368,6 +368,23 @@ fn both_lane_reductions_export_the_same_functions() {
 }
 
 #[test]
+fn both_kinds_of_rows_of_a_product_export_the_same_functions() {
+    let product = include_str!("../shaders/model/product.wgsl");
+    let flags = "const ACCUMULATE = false; const ACTIVATE = false;";
+    let files: Vec<_> = wgsl_files("model", "rows_")
+        .into_iter()
+        .map(|(name, text)| {
+            let module = parse(&format!("{flags}\n{product}\n{text}"));
+            let mut exports = signatures(&module, "row_");
+            exports.extend(signatures(&module, "gain"));
+            (name, exports)
+        })
+        .collect();
+    assert_eq!(files.len(), 2, "plain rows and normed ones");
+    same_exports(&files).unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
 fn a_difference_in_exports_is_noticed() {
     let exports = |name: &str, text: &str| (name.to_owned(), signatures(&parse(text), "codec_"));
     let good = exports("good", "fn codec_a(x: u32) -> f32 { return f32(x); } fn helper() {}");

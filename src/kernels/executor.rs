@@ -94,11 +94,15 @@ impl ListOffsets {
             }
         }
         let per_page = page.page_size * page.head_dim / 4;
-        let seals: Vec<SealItem> =
-            plan.seal.iter().map(|item| SealItem { angles: angles + item.angles * per_page, ..*item }).collect();
+        let append = put(&plan.append, step);
+        let seal = place(step);
+        for item in &plan.seal {
+            let item = SealItem { angles: angles + item.angles * per_page, ..*item };
+            step.extend_from_slice(bytemuck::cast_slice(std::slice::from_ref(&item)));
+        }
         Self {
-            append: put(&plan.append, step),
-            seal: put(&seals, step),
+            append,
+            seal,
             decode: put(&plan.decode, step),
             prefill: put(&plan.prefill, step),
             merge: put(&plan.merge, step),

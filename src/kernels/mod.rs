@@ -15,6 +15,7 @@ pub mod abi;
 mod abi_evictions;
 pub mod append;
 pub mod attention;
+mod by_place;
 pub mod decode;
 pub mod embed;
 pub mod eviction;
