@@ -4,6 +4,9 @@ const CODEC_SPAN = 2u;
 const CODEC_PLANES = array<u32, 2>(8u, 0u);
 const CODEC_GROUP_TOKENS = 0u;
 const CODEC_GROUP_CHANNELS = 0u;
+const CODEC_TOKEN_SCALES = 0u;
+const CODEC_CHANNEL_SCALES = false;
+const CODEC_OFFSET = 0.0;
 
 struct CodecRow {
   unused: u32,
@@ -30,6 +33,25 @@ fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) ->
   let codes = plane_codes(raw.codes, 8u, select(token, cell, SIDE_IS_KEY) % CODEC_SPAN);
   return Cell(plane_e4m3(codes.low), plane_e4m3(codes.high));
 }
+
+struct CodecScale {
+  scale: vec4<f32>,
+  zero: vec4<f32>,
+}
+
+fn codec_numbers(raw: CodecRaw, unit: u32) -> Cell {
+  let codes = plane_codes(raw.codes, 8u, unit);
+  return Cell(plane_e4m3(codes.low), plane_e4m3(codes.high));
+}
+
+fn codec_token_scale(page: u32, token: u32, group: u32) -> vec2<f32> {
+  return vec2<f32>(1.0, 0.0);
+}
+
+fn codec_channel_scale(page: u32, token: u32, quad: u32) -> CodecScale {
+  return CodecScale(vec4<f32>(1.0), vec4<f32>(0.0));
+}
+
 
 fn codec_start() -> CodecStat {
   return CodecStat(0u);

@@ -4,6 +4,9 @@ const CODEC_SPAN = 16u / CODEC_BITS;
 const CODEC_PLANES = array<u32, 2>(CODEC_BITS, 0u);
 const CODEC_GROUP_TOKENS = select(1u, CODEC_GROUP, SIDE_IS_KEY);
 const CODEC_GROUP_CHANNELS = select(CODEC_GROUP, 1u, SIDE_IS_KEY);
+const CODEC_TOKEN_SCALES = select(SIDE_WIDTH / CODEC_GROUP, 0u, SIDE_IS_KEY);
+const CODEC_CHANNEL_SCALES = SIDE_IS_KEY;
+const CODEC_OFFSET = select(4.0, 16.0, CODEC_BITS == 4u);
 const CODEC_LEVELS = (1u << CODEC_BITS) - 1u;
 
 // Values: scale and minimum of the token's channel group. Keys have one for each channel, read with the cell.
@@ -47,6 +50,27 @@ fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) ->
     low * vec4<f32>(p0.x, p1.x, p2.x, p3.x) + vec4<f32>(p0.y, p1.y, p2.y, p3.y),
     high * vec4<f32>(p4.x, p5.x, p6.x, p7.x) + vec4<f32>(p4.y, p5.y, p6.y, p7.y));
 }
+
+struct CodecScale {
+  scale: vec4<f32>,
+  zero: vec4<f32>,
+}
+
+fn codec_numbers(raw: CodecRaw, unit: u32) -> Cell {
+  if (CODEC_BITS == 4u) { return plane_nibbles(raw.codes[unit]); }
+  return plane_crumbs(raw.codes[unit / 2u], unit % 2u);
+}
+
+fn codec_token_scale(page: u32, token: u32, group: u32) -> vec2<f32> {
+  return plane_pair(arena_word((page + SIDE_AT) * 4u + SIDE_SCALES + group * PAGE_SIZE + token));
+}
+
+fn codec_channel_scale(page: u32, token: u32, quad: u32) -> CodecScale {
+  let pairs = arena_cell(page + SIDE_AT + SIDE_SCALES / 4u + token / CODEC_GROUP * (SIDE_WIDTH / 4u) + quad);
+  let p0 = plane_pair(pairs.x); let p1 = plane_pair(pairs.y); let p2 = plane_pair(pairs.z); let p3 = plane_pair(pairs.w);
+  return CodecScale(vec4<f32>(p0.x, p1.x, p2.x, p3.x), vec4<f32>(p0.y, p1.y, p2.y, p3.y));
+}
+
 
 fn codec_start() -> CodecStat {
   return CodecStat(affine_start());

@@ -7,6 +7,9 @@ const CODEC_SPAN = 16u / CODEC_LOW_BITS;
 const CODEC_PLANES = array<u32, 2>(CODEC_LOW_BITS, CODEC_BITS - CODEC_LOW_BITS);
 const CODEC_GROUP_TOKENS = 1u;
 const CODEC_GROUP_CHANNELS = SIDE_WIDTH;
+const CODEC_TOKEN_SCALES = 1u;
+const CODEC_CHANNEL_SCALES = false;
+const CODEC_OFFSET = 0.0;
 // Cells of the plane of low bits.
 const CODEC_LOW_CELLS = select(
   PAGE_SIZE * CODEC_LOW_BITS / 16u * (SIDE_WIDTH / 8u),
@@ -63,6 +66,41 @@ fn codec_cell(page: u32, token: u32, cell: u32, row: CodecRow, raw: CodecRaw) ->
   return Cell(
     low_y + vec4<f32>(plane_pair(mean.x), plane_pair(mean.y)), high_y + vec4<f32>(plane_pair(mean.z), plane_pair(mean.w)));
 }
+
+struct CodecScale {
+  scale: vec4<f32>,
+  zero: vec4<f32>,
+}
+
+fn codec_numbers(raw: CodecRaw, unit: u32) -> Cell {
+  var low: vec4<f32>;
+  var high: vec4<f32>;
+  if (CODEC_BITS == 4u) {
+    let numbers = plane_nibbles(raw.low[unit % CODEC_SPAN]);
+    low = 2.0 * numbers.low - 47.0;
+    high = 2.0 * numbers.high - 47.0;
+  } else if (CODEC_BITS == 2u) {
+    let numbers = plane_crumbs(raw.low[unit % CODEC_SPAN / 2u], unit % 2u);
+    low = 2.0 * numbers.low - 11.0;
+    high = 2.0 * numbers.high - 11.0;
+  } else {
+    let codes = plane_codes(raw.low, 2u, unit % CODEC_SPAN);
+    let top = plane_codes(raw.high, 1u, unit % 16u);
+    low = 2.0 * vec4<f32>(codes.low | (top.low << vec4<u32>(2u))) - 7.0;
+    high = 2.0 * vec4<f32>(codes.high | (top.high << vec4<u32>(2u))) - 7.0;
+  }
+  const BEND = f32(CODEC_CUBIC) / 8192.0;
+  return Cell(low * (1.0 + BEND * (low * low)), high * (1.0 + BEND * (high * high)));
+}
+
+fn codec_token_scale(page: u32, token: u32, group: u32) -> vec2<f32> {
+  return vec2<f32>(codec_row(page, token, 0u).scale, 0.0);
+}
+
+fn codec_channel_scale(page: u32, token: u32, quad: u32) -> CodecScale {
+  return CodecScale(vec4<f32>(1.0), vec4<f32>(0.0));
+}
+
 
 fn codec_start() -> CodecStat {
   return CodecStat(0.0);

@@ -55,6 +55,26 @@ fn plane_codes(raw: vec4<u32>, bits: u32, unit: u32) -> Codes {
   return Codes((word >> vec4<u32>(0u, 1u, 2u, 3u)) & vec4<u32>(1u), (word >> vec4<u32>(4u, 5u, 6u, 7u)) & vec4<u32>(1u));
 }
 
+// Eight codes of 4 bits as numbers, each 16 more than its code: the code's bits behind those of 16.0, in two operations,
+// where a conversion takes more.
+fn plane_nibbles(word: u32) -> Cell {
+  const BITS = vec4<u32>(0x780000u);
+  const BASE = vec4<u32>(0x41800000u);
+  let low = vec4<u32>(word << 19u, word << 15u, word << 11u, word << 7u);
+  let high = vec4<u32>(word << 3u, word >> 1u, word >> 5u, word >> 9u);
+  return Cell(bitcast<vec4<f32>>((low & BITS) | BASE), bitcast<vec4<f32>>((high & BITS) | BASE));
+}
+
+// Eight codes of 2 bits, in a half of a word, as numbers: each 4 more than its code.
+fn plane_crumbs(word: u32, half: u32) -> Cell {
+  const BITS = vec4<u32>(0x600000u);
+  const BASE = vec4<u32>(0x40800000u);
+  let bits = word >> (half * 16u);
+  let low = vec4<u32>(bits << 21u, bits << 19u, bits << 17u, bits << 15u);
+  let high = vec4<u32>(bits << 13u, bits << 11u, bits << 9u, bits << 7u);
+  return Cell(bitcast<vec4<f32>>((low & BITS) | BASE), bitcast<vec4<f32>>((high & BITS) | BASE));
+}
+
 // Two f16 as f32, for scales. Attention may read them by the driver's conversion.
 fn plane_pair(word: u32) -> vec2<f32> {
   return unpack2x16float(word);

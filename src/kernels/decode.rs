@@ -11,10 +11,13 @@
 //! Where a sequence is split depends on its own length alone, never on what else is in the batch, so that a
 //! session's result does not change with its company (batch invariance).
 //!
-//! **Mapping.** 64 lanes. In QK a lane owns whole tokens of a tile of 256 (64 for large groups); scores of the tile lie in
-//! workgroup memory; the running maximum is shared. In PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are
-//! added once, at the end. Where a codec transforms channels, the query is transformed once per item and the output
-//! once at the end, in workgroup memory. Query heads of the group are packed in `vec4`s, so a group of 3 computes 4.
+//! **Mapping.** Two kernels, of which [`DecodeTuning`] chooses. *General* serves every format: 64 lanes; in QK a lane owns whole
+//! tokens of a tile of 256 (64 for large groups); scores of the tile lie in workgroup memory; the running maximum is shared. In
+//! PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are added once, at the end. Query heads of the
+//! group are packed in `vec4`s, so a group of 3 computes 4. *Tiled* does the same in register tiles that are written out, with
+//! several loads in flight, and folds scales into queries and weights (shaders/attention/decode_tiled.wgsl says how); formats
+//! that it does not serve ([`DecodeTuning::serves`]) go to the general one. Where a codec rotates channels, the query is
+//! rotated once per item and the output once at the end, in workgroup memory.
 //!
 //! **Bytes.** Reads a page's bytes per page and KV head once, whatever the group size; writes
 //! `group_size * (head_dim + 2) * 4` per item. **FLOPs.** `4 * num_qo_heads * tokens * head_dim`.
@@ -24,11 +27,184 @@
 //!
 //! Method: FlashDecoding (Dao et al., 2023) and FlashInfer (arXiv:2501.01005); group packing as in both.
 
+use std::fmt;
+use std::str::FromStr;
+
 use super::attention::{Format, lanes_module};
 use super::{KernelSpec, modules};
+use crate::compression::hidden::{Quantizer, Side, Transform};
 use crate::device::Tier;
+use crate::geometry::CELL_BYTES;
 
 const WORKGROUP_SIZE: u32 = 64;
+/// Tokens of a block of the tiled kernel, all in one page and in one group of every codec.
+const BLOCK: u32 = 32;
+/// Workgroup memory that every adapter has.
+const WORKGROUP_BYTES: u64 = 32 * 1024;
+
+/// How decode is launched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DecodeTuning {
+    /// The kernel that serves every format.
+    #[default]
+    General,
+    /// Register tiles.
+    Tiled(DecodeTile),
+}
+
+/// A register tile of decode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DecodeTile {
+    /// Lanes of a workgroup.
+    pub lanes: u32,
+    /// Tokens whose scores a lane computes at once.
+    pub tokens: u32,
+    /// Loads of 16 bytes of keys in flight for each of these tokens.
+    pub key_loads: u32,
+    /// Loads of 16 bytes of values in flight.
+    pub value_loads: u32,
+}
+
+impl fmt::Display for DecodeTuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::General => f.pad("general"),
+            Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }) => {
+                f.pad(&format!("tiled:{lanes}:{tokens}:{key_loads}:{value_loads}"))
+            }
+        }
+    }
+}
+
+impl FromStr for DecodeTuning {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "general" {
+            return Ok(Self::General);
+        }
+        let numbers = text.strip_prefix("tiled:").map(|rest| rest.split(':').map(str::parse).collect());
+        let Some(Ok([lanes, tokens, key_loads, value_loads])) =
+            numbers.map(|n: Result<Vec<u32>, _>| n.map_err(drop).and_then(|n| <[u32; 4]>::try_from(n).map_err(drop)))
+        else {
+            return Err(format!(
+                "'{text}' is no tuning of decode: general, or tiled:LANES:TOKENS:KEY_LOADS:VALUE_LOADS"
+            ));
+        };
+        Ok(Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }))
+    }
+}
+
+impl DecodeTuning {
+    /// Everything that is worth trying for a format, the general kernel first.
+    pub fn candidates(format: &Format) -> Vec<Self> {
+        let mut candidates = vec![Self::General];
+        for lanes in [32, 64, 128] {
+            for tokens in [1, 2, 4] {
+                for key_loads in [1, 2, 4, 8] {
+                    for value_loads in [4, 8] {
+                        candidates.push(Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }));
+                    }
+                }
+            }
+        }
+        candidates.retain(|candidate| match candidate {
+            Self::General => true,
+            // From four to sixteen loads in flight: fewer wait, more do not stay in registers.
+            Self::Tiled(tile) => (4..=16).contains(&(tile.tokens * tile.key_loads)) && candidate.serves(format),
+        });
+        candidates
+    }
+
+    /// Whether the kernel can read pages of this format.
+    pub fn serves(&self, format: &Format) -> bool {
+        match self {
+            Self::General => true,
+            Self::Tiled(tile) => tile.serves(format),
+        }
+    }
+}
+
+impl DecodeTile {
+    fn serves(&self, format: &Format) -> bool {
+        let Self { lanes, tokens, key_loads, value_loads } = *self;
+        let heads = format.shape.heads;
+        let cells = heads.head_dim / 8;
+        let codec = format.codec;
+        let plain =
+            [codec.k, codec.v].iter().all(|side| matches!(side.transform, Transform::None | Transform::Rotation));
+        let sizes = lanes.is_power_of_two() && (8..=256).contains(&lanes) && tokens.is_power_of_two() && tokens <= 4;
+        let whole = format.shape.page_size % BLOCK == 0 && heads.head_dim.is_power_of_two() && heads.head_dim >= 64;
+        if codec.paired || !plain || !sizes || !whole || key_loads == 0 || value_loads == 0 {
+            return false;
+        }
+        let span = |side| span(codec.side(side).quantizer);
+        let (key_raws, blocks) = (cells / span(Side::Key), lanes * tokens / span(Side::Value));
+        cells.is_multiple_of(span(Side::Key))
+            && key_raws.is_multiple_of(key_loads)
+            && lanes.is_multiple_of(cells)
+            && (lanes * tokens).is_multiple_of(BLOCK)
+            && blocks.is_multiple_of(lanes / cells * value_loads)
+            && blocks > 0
+            && self.workgroup_bytes(format) <= WORKGROUP_BYTES
+    }
+
+    /// What the kernel declares, in whole cells.
+    fn workgroup_bytes(&self, format: &Format) -> u64 {
+        let heads = format.shape.heads;
+        let queries = heads.group_size() * heads.head_dim / 4;
+        let head_vecs = heads.group_size().div_ceil(4);
+        let tile = self.lanes * self.tokens;
+        let folded = if channel_scales(format) { tile / BLOCK * (queries + 1) } else { 0 };
+        let weights = weight_groups(format) * head_vecs * (tile + 1);
+        // Beside them the zero points, and at most as much for reductions.
+        let cells = queries + folded.max(weights).max(2 * self.lanes) + (head_vecs + 1) * self.lanes + 8;
+        u64::from(cells) * CELL_BYTES
+    }
+
+    fn constants(&self, format: &Format) -> Vec<(&'static str, u32)> {
+        let group = format.shape.heads.group_size();
+        let (head_vecs, weight_groups) = (group.div_ceil(4), weight_groups(format));
+        let span = |side| span(format.codec.side(side).quantizer);
+        vec![
+            ("WORKGROUP_SIZE", self.lanes),
+            ("TOKENS", self.tokens),
+            ("KEY_LOADS", self.key_loads),
+            ("VALUE_LOADS", self.value_loads),
+            ("KEY_IN_FLIGHT", self.key_loads * self.tokens),
+            ("KEY_UNITS", span(Side::Key)),
+            ("VALUE_UNITS", span(Side::Value)),
+            ("HEAD_VECS", head_vecs),
+            ("SCORES", group * self.tokens),
+            ("WEIGHT_GROUPS", weight_groups),
+            ("WEIGHT_ROWS", weight_groups * head_vecs),
+            ("ROTATED_ROWS", group),
+        ]
+    }
+}
+
+/// Cells of keys, or tokens of values, in 16 bytes.
+const fn span(quantizer: Quantizer) -> u32 {
+    match quantizer {
+        Quantizer::F32 | Quantizer::F16 => 1,
+        Quantizer::Fp8 | Quantizer::Int8 => 2,
+        Quantizer::Kivi { bits, .. } => 16 / bits,
+        Quantizer::Gaussian { bits: 3 } => 8,
+        Quantizer::Gaussian { bits } => 16 / bits,
+    }
+}
+
+const fn channel_scales(format: &Format) -> bool {
+    matches!(format.codec.k.quantizer, Quantizer::Kivi { .. })
+}
+
+/// Groups of channels in which a token's value has scales of its own; one where it has none.
+const fn weight_groups(format: &Format) -> u32 {
+    match format.codec.v.quantizer {
+        Quantizer::Kivi { group, .. } if group < format.shape.heads.head_dim => format.shape.heads.head_dim / group,
+        _ => 1,
+    }
+}
 
 /// A decode kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +213,8 @@ pub struct DecodeSpec {
     pub format: Format,
     /// The reductions it uses.
     pub tier: Tier,
+    /// How it is launched; a format that this does not serve is read by the general kernel.
+    pub tuning: DecodeTuning,
 }
 
 impl DecodeSpec {
@@ -46,9 +224,33 @@ impl DecodeSpec {
 
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
-        let head_vecs = self.format.shape.heads.group_size().div_ceil(4);
-        let tokens_per_lane = if head_vecs <= 2 { 4 } else { 1 };
-        let constants = [("WORKGROUP_SIZE", WORKGROUP_SIZE), ("TOKENS_PER_LANE", tokens_per_lane)];
-        self.format.attention_kernel("decode", &constants, &[lanes_module(self.tier), &modules::DECODE])
+        let lanes = lanes_module(self.tier);
+        match self.tuning {
+            DecodeTuning::Tiled(tile) if tile.serves(&self.format) => {
+                let kernel = [lanes, &modules::ROTATE_ROWS, &modules::DECODE_TILED];
+                self.format.attention_kernel("decode", &tile.constants(&self.format), &kernel)
+            }
+            DecodeTuning::General | DecodeTuning::Tiled(_) => {
+                let head_vecs = self.format.shape.heads.group_size().div_ceil(4);
+                let tokens_per_lane = if head_vecs <= 2 { 4 } else { 1 };
+                let constants = [("WORKGROUP_SIZE", WORKGROUP_SIZE), ("TOKENS_PER_LANE", tokens_per_lane)];
+                self.format.attention_kernel("decode", &constants, &[lanes, &modules::DECODE])
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tuning_reads_back_and_bad_ones_are_refused() {
+        for text in ["general", "tiled:64:4:2:8"] {
+            assert_eq!(text.parse::<DecodeTuning>().map(|t| t.to_string()).as_deref(), Ok(text), "round trip");
+        }
+        for bad in ["", "tiled", "tiled:64:4:2", "tiled:64:4:2:x", "tiled:1:2:3:4:5", "General"] {
+            assert!(bad.parse::<DecodeTuning>().is_err(), "'{bad}'");
+        }
     }
 }

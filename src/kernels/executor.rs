@@ -267,7 +267,10 @@ impl AttentionKernels {
             let buffer = device.storage("codec parameters", bytes)?;
             held += Bytes(buffer.size());
             let parameters = Slot::Whole(&buffer);
-            let decode = cache.get(device, &DecodeSpec { format, tier: device.tier() }.kernel())?;
+            let decode = cache.get(
+                device,
+                &DecodeSpec { format, tier: device.tier(), tuning: cache.tuning().decode(&format) }.kernel(),
+            )?;
             let prefill = cache.get(device, &PrefillSpec { format }.kernel())?;
             let seal = if format.codec.seals() {
                 let mut compile = |side| cache.get(device, &seal::kernel(&format, side));

@@ -18,7 +18,7 @@
 //! `2 * num_qo_heads * tokens * (width_qk + width_vo)`.
 
 use super::attention::CacheShape;
-use super::decode::DecodeSpec;
+use super::decode::{DecodeSpec, DecodeTuning};
 use super::{Constant, KernelSpec};
 use crate::compression::hidden::{Codec, HiddenCodec, Side};
 use crate::device::Tier;
@@ -73,7 +73,8 @@ impl LatentDecodeSpec {
             HeadGeometry { num_qo_heads: self.num_qo_heads, num_kv_heads: self.tiles(), head_dim: self.width_qk };
         let shape = CacheShape { heads, page_size: self.page_size };
         let codec = HiddenCodec { k: self.codec, v: Codec::default(), paired: false };
-        let mut spec = DecodeSpec { format: shape.format(codec), tier: self.tier }.kernel();
+        let mut spec =
+            DecodeSpec { format: shape.format(codec), tier: self.tier, tuning: DecodeTuning::General }.kernel();
         for (name, value) in &mut spec.constants {
             match name.as_ref() {
                 "OUT_DIM" | "VALUE_WIDTH" => *value = Constant::U32(self.width_vo),

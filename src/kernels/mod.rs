@@ -43,6 +43,7 @@ pub mod score;
 pub mod seal;
 pub mod select;
 pub mod stream;
+pub mod tuning;
 mod unroll;
 mod words;
 
@@ -120,6 +121,10 @@ pub mod modules {
         PRODUCT = "model/product.wgsl";
         /// Split-KV decode.
         DECODE = "attention/decode.wgsl";
+        /// The same in register tiles.
+        DECODE_TILED = "attention/decode_tiled.wgsl";
+        /// Random rotations of rows of channels.
+        ROTATE_ROWS = "attention/rotate_rows.wgsl";
         /// Chunked causal prefill.
         PREFILL = "attention/prefill.wgsl";
         /// Merging attention states.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::tuning::Tuning;
 use super::{Access, KernelSpec, link};
 use crate::device::{Device, DeviceError, ShaderChecks};
 
@@ -181,13 +182,24 @@ fn trusted_module(
     unsafe { device.create_shader_module_trusted(descriptor, checks) }
 }
 
-/// Pipelines by spec: compiled at first use, shared afterwards.
+/// Pipelines by spec: compiled at first use, shared afterwards; and how kernels are to be launched.
 #[derive(Debug, Default)]
 pub struct PipelineCache {
+    tuning: Tuning,
     pipelines: HashMap<KernelSpec, Arc<Pipeline>>,
 }
 
 impl PipelineCache {
+    /// An empty cache of kernels that are launched as `tuning` says.
+    pub fn new(tuning: Tuning) -> Self {
+        Self { tuning, pipelines: HashMap::new() }
+    }
+
+    /// How kernels are launched.
+    pub const fn tuning(&self) -> &Tuning {
+        &self.tuning
+    }
+
     /// The pipeline of `spec`.
     ///
     /// # Errors

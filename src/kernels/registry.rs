@@ -2,7 +2,7 @@
 
 use super::append::Positions;
 use super::attention::{CacheShape, Format};
-use super::decode::DecodeSpec;
+use super::decode::{DecodeSpec, DecodeTuning};
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::Product;
 use super::prefill::PrefillSpec;
@@ -86,7 +86,10 @@ fn product_specs(product: Product, tuning: ProductTuning) -> Vec<KernelSpec> {
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
     let mut specs = vec![PrefillSpec { format: *format }.kernel()];
     specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
-    specs.extend([Tier::Portable, Tier::Subgroup].map(|tier| DecodeSpec { format: *format, tier }.kernel()));
+    for tuning in DecodeTuning::candidates(format) {
+        let spec = |tier| DecodeSpec { format: *format, tier, tuning }.kernel();
+        specs.extend([Tier::Portable, Tier::Subgroup].map(spec));
+    }
     if format.codec.seals() {
         specs.extend([Side::Key, Side::Value].map(|side| seal::kernel(format, side)));
     }

@@ -54,8 +54,7 @@ fn expand(lines: &[Line], constants: &HashMap<&str, u32>) -> Vec<Line> {
         for value in 0..count {
             let value = format!("{value}u");
             out.push(("{".to_owned(), *number));
-            let replaced =
-                |text: &str| words::replace(text, |word| (word == variable).then(|| value.as_str().into()));
+            let replaced = |text: &str| words::replace(text, |word| (word == variable).then(|| value.as_str().into()));
             out.extend(body.iter().map(|(text, number)| (replaced(text), *number)));
             out.push(("}".to_owned(), *number));
         }
@@ -107,9 +106,17 @@ mod tests {
         let source = "a();\nfor (var u = 0u; u < LOADS; u++) {  // unroll\n  if (x.u > u) { raw[u] = 0u; }\n}\nb();\n";
         let expected = "a();\n{\nif (x.u > 0u) { raw[0u] = 0u; }\n}\n{\nif (x.u > 1u) { raw[1u] = 0u; }\n}\nb();\n";
         assert_eq!(text(source), expected, "members and literals keep their names");
-        assert_eq!(text("for (var u = 0u; u < 2u; u++) { f(u); }  // unroll"), "{\nf(0u);\n}\n{\nf(1u);\n}\n", "one line");
+        assert_eq!(
+            text("for (var u = 0u; u < 2u; u++) { f(u); }  // unroll"),
+            "{\nf(0u);\n}\n{\nf(1u);\n}\n",
+            "one line"
+        );
         assert_eq!(text("for (var u = 0u; u < NONE; u++) { f(u); }  // unroll\ng();"), "g();\n", "no rounds");
-        assert_eq!(text("for (var u = 0u; u < 9u; u++) { f(u); }"), "for (var u = 0u; u < 9u; u++) { f(u); }\n", "not marked");
+        assert_eq!(
+            text("for (var u = 0u; u < 9u; u++) { f(u); }"),
+            "for (var u = 0u; u < 9u; u++) { f(u); }\n",
+            "not marked"
+        );
     }
 
     #[test]
@@ -117,7 +124,10 @@ mod tests {
         let source = "for (var i = 0u; i < 2u; i++) {  // unroll\n  for (var j = 0u; j < 2u; j++) {  // unroll\n    f(i, j);\n  }\n}";
         let lines = unroll(source, &HashMap::new());
         let calls: Vec<_> = lines.iter().filter(|(line, _)| line.contains('f')).collect();
-        assert_eq!(calls.iter().map(|(line, _)| line.trim()).collect::<Vec<_>>(), ["f(0u, 0u);", "f(0u, 1u);", "f(1u, 0u);", "f(1u, 1u);"]);
+        assert_eq!(
+            calls.iter().map(|(line, _)| line.trim()).collect::<Vec<_>>(),
+            ["f(0u, 0u);", "f(0u, 1u);", "f(1u, 0u);", "f(1u, 1u);"]
+        );
         assert!(calls.iter().all(|(_, number)| *number == 3), "an error is shown where it is written");
     }
 

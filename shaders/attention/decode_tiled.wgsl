@@ -1,0 +1,274 @@
+// Split-KV decode in register tiles. Specification: src/kernels/decode.rs.
+//
+// Workgroup = one work item = (row, KV head, run of tokens), walked in tiles of TILE tokens.
+//
+// QK: a lane owns TOKENS tokens of one block of 32, all in one page, so a score needs no exchange between lanes, and one
+//   query value from workgroup memory serves TOKENS scores. Reads of workgroup memory are what limits this kernel: such a
+//   read costs a subgroup as much as 16 multiply-adds even when all lanes read one address.
+// PV: a lane owns a cell of 8 channels and a stripe of tokens; one weight from workgroup memory serves 8 channels.
+//
+// Numbers are used as they lie in the codes. Scales of key channels are folded into the query, once per block of tokens;
+// those of tokens into scores and weights; what is added to all numbers of a group (zero points, and the offset that codes
+// have as floats) is summed once per group.
+
+const TILE = WORKGROUP_SIZE * TOKENS;
+const BLOCK = 32u;
+const BLOCK_LANES = BLOCK / TOKENS;
+const BLOCKS = TILE / BLOCK;
+const QUADS = HEAD_DIM / 4u;
+const STRIPES = WORKGROUP_SIZE / VALUE_CELLS;
+const KEY_RAWS = KEY_CELLS / KEY_CODEC_SPAN;
+// One more than a multiple of 8, so that neighbouring rows begin in different banks.
+const FOLD_STRIDE = GROUP_SIZE * QUADS + 1u;
+const WEIGHT_STRIDE = TILE + 1u;
+const FOLD_VECS = select(0u, BLOCKS * FOLD_STRIDE, KEY_CODEC_CHANNEL_SCALES);
+const TILE_VECS = max(max(FOLD_VECS, WEIGHT_ROWS * WEIGHT_STRIDE), WORKGROUP_SIZE * 2u);
+
+var<workgroup> q_tile: array<vec4<f32>, GROUP_SIZE * QUADS>;  // [head][channel / 4]; at the end outputs
+// In turn: folded queries [block][head][channel / 4], weights [channel group][head vec][token], outputs [lane][2].
+var<workgroup> tile_of: array<vec4<f32>, TILE_VECS>;
+var<workgroup> zeros: array<vec4<f32>, WORKGROUP_SIZE * HEAD_VECS>;
+
+fn place_of(block: u32, lane: u32, j: u32) -> u32 {
+  return block * BLOCK + lane + j * BLOCK_LANES;
+}
+
+@compute @workgroup_size(WORKGROUP_SIZE)
+fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
+  let item = group.y * GRID_WIDTH + group.x;
+  if (item >= par.n_items) { return; }
+  let li = lanes.index;
+  let head_item = step[par.items + item * 2u];
+  let place_item = step[par.items + item * 2u + 1u];
+  let row = head_item.x / NUM_KV_HEADS;
+  let kv_head = head_item.x % NUM_KV_HEADS;
+  let n_tokens = head_item.y;
+  let pages = head_item.z + par.layer * place_item.x;
+  let slot = head_item.w;
+
+  let q_at = (row * par.q_stride + kv_head * (GROUP_SIZE * HEAD_DIM)) / 4u;
+  for (var i = li; i < GROUP_SIZE * QUADS; i += WORKGROUP_SIZE) { q_tile[i] = q[q_at + i] * par.scale_log2; }
+  workgroupBarrier();
+  if (KEY_ROTATES) { rotate(li); }
+
+  let block = li / BLOCK_LANES;
+  let block_lane = li % BLOCK_LANES;
+  let cell = li % VALUE_CELLS;
+  let stripe = li / VALUE_CELLS;
+  // Queries summed over channels: what a token's zero point meets.
+  var q_sum: array<f32, GROUP_SIZE>;
+  if (KEY_CODEC_TOKEN_SCALES > 0u) {
+    for (var c = 0u; c < QUADS; c++) {
+      for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+        q_sum[g] += dot(q_tile[g * QUADS + c], vec4<f32>(1.0));
+      }
+    }
+  }
+  var m: array<vec4<f32>, HEAD_VECS>;
+  var l: array<vec4<f32>, HEAD_VECS>;
+  var low: array<vec4<f32>, GROUP_SIZE>;
+  var high: array<vec4<f32>, GROUP_SIZE>;
+  var added: array<vec4<f32>, WEIGHT_ROWS>;  // sums of weights times zero points, [channel group][head vec]
+  for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+    m[h] = vec4<f32>(MASKED);
+  }
+
+  for (var tile = 0u; tile < n_tokens; tile += TILE) {
+    // A block behind the last token reads the last one's.
+    let first = min(tile + block * BLOCK, (n_tokens - 1u) / BLOCK * BLOCK);
+    let page = tables[pages + first / PAGE_SIZE];
+    let token = first % PAGE_SIZE + block_lane;
+
+    var s: array<f32, SCORES>;  // [token][head]
+    if (KEY_CODEC_CHANNEL_SCALES) {
+      var zero: array<f32, GROUP_SIZE>;
+      for (var i = 0u; i < QUADS; i += BLOCK_LANES) {
+        let c = i + block_lane;
+        if (c < QUADS) {
+          let channels = key_codec_channel_scale(page, token, c);
+          let offset = channels.zero - KEY_CODEC_OFFSET * channels.scale;
+          for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+            let q4 = q_tile[g * QUADS + c];
+            tile_of[block * FOLD_STRIDE + g * QUADS + c] = q4 * channels.scale;
+            zero[g] += dot(q4, offset);
+          }
+        }
+      }
+      for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+        zeros[li * HEAD_VECS + g / 4u][g % 4u] = zero[g];
+      }
+      workgroupBarrier();
+      var sums: array<vec4<f32>, HEAD_VECS>;
+      for (var i = 0u; i < BLOCK_LANES; i++) {
+        for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+          sums[h] += zeros[(block * BLOCK_LANES + i) * HEAD_VECS + h];
+        }
+      }
+      for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+        for (var j = 0u; j < TOKENS; j++) {  // unroll
+          s[j * GROUP_SIZE + g] = sums[g / 4u][g % 4u];
+        }
+      }
+    }
+    var token_scale: array<vec2<f32>, TOKENS>;
+    if (KEY_CODEC_TOKEN_SCALES > 0u) {
+      for (var j = 0u; j < TOKENS; j++) {  // unroll
+        token_scale[j] = key_codec_token_scale(page, token + j * BLOCK_LANES, 0u);
+      }
+    }
+    let q_from = select(0u, block * FOLD_STRIDE, KEY_CODEC_CHANNEL_SCALES);
+    for (var first_raw = 0u; first_raw < KEY_RAWS; first_raw += KEY_LOADS) {
+      var raw: array<KeyCodecRaw, KEY_IN_FLIGHT>;
+      for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
+        for (var j = 0u; j < TOKENS; j++) {  // unroll
+          raw[u * TOKENS + j] = key_codec_load(page, token + j * BLOCK_LANES, (first_raw + u) * KEY_CODEC_SPAN);
+        }
+      }
+      for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
+        for (var unit = 0u; unit < KEY_UNITS; unit++) {  // unroll
+          let c = q_from + ((first_raw + u) * KEY_CODEC_SPAN + unit) * 2u;
+          var k: array<Cell, TOKENS>;
+          for (var j = 0u; j < TOKENS; j++) {  // unroll
+            k[j] = key_codec_numbers(raw[u * TOKENS + j], unit);
+          }
+          for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+            var a: vec4<f32>;
+            var b: vec4<f32>;
+            if (KEY_CODEC_CHANNEL_SCALES) {
+              a = tile_of[c + g * QUADS];
+              b = tile_of[c + g * QUADS + 1u];
+            } else {
+              a = q_tile[c + g * QUADS];
+              b = q_tile[c + g * QUADS + 1u];
+            }
+            for (var j = 0u; j < TOKENS; j++) {  // unroll
+              s[j * GROUP_SIZE + g] = chained(k[j], a, b, s[j * GROUP_SIZE + g]);
+            }
+          }
+        }
+      }
+    }
+    var inside: array<bool, TOKENS>;
+    var top: array<vec4<f32>, HEAD_VECS>;
+    for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+      top[h] = vec4<f32>(MASKED);
+    }
+    for (var j = 0u; j < TOKENS; j++) {  // unroll
+      inside[j] = tile + place_of(block, block_lane, j) < n_tokens;
+      for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+        var score = s[j * GROUP_SIZE + g];
+        if (KEY_CODEC_TOKEN_SCALES > 0u) { score = score * token_scale[j].x + q_sum[g] * token_scale[j].y; }
+        score = select(MASKED, score, inside[j]);
+        s[j * GROUP_SIZE + g] = score;
+        top[g / 4u][g % 4u] = max(top[g / 4u][g % 4u], score);
+      }
+    }
+    var fade: array<vec4<f32>, HEAD_VECS>;
+    for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+      let higher = max(m[h], lanes_max(lanes, top[h]));
+      fade[h] = exp2(m[h] - higher);
+      m[h] = higher;
+      l[h] *= fade[h];
+    }
+    for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+      low[g] *= fade[g / 4u][g % 4u];
+      high[g] *= fade[g / 4u][g % 4u];
+    }
+    if (VALUE_CODEC_TOKEN_SCALES > 0u) {
+      for (var r = 0u; r < WEIGHT_ROWS; r++) {  // unroll
+        added[r] *= fade[r % HEAD_VECS];
+      }
+    }
+    for (var j = 0u; j < TOKENS; j++) {  // unroll
+      let place = place_of(block, block_lane, j);
+      var p: array<vec4<f32>, HEAD_VECS>;
+      for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+        p[g / 4u][g % 4u] = select(0.0, exp2(s[j * GROUP_SIZE + g] - m[g / 4u][g % 4u]), inside[j]);
+      }
+      for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+        l[h] += p[h];
+      }
+      for (var r = 0u; r < WEIGHT_GROUPS; r++) {  // unroll
+        var scale = vec2<f32>(1.0, 0.0);
+        if (VALUE_CODEC_TOKEN_SCALES > 0u) {
+          // Scales of a slot that was never written may be anything.
+          scale = select(vec2<f32>(0.0), value_codec_token_scale(page, token + j * BLOCK_LANES, r), inside[j]);
+        }
+        for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+          tile_of[(r * HEAD_VECS + h) * WEIGHT_STRIDE + place] = p[h] * scale.x;
+          if (VALUE_CODEC_TOKEN_SCALES > 0u) {
+            added[r * HEAD_VECS + h] += p[h] * (scale.y - VALUE_CODEC_OFFSET * scale.x);
+          }
+        }
+      }
+    }
+    workgroupBarrier();
+    // Blocks behind the last token have no weight; they read the last one, since what was never written may be NaN.
+    let last = (min(TILE, n_tokens - tile) - 1u) / VALUE_CODEC_SPAN;
+    let weights = cell * WEIGHT_GROUPS / VALUE_CELLS * HEAD_VECS * WEIGHT_STRIDE;
+    for (var i = stripe; i <= last; i += STRIPES * VALUE_LOADS) {
+      var raw: array<ValueCodecRaw, VALUE_LOADS>;
+      for (var u = 0u; u < VALUE_LOADS; u++) {  // unroll
+        let place = tile + min(i + u * STRIPES, last) * VALUE_CODEC_SPAN;
+        raw[u] = value_codec_load(tables[pages + place / PAGE_SIZE], place % PAGE_SIZE, cell);
+      }
+      for (var u = 0u; u < VALUE_LOADS; u++) {  // unroll
+        for (var unit = 0u; unit < VALUE_UNITS; unit++) {  // unroll
+          let v = value_codec_numbers(raw[u], unit);
+          let at = weights + (i + u * STRIPES) * VALUE_CODEC_SPAN + unit;
+          for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+            let p = tile_of[at + g / 4u * WEIGHT_STRIDE][g % 4u];
+            low[g] = fma(v.low, vec4<f32>(p), low[g]);
+            high[g] = fma(v.high, vec4<f32>(p), high[g]);
+          }
+        }
+      }
+    }
+    workgroupBarrier();
+  }
+
+  // What was added to all channels of a group, over all lanes.
+  for (var r = 0u; r < WEIGHT_ROWS; r++) {  // unroll
+    if (VALUE_CODEC_TOKEN_SCALES > 0u) { added[r] = lanes_sum(lanes, added[r]); }
+  }
+  for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
+    tile_of[li * 2u] = low[g];
+    tile_of[li * 2u + 1u] = high[g];
+    workgroupBarrier();
+    for (var c = li; c < QUADS; c += WORKGROUP_SIZE) {
+      var sum = vec4<f32>(0.0);
+      for (var i = 0u; i < STRIPES; i++) { sum += tile_of[i * VALUE_CELLS * 2u + c]; }
+      if (VALUE_CODEC_TOKEN_SCALES > 0u) {
+        for (var r = 0u; r < WEIGHT_GROUPS; r++) {  // unroll
+          if (c * WEIGHT_GROUPS / QUADS == r) { sum += added[r * HEAD_VECS + g / 4u][g % 4u]; }
+        }
+      }
+      q_tile[g * QUADS + c] = sum;
+    }
+    workgroupBarrier();
+  }
+  if (VALUE_ROTATES) { rotate_back(li); }
+  for (var i = li; i < GROUP_SIZE * QUADS; i += WORKGROUP_SIZE) {
+    let o = q_tile[i];
+    let at = slot * HEAD_DIM + i * 4u;
+    state_o[at] = o.x; state_o[at + 1u] = o.y; state_o[at + 2u] = o.z; state_o[at + 3u] = o.w;
+  }
+  for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+    let total = lanes_sum(lanes, l[h]);
+    if (li < 4u && h * 4u + li < GROUP_SIZE) {
+      state_ml[slot + h * 4u + li] = vec2<f32>(m[h][li], total[li]);
+    }
+  }
+}
+
+// A cell of keys against eight query values, each product added to the last: one operation a product.
+fn chained(k: Cell, a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
+  var s = fma(k.low.x, a.x, sum);
+  s = fma(k.low.y, a.y, s);
+  s = fma(k.low.z, a.z, s);
+  s = fma(k.low.w, a.w, s);
+  s = fma(k.high.x, b.x, s);
+  s = fma(k.high.y, b.y, s);
+  s = fma(k.high.z, b.z, s);
+  return fma(k.high.w, b.w, s);
+}

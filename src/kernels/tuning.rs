@@ -1,0 +1,21 @@
+//! How kernels are launched: what changes their speed and nothing else.
+//!
+//! A kernel's text follows from what it computes (its spec) and from its tuning: lanes, register tiles, loads in flight. Which
+//! is fastest is an adapter's affair; every candidate is checked like any other kernel.
+
+use super::attention::Format;
+use super::decode::DecodeTuning;
+
+/// The tuning of every kernel that has one; what is not chosen is as [`Self::decode`] says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Tuning {
+    /// Of decode, for all formats.
+    pub decode: Option<DecodeTuning>,
+}
+
+impl Tuning {
+    /// How decode reads pages of a format.
+    pub fn decode(&self, _format: &Format) -> DecodeTuning {
+        self.decode.unwrap_or_default()
+    }
+}
