@@ -66,7 +66,15 @@ fn next(caches: &Caches, sessions: u32) -> StepPlan {
         let decode = first_index > 0;
         let tokens = vec![1; if decode { 1 } else { PROMPT as usize }];
         let sample = Some(Sampling::GREEDY);
-        plan.segments.push(PlannedRows { session, first_index, tokens, decode, depth: None, observed: Vec::new(), sample });
+        plan.segments.push(PlannedRows {
+            session,
+            first_index,
+            tokens,
+            decode,
+            depth: None,
+            observed: Vec::new(),
+            sample,
+        });
     }
     plan
 }

@@ -12,11 +12,10 @@ use concertina::compression::hidden::Side;
 use concertina::geometry::HeadGeometry;
 use concertina::kernels::abi::{
     AppendItem, AppendParams, AttentionParams, CarryItem, CarryParams, DecideItem, DecideParams, DecodeItem,
-    EmbedParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams,
-    MatmulParams, MergeItem, MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, MovePagesItem,
-    MovePagesParams, PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams,
-    SampleItem, SampleParams, ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams,
-    StreamParams, VEC4_WORDS,
+    EmbedParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams, MatmulParams, MergeItem,
+    MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, MovePagesItem, MovePagesParams,
+    PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams, SampleItem, SampleParams, ScoreItem,
+    ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams, StreamParams, VEC4_WORDS,
 };
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::registry::{all_specs, codecs, format_specs};

@@ -45,7 +45,8 @@ fn every_admitted_head_shape_has_kernels_within_the_limits() {
             if heads.check().is_ok() {
                 let shape = CacheShape { heads, page_size: 64 };
                 specs.extend([merge_states::kernel(&shape), moments::kernel(&shape)]);
-                specs.extend([Positions::Applied, Positions::Rotary].map(|positions| append::kernel(&shape, positions)));
+                specs
+                    .extend([Positions::Applied, Positions::Rotary].map(|positions| append::kernel(&shape, positions)));
                 assert!(PrefillSpec::tile_positions(&shape) > 0, "a tile of {heads:?} holds a position");
                 // Narrowest and widest groups of every head, and some between.
                 let widest = HeadGeometry { num_qo_heads: group_size + 1, ..heads }.check().is_err();

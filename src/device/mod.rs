@@ -183,7 +183,16 @@ impl Device {
         let (raw, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .map_err(|e| DeviceError::Open { adapter: summary.name.clone(), reason: e.to_string() })?;
         let trouble = Trouble::of(&raw);
-        Ok(Self { raw, queue, summary, tier, checks, trouble, buffers_made: AtomicU64::new(0), submitted: Mutex::new(None) })
+        Ok(Self {
+            raw,
+            queue,
+            summary,
+            tier,
+            checks,
+            trouble,
+            buffers_made: AtomicU64::new(0),
+            submitted: Mutex::new(None),
+        })
     }
 
     /// The adapter behind this device.

@@ -26,8 +26,8 @@ use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, CELL_BYTES, F16_BYTES, WORD_BYTES};
 use crate::kernels::abi::{MatmulParams, StreamParams};
 use crate::kernels::matmul::{self, Input, NO_LIST, Output};
-use crate::kernels::product_tuning::{ManyRows, ProductTuning};
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
+use crate::kernels::product_tuning::ManyRows;
 use crate::kernels::{KernelSpec, Recorder, Slot, stream};
 use crate::reference::compare::Tolerance;
 use crate::weights::Matrix;
@@ -370,12 +370,11 @@ impl Product {
         uploader.upload(device, bytemuck::cast_slice(&x), &there[0], 0)?;
         uploader.upload(device, bytemuck::cast_slice(&packed), &there[1], 0)?;
         let y = device.storage("product y", bytes(rows * cols, WORD_BYTES))?;
-        let tile = ProductTuning::of_kind(&device.summary().kind).many;
+        let tile = cache.tuning().product(&device.summary().kind).many;
         let product = matmul::Product { input: Input::Plain, output: Output::Replace };
         let kernel = Kernel::new(device, cache, &product.matmul(tile), &[&there[0], &there[1], &y])?;
         let (cells, list) = (k / 8, NO_LIST);
-        let params =
-            MatmulParams { x_row: 0, y_row: 0, n_rows: rows, cols, cells, first_col: 0, list, eps: 0.0 };
+        let params = MatmulParams { x_row: 0, y_row: 0, n_rows: rows, cols, cells, first_col: 0, list, eps: 0.0 };
         Ok(Self { kernel, tile, params, x, matrix, y })
     }
 

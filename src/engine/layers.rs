@@ -38,14 +38,6 @@ pub(super) struct RowCounts {
     pub(super) all: u32,
 }
 
-/// How products of a step's rows are computed.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Rows {
-    pub(super) tuning: ProductTuning,
-    /// Decode rows of a step at most.
-    pub(super) most: u32,
-}
-
 /// A product of few rows, as many to a workgroup as it says.
 #[derive(Debug)]
 struct Few {
@@ -130,7 +122,9 @@ pub(super) struct Layers {
 struct Builder<'a> {
     device: &'a Device,
     cache: &'a mut PipelineCache,
-    rows: &'a Rows,
+    tuning: ProductTuning,
+    /// Decode rows of a step at most.
+    most: u32,
     eps: f32,
     step: &'a wgpu::Buffer,
 }
@@ -144,7 +138,7 @@ impl Builder<'_> {
         y: &wgpu::Buffer,
         output: Output,
     ) -> Result<Linear, KernelError> {
-        let Rows { tuning, most } = *self.rows;
+        let (tuning, most) = (self.tuning, self.most);
         let product = Product { input: if gain.is_some() { Input::Normed } else { Input::Plain }, output };
         let mut bound = |spec| -> Result<Bound, KernelError> {
             let pipeline = self.cache.get(self.device, &spec)?;
@@ -163,17 +157,19 @@ impl Builder<'_> {
 }
 
 impl Layers {
+    /// For steps of at most `most` decode rows.
     pub(super) fn new(
         device: &Device,
         cache: &mut PipelineCache,
         geometry: &ModelGeometry,
         weights: &DeviceWeights,
         s: &Scratch,
-        rows: &Rows,
+        most: u32,
     ) -> Result<Self, KernelError> {
         let embed = cache.get(device, &embed::kernel())?;
         let sample = cache.get(device, &sample::kernel(device.tier()))?;
-        let mut build = Builder { device, cache, rows, eps: geometry.rms_norm_eps, step: &s.step };
+        let (tuning, eps) = (cache.tuning().product(&device.summary().kind), geometry.rms_norm_eps);
+        let mut build = Builder { device, cache, tuning, most, eps, step: &s.step };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for w in &weights.layers {
             layers.push(Layer {

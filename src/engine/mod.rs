@@ -39,7 +39,6 @@ use crate::kernels::eviction::EvictionKernels;
 use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers, Turning};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Planner, Segment};
-use crate::kernels::product_tuning::ProductTuning;
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
@@ -47,7 +46,7 @@ use crate::pool::{PagePool, PoolError, PoolLayout};
 use crate::schedule::{Abilities, Backend, BackendError, Caches, Fault, SessionId, StepPlan, StepResult};
 use crate::weights::Weights;
 pub use config::{EngineConfig, EvictionConfig};
-use layers::{Layers, RowCounts, Rows};
+use layers::{Layers, RowCounts};
 use paged_attention::page_sizes;
 use scratch::{Scratch, ScratchSizes};
 use step::{StepOffsets, StepRows, inverse_frequencies};
@@ -157,9 +156,7 @@ impl<'d> Engine<'d> {
         let heads_of_codecs = parameters::of_weights(weights, &config.codecs);
         let weights = DeviceWeights::upload(device, weights)?;
         let mut cache = PipelineCache::default();
-        let tuning = ProductTuning::of_kind(&device.summary().kind);
-        let most = config.max_sessions;
-        let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch, &Rows { tuning, most })?;
+        let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch, config.max_sessions)?;
         let heads = geometry.heads;
         let rows = RowBuffers {
             qkv: &scratch.qkv,
@@ -442,13 +439,7 @@ impl<'d> Engine<'d> {
     }
 
     /// Records the whole forward pass; the number of dispatches.
-    fn record(
-        &self,
-        mut recorder: Recorder<'_>,
-        plan: &StepPlan,
-        offsets: &StepOffsets,
-        want: Want,
-    ) -> u32 {
+    fn record(&self, mut recorder: Recorder<'_>, plan: &StepPlan, offsets: &StepOffsets, want: Want) -> u32 {
         let attention = self.planner.last();
         let (decode, all) = (plan.decode_rows(), plan.n_rows());
         self.layers.embed(&mut recorder, offsets.tokens, all);

@@ -144,15 +144,7 @@ impl Scratch {
 
     /// Bytes of all of them.
     pub(super) fn bytes(&self) -> Bytes {
-        let buffers = [
-            &self.x,
-            &self.qkv,
-            &self.attention,
-            &self.activated,
-            &self.logits,
-            &self.tokens,
-            &self.step,
-        ];
+        let buffers = [&self.x, &self.qkv, &self.attention, &self.activated, &self.logits, &self.tokens, &self.step];
         Bytes(buffers.iter().map(|b| b.size()).sum())
     }
 }

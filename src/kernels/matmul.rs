@@ -31,8 +31,13 @@ use super::{Access, Binding, Constant, KernelSpec, Module, modules};
 use crate::weights::Matrix;
 
 const PLAIN: &[Binding] = &[("x", Access::Read), ("w", Access::Read), ("y", Access::ReadWrite)];
-const NORMED: &[Binding] =
-    &[("step", Access::Read), ("x", Access::Read), ("gains", Access::Read), ("w", Access::Read), ("y", Access::ReadWrite)];
+const NORMED: &[Binding] = &[
+    ("step", Access::Read),
+    ("x", Access::Read),
+    ("gains", Access::Read),
+    ("w", Access::Read),
+    ("y", Access::ReadWrite),
+];
 
 /// [`MatmulParams::list`] where rows follow each other.
 pub const NO_LIST: u32 = u32::MAX;

@@ -8,8 +8,8 @@ use super::matmul::Product;
 use super::prefill::PrefillSpec;
 use super::product_tuning::ProductTuning;
 use super::{
-    KernelSpec, append, embed, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest,
-    sample, score, seal, select, stream,
+    KernelSpec, append, embed, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest, sample,
+    score, seal, select, stream,
 };
 use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;

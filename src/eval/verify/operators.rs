@@ -10,11 +10,9 @@ use crate::device::Device;
 use crate::engine::EngineError;
 use crate::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
 use crate::geometry::{Bytes, HeadGeometry};
-use crate::kernels::abi::{
-    AppendItem, AppendParams, EmbedParams, MatmulParams, MergeItem, MergeParams, SampleParams,
-};
-use crate::kernels::attention::CacheShape;
+use crate::kernels::abi::{AppendItem, AppendParams, EmbedParams, MatmulParams, MergeItem, MergeParams, SampleParams};
 use crate::kernels::append::{self, Positions};
+use crate::kernels::attention::CacheShape;
 use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product};
 use crate::kernels::product_tuning::ProductTuning;
 use crate::kernels::run_once::run_once;
@@ -252,8 +250,7 @@ impl ProductCase {
         let width = if activates { cols / 2 } else { cols };
         let size = ((n_rows + Self::Y_ROW + 1) * width) as usize;
         let before = if product.output == Output::Accumulate { bench.values(size) } else { poison(size) };
-        let mut case =
-            Self { product, n_rows, x, gains, list, packed, before, want: Vec::new(), scale: Vec::new() };
+        let mut case = Self { product, n_rows, x, gains, list, packed, before, want: Vec::new(), scale: Vec::new() };
         case.expect(&matrix, width);
         case
     }
