@@ -10,7 +10,7 @@ use concertina::compression::Compression;
 use concertina::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
 use concertina::geometry::{Bytes, HeadGeometry, PageGeometry};
 use concertina::kernels::attention::CacheShape;
-use concertina::kernels::plan::{AttentionPlan, Segment};
+use concertina::kernels::plan::{Planner, Segment};
 use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
 use concertina::pool::{PagePool, PoolLayout};
 use concertina::schedule::simulation::Simulation;
@@ -100,7 +100,8 @@ fn plan(c: &mut Criterion) {
             })
             .collect();
         c.bench_function(&format!("plan: decode of 16 {name} sessions x 16K tokens, 32 layers, {place}"), |b| {
-            b.iter(|| AttentionPlan::new(&shape, 32, black_box(&segments)));
+            let mut planner = Planner::default();
+            b.iter(|| planner.plan(&shape, 32, black_box(&segments)).n_states);
         });
     }
 }
@@ -136,7 +137,8 @@ fn ragged_plan(c: &mut Criterion) {
     };
     let segments: Vec<_> = (0..).zip(&tables).map(segment).collect();
     c.bench_function("plan: decode of 16 ragged sessions x 2K to 5K of 16K tokens, 32 layers, one arena", |b| {
-        b.iter(|| AttentionPlan::new(&shape, 32, black_box(&segments)));
+        let mut planner = Planner::default();
+        b.iter(|| planner.plan(&shape, 32, black_box(&segments)).n_states);
     });
 }
 
