@@ -1,4 +1,4 @@
-//! Host cost of a step: page accounting, the attention plan, the schedule. No device.
+//! Host cost of a step: page accounting, the attention plan, the schedule; and of codecs, page by page. No device.
 //!
 //! ```text
 //! cargo bench --bench host
@@ -7,10 +7,10 @@
 use std::hint::black_box;
 
 use concertina::compression::Compression;
-use concertina::compression::hidden::HiddenCodec;
+use concertina::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
 use concertina::geometry::{Bytes, HeadGeometry, PageGeometry};
 use concertina::kernels::attention::CacheShape;
-use concertina::kernels::plan::{AttentionPlan, Segment};
+use concertina::kernels::plan::{Planner, Segment};
 use concertina::pool::page_table::{Capacity, Layers, PageTable, TableRanges, TableShape, Window};
 use concertina::pool::{PagePool, PoolLayout};
 use concertina::schedule::simulation::Simulation;
@@ -100,7 +100,8 @@ fn plan(c: &mut Criterion) {
             })
             .collect();
         c.bench_function(&format!("plan: decode of 16 {name} sessions x 16K tokens, 32 layers, {place}"), |b| {
-            b.iter(|| AttentionPlan::new(&shape, 32, black_box(&segments)));
+            let mut planner = Planner::default();
+            b.iter(|| planner.plan(&shape, 32, black_box(&segments)).n_states);
         });
     }
 }
@@ -136,7 +137,8 @@ fn ragged_plan(c: &mut Criterion) {
     };
     let segments: Vec<_> = (0..).zip(&tables).map(segment).collect();
     c.bench_function("plan: decode of 16 ragged sessions x 2K to 5K of 16K tokens, 32 layers, one arena", |b| {
-        b.iter(|| AttentionPlan::new(&shape, 32, black_box(&segments)));
+        let mut planner = Planner::default();
+        b.iter(|| planner.plan(&shape, 32, black_box(&segments)).n_states);
     });
 }
 
@@ -171,5 +173,29 @@ fn schedule(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, take_and_release, plan, ragged_plan, schedule);
+/// The definitions that shaders follow: what `eval` and caches in files run on the host.
+fn codecs(c: &mut Criterion) {
+    let page = SHAPE.page;
+    let n = u32::try_from(page.elements()).expect("a page is small");
+    // Any numbers that differ will do.
+    let side = |seed: u32| -> Vec<f32> {
+        let word = |i: u32| (i.wrapping_mul(2_654_435_761) ^ seed) >> 21;
+        (0..n).map(|i| half::f16::from_f32(word(i) as f32 / 512.0 - 2.0).to_f32()).collect()
+    };
+    let (k, v) = (side(0), side(0x5555_5555));
+    let parameters = HeadParameters::default();
+    let context = PageContext::at(&parameters, 64);
+    for name in ["f16", "fp8", "int8", "kivi4", "kivi2", "rot4"] {
+        let codec: HiddenCodec = name.parse().expect("a codec");
+        let words = codec.encode(page, context, &k, &v);
+        c.bench_function(&format!("codec: encode a page of 64 x 128, {name}"), |b| {
+            b.iter(|| codec.encode(page, context, black_box(&k), black_box(&v)));
+        });
+        c.bench_function(&format!("codec: decode a page of 64 x 128, {name}"), |b| {
+            b.iter(|| codec.decode(page, context, black_box(&words)));
+        });
+    }
+}
+
+criterion_group!(benches, take_and_release, plan, ragged_plan, schedule, codecs);
 criterion_main!(benches);

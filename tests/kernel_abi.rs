@@ -12,11 +12,10 @@ use concertina::compression::hidden::Side;
 use concertina::geometry::HeadGeometry;
 use concertina::kernels::abi::{
     AppendItem, AppendParams, AttentionParams, CarryItem, CarryParams, DecideItem, DecideParams, DecodeItem,
-    EmbedParams, GatedActivationParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams,
-    MatmulParams, MergeItem, MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, MovePagesItem,
-    MovePagesParams, PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams, RmsNormParams, RopeParams,
-    SampleItem, SampleParams, ScoreItem, ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams,
-    StreamParams, VEC4_WORDS,
+    EmbedParams, GatherItem, GatherParams, Immediates, KeyScoreItem, KeyScoreParams, MatmulParams, MergeItem,
+    MergeLayersItem, MergeLayersParams, MergeParams, MomentItem, MomentParams, MovePagesItem, MovePagesParams,
+    PageBoundsItem, PageBoundsParams, PrefillItem, QuestItem, QuestParams, SampleItem, SampleParams, ScoreItem,
+    ScoreParams, SealItem, SealParams, SelectItem, SelectList, SelectParams, StreamParams, VEC4_WORDS,
 };
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::registry::{all_specs, codecs, format_specs};
@@ -44,7 +43,6 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<MovePagesParams>(),
         host::<DecideParams>(),
         host::<EmbedParams>(),
-        host::<GatedActivationParams>(),
         host::<GatherParams>(),
         host::<KeyScoreParams>(),
         host::<MatmulParams>(),
@@ -53,8 +51,6 @@ fn host_layouts() -> BTreeMap<String, Layout> {
         host::<MergeLayersParams>(),
         host::<PageBoundsParams>(),
         host::<QuestParams>(),
-        host::<RmsNormParams>(),
-        host::<RopeParams>(),
         host::<SampleParams>(),
         host::<ScoreParams>(),
         host::<SealParams>(),
@@ -367,6 +363,23 @@ fn both_lane_reductions_export_the_same_functions() {
         .map(|(name, text)| (name, signatures(&parse(&format!("{PRELUDE}{text}")), "lanes_")))
         .collect();
     assert_eq!(files.len(), 2, "one file per tier");
+    same_exports(&files).unwrap_or_else(|e| panic!("{e}"));
+}
+
+#[test]
+fn both_kinds_of_rows_of_a_product_export_the_same_functions() {
+    let product = include_str!("../shaders/model/product.wgsl");
+    let flags = "const ACCUMULATE = false; const ACTIVATE = false;";
+    let files: Vec<_> = wgsl_files("model", "rows_")
+        .into_iter()
+        .map(|(name, text)| {
+            let module = parse(&format!("{flags}\n{product}\n{text}"));
+            let mut exports = signatures(&module, "row_");
+            exports.extend(signatures(&module, "gain"));
+            (name, exports)
+        })
+        .collect();
+    assert_eq!(files.len(), 2, "plain rows and normed ones");
     same_exports(&files).unwrap_or_else(|e| panic!("{e}"));
 }
 

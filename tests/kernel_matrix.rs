@@ -2,6 +2,7 @@
 
 use concertina::compression::hidden::HiddenCodec;
 use concertina::geometry::HeadGeometry;
+use concertina::kernels::append::Positions;
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::prefill::PrefillSpec;
 use concertina::kernels::registry::{all_specs, format_specs};
@@ -49,7 +50,9 @@ fn every_admitted_head_shape_has_kernels_within_the_limits() {
             let heads = HeadGeometry { num_qo_heads: group_size, num_kv_heads: 1, head_dim };
             if heads.check().is_ok() {
                 let shape = CacheShape { heads, page_size: 64 };
-                specs.extend([append::kernel(&shape), merge_states::kernel(&shape), moments::kernel(&shape)]);
+                specs.extend([merge_states::kernel(&shape), moments::kernel(&shape)]);
+                specs
+                    .extend([Positions::Applied, Positions::Rotary].map(|positions| append::kernel(&shape, positions)));
                 assert!(PrefillSpec::item_positions(&shape) > 0, "an item of {heads:?} holds a position");
                 // Narrowest and widest groups of every head, and some between.
                 let widest = HeadGeometry { num_qo_heads: group_size + 1, ..heads }.check().is_err();

@@ -1,4 +1,4 @@
-// x[row] = embedding[token[row]]. Specification: src/kernels/elementwise.rs. Workgroup = row.
+// x[row] = embedding[token[row]]. Specification: src/kernels/embed.rs. Workgroup = row.
 
 struct EmbedParams {
   tokens: u32,  // first u32 of the token list in `step`

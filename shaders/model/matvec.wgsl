@@ -1,48 +1,151 @@
 // y = x * W^T for few rows. Specification: src/kernels/matmul.rs.
 //
-// Workgroup of 16 column lanes x 4 slices of k = ROWS rows (1 or 4) by 64 columns; a lane keeps ROWS rows by 4 columns.
-// The slices are added in a fixed order, so a row's result does not depend on how many rows are computed.
+// Workgroup = COLUMN_LANES lanes by SLICES slices of k = ROWS rows by COLUMN_LANES * COLS columns. Slice s owns the cells
+// s, s + SLICES, ... of k, STEPS of them at a time; its inputs come through workgroup memory. What comes next is on its way
+// while this is multiplied. Slices are added as a tree, so a row's result does not depend on how many rows are computed.
 
-const COL_LANES = 16u;
-const SLICES = 4u;
+const WIDTH = COLUMN_LANES * COLS;
+const TILE = STEPS * SLICES;  // cells of a row that are staged at once
 
-var<workgroup> part: array<vec4<f32>, ROWS * 64u>;  // [row][slice][column lane], four columns each
+// Inputs [row][half of a cell][cell]; then sums [row][four columns][lane] of SUMMED rows at a time.
+var<workgroup> pad: array<vec4<f32>, PAD_VECS>;
+var<workgroup> squares: array<f32, ROWS * SLICES>;
 
-@compute @workgroup_size(64)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) li: u32) {
-  let row = group.y * ROWS;
-  let lane = li % COL_LANES;
-  let slice = li / COL_LANES;
-  let col = group.x * 64u + lane;
-  let last = par.cols - 1u;
-  let n0 = min(col, last); let n1 = min(col + 16u, last); let n2 = min(col + 32u, last); let n3 = min(col + 48u, last);
-  let b0 = row_base(row);
-  let b1 = row_base(row + 1u);
-  let b2 = row_base(row + 2u);
-  let b3 = row_base(row + 3u);
-  var r0 = vec4<f32>(0.0); var r1 = vec4<f32>(0.0); var r2 = vec4<f32>(0.0); var r3 = vec4<f32>(0.0);
-  for (var c = slice; c < par.cells; c += SLICES) {
-    let at = c * par.cols;
-    let w0 = weight(at + n0); let w1 = weight(at + n1); let w2 = weight(at + n2); let w3 = weight(at + n3);
-    r0 += dot8x4(input(b0, c), w0, w1, w2, w3);
-    if (ROWS > 1u) {
-      r1 += dot8x4(input(b1, c), w0, w1, w2, w3);
-      r2 += dot8x4(input(b2, c), w0, w1, w2, w3);
-      r3 += dot8x4(input(b3, c), w0, w1, w2, w3);
+// The cell of W for a column of the lane; past the end the last one.
+fn weight_at(cell: u32, col: u32) -> u32 {
+  return min(cell, par.cells - 1u) * par.cols + min(col, par.cols - 1u);
+}
+
+fn sum_of(row: u32, column: u32) -> f32 {
+  let vec = column / COLUMN_LANES;
+  return pad[(row * COL_VECS + vec / 4u) * LANES + column % COLUMN_LANES][vec % 4u];
+}
+
+// The sums of SUMMED rows from `row` on, which all lanes have left in `pad`, become outputs.
+fn finish(row: u32, first: u32, group: u32, li: u32) {
+  for (var half = SLICES / 2u; half > 0u; half /= 2u) {
+    workgroupBarrier();
+    if (li < half * COLUMN_LANES) {
+      for (var v = 0u; v < SUMMED * COL_VECS; v++) {
+        pad[v * LANES + li] += pad[v * LANES + li + half * COLUMN_LANES];
+      }
     }
   }
-  part[li] = r0;
-  if (ROWS > 1u) {
-    part[64u % (ROWS * 64u) + li] = r1;
-    part[128u % (ROWS * 64u) + li] = r2;
-    part[192u % (ROWS * 64u) + li] = r3;
+  workgroupBarrier();
+  for (var o = li; o < SUMMED * OUTPUTS; o += LANES) {
+    let r = o / OUTPUTS;
+    let n = o % OUTPUTS;
+    var scale = 1.0;
+    if (NORMED) { scale = norm_scale(squares[(first + r) * SLICES]); }
+    if (ACTIVATE) {
+      let value = activated(sum_of(r, 2u * n) * scale, sum_of(r, 2u * n + 1u) * scale);
+      put(row + first + r, group * OUTPUTS + n, value);
+    } else {
+      put(row + first + r, par.first_col + group * OUTPUTS + n, sum_of(r, n) * scale);
+    }
   }
   workgroupBarrier();
-  for (var i = li; i < ROWS * COL_LANES; i += 64u) {
-    let r = i / COL_LANES;
-    let at = r * 64u + i % COL_LANES;
-    let sum = (part[at] + part[at + COL_LANES]) + (part[at + 2u * COL_LANES] + part[at + 3u * COL_LANES]);
-    let to = group.x * 64u + i % COL_LANES;
-    put(row + r, to, sum.x); put(row + r, to + 16u, sum.y); put(row + r, to + 32u, sum.z); put(row + r, to + 48u, sum.w);
+}
+
+@compute @workgroup_size(LANES)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) li: u32) {
+  let row = group.y * ROWS;
+  let slice = li / COLUMN_LANES;
+  let col = par.first_col + group.x * WIDTH + li % COLUMN_LANES;
+  // A lane stages the cells of this slice, of the rows `staging`, `staging + COLUMN_LANES`, ...
+  let staged_slice = li % SLICES;
+  let staging = li / SLICES;
+  var bases: array<u32, STAGED_ROWS>;
+  var square: array<f32, STAGED_ROWS>;
+  var inputs: array<vec4<f32>, STAGED_ROWS * STEPS * 2u>;
+  var gain_cells: array<vec4<f32>, STEPS * 2u>;
+  var raw: array<vec4<u32>, STEPS * COLS>;
+  var acc: array<f32, ROWS * COLS>;
+  for (var i = 0u; i < STAGED_ROWS; i++) {  // unroll
+    bases[i] = row_base(row + staging + i * COLUMN_LANES);
+  }
+  for (var u = 0u; u < STEPS; u++) {  // unroll
+    for (var j = 0u; j < COLS; j++) {  // unroll
+      raw[u * COLS + j] = w[weight_at(u * SLICES + slice, col + j * COLUMN_LANES)];
+    }
+  }
+  for (var first = 0u; first < par.cells; first += TILE) {
+    for (var u = 0u; u < STEPS; u++) {  // unroll
+      let cell = min(first + u * SLICES + staged_slice, par.cells - 1u) * 2u;
+      for (var i = 0u; i < STAGED_ROWS; i++) {  // unroll
+        inputs[(u * STAGED_ROWS + i) * 2u] = x[bases[i] + cell];
+        inputs[(u * STAGED_ROWS + i) * 2u + 1u] = x[bases[i] + cell + 1u];
+      }
+      if (NORMED) {
+        gain_cells[u * 2u] = gain(cell);
+        gain_cells[u * 2u + 1u] = gain(cell + 1u);
+      }
+    }
+    // Nobody reads the tile before any more.
+    workgroupBarrier();
+    for (var u = 0u; u < STEPS; u++) {  // unroll
+      let inside = first + u * SLICES + staged_slice < par.cells;
+      for (var i = 0u; i < STAGED_ROWS; i++) {  // unroll
+        let r = staging + i * COLUMN_LANES;
+        var low = inputs[(u * STAGED_ROWS + i) * 2u];
+        var high = inputs[(u * STAGED_ROWS + i) * 2u + 1u];
+        if (NORMED) {
+          if (inside) { square[i] = fma4(high, high, fma4(low, low, square[i])); }
+          low *= gain_cells[u * 2u];
+          high *= gain_cells[u * 2u + 1u];
+        }
+        if (r < ROWS) {
+          pad[r * 2u * TILE + u * SLICES + staged_slice] = low;
+          pad[(r * 2u + 1u) * TILE + u * SLICES + staged_slice] = high;
+        }
+      }
+    }
+    workgroupBarrier();
+    for (var u = 0u; u < STEPS; u++) {  // unroll
+      let cell = first + u * SLICES + slice;
+      for (var h = 0u; h < 2u; h++) {  // unroll
+        var columns: array<vec4<f32>, COLS>;
+        for (var j = 0u; j < COLS; j++) {  // unroll
+          columns[j] = half_cell(raw[u * COLS + j], h);
+        }
+        if (h == 1u) {
+          for (var j = 0u; j < COLS; j++) {  // unroll
+            raw[u * COLS + j] = w[weight_at(cell + TILE, col + j * COLUMN_LANES)];
+          }
+        }
+        if (cell < par.cells) {
+          for (var r = 0u; r < ROWS; r++) {  // unroll
+            let v = pad[(r * 2u + h) * TILE + u * SLICES + slice];
+            for (var j = 0u; j < COLS; j++) {  // unroll
+              acc[r * COLS + j] = fma4(v, columns[j], acc[r * COLS + j]);
+            }
+          }
+        }
+      }
+    }
+  }
+  workgroupBarrier();
+  if (NORMED) {
+    for (var i = 0u; i < STAGED_ROWS; i++) {  // unroll
+      let r = staging + i * COLUMN_LANES;
+      if (r < ROWS) { squares[r * SLICES + staged_slice] = square[i]; }
+    }
+    for (var half = SLICES / 2u; half > 0u; half /= 2u) {
+      workgroupBarrier();
+      for (var i = li; i < ROWS * half; i += LANES) {
+        let at = i / half * SLICES + i % half;
+        squares[at] += squares[at + half];
+      }
+    }
+  }
+  for (var part = 0u; part < PARTS; part++) {  // unroll
+    for (var r = 0u; r < SUMMED; r++) {  // unroll
+      for (var v = 0u; v < COL_VECS; v++) {  // unroll
+        pad[(r * COL_VECS + v) * LANES + li] = vec4<f32>(
+          acc[((part * SUMMED + r) * COL_VECS + v) * 4u], acc[((part * SUMMED + r) * COL_VECS + v) * 4u + 1u],
+          acc[((part * SUMMED + r) * COL_VECS + v) * 4u + 2u], acc[((part * SUMMED + r) * COL_VECS + v) * 4u + 3u]);
+      }
+    }
+    finish(row, part * SUMMED, group.x, li);
   }
 }

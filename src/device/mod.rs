@@ -19,6 +19,7 @@ pub mod staging;
 pub mod timing;
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::geometry::Bytes;
 
@@ -159,6 +160,7 @@ pub struct Device {
     tier: Tier,
     checks: ShaderChecks,
     trouble: Trouble,
+    buffers_made: AtomicU64,
     /// What was submitted last.
     submitted: Mutex<Option<wgpu::SubmissionIndex>>,
 }
@@ -215,7 +217,16 @@ impl Device {
         let (raw, queue) = pollster::block_on(adapter.request_device(&descriptor))
             .map_err(|e| DeviceError::Open { adapter: summary.name.clone(), reason: e.to_string() })?;
         let trouble = Trouble::of(&raw);
-        Ok(Self { raw, queue, summary, tier, checks, trouble, submitted: Mutex::new(None) })
+        Ok(Self {
+            raw,
+            queue,
+            summary,
+            tier,
+            checks,
+            trouble,
+            buffers_made: AtomicU64::new(0),
+            submitted: Mutex::new(None),
+        })
     }
 
     /// The adapter behind this device.
@@ -244,6 +255,11 @@ impl Device {
         Bytes(limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 256 * 256)
     }
 
+    /// Buffers made so far.
+    pub fn buffers_made(&self) -> u64 {
+        self.buffers_made.load(Ordering::Relaxed)
+    }
+
     /// Allocates a buffer; a full device is an error, not a panic.
     ///
     /// # Errors
@@ -262,6 +278,7 @@ impl Device {
         let out_of_memory = self.raw.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size: bytes.0, usage, mapped_at_creation: false };
         let buffer = self.raw.create_buffer(&descriptor);
+        self.buffers_made.fetch_add(1, Ordering::Relaxed);
         match pollster::block_on(out_of_memory.pop()) {
             None => self.check().map(|()| buffer),
             Some(_) => Err(DeviceError::OutOfMemory { label: label.to_owned(), bytes }),

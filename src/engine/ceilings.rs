@@ -25,8 +25,9 @@ use crate::device::timing::{Clock, StepTimer};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, CELL_BYTES, F16_BYTES, WORD_BYTES};
 use crate::kernels::abi::{MatmulParams, StreamParams};
-use crate::kernels::matmul::{self, Output};
+use crate::kernels::matmul::{self, Input, NO_LIST, Output};
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
+use crate::kernels::product_tuning::ManyRows;
 use crate::kernels::{KernelSpec, Recorder, Slot, stream};
 use crate::reference::compare::Tolerance;
 use crate::weights::Matrix;
@@ -133,6 +134,7 @@ struct Link {
 #[derive(Debug)]
 struct Product {
     kernel: Kernel,
+    tile: ManyRows,
     params: MatmulParams,
     x: Vec<f32>,
     matrix: Matrix,
@@ -192,7 +194,7 @@ impl<'d> Ceilings<'d> {
             Ceiling::Read => memory.read.timed(device, timer, &all, tiles, 1),
             Ceiling::Copy => memory.copy.timed(device, timer, &all, tiles, 1),
             Ceiling::Flop => {
-                let grid = matmul::grid(&product.params, matmul::TILE_ROWS);
+                let grid = matmul::grid(&product.params, product.tile.rows, product.tile.cols);
                 product.kernel.timed(device, timer, &product.params, grid, 1)
             }
             Ceiling::Dispatch => memory.copy.timed(device, timer, &nothing, stream::grid(0), DISPATCHES),
@@ -368,9 +370,12 @@ impl Product {
         uploader.upload(device, bytemuck::cast_slice(&x), &there[0], 0)?;
         uploader.upload(device, bytemuck::cast_slice(&packed), &there[1], 0)?;
         let y = device.storage("product y", bytes(rows * cols, WORD_BYTES))?;
-        let kernel = Kernel::new(device, cache, &matmul::matmul(Output::Replace), &[&there[0], &there[1], &y])?;
-        let params = MatmulParams { x_row: 0, y_row: 0, n_rows: rows, cols, cells: k / 8, first_col: 0 };
-        Ok(Self { kernel, params, x, matrix, y })
+        let tile = cache.tuning().product(&device.summary().kind).many;
+        let product = matmul::Product { input: Input::Plain, output: Output::Replace };
+        let kernel = Kernel::new(device, cache, &product.matmul(tile), &[&there[0], &there[1], &y])?;
+        let (cells, list) = (k / 8, NO_LIST);
+        let params = MatmulParams { x_row: 0, y_row: 0, n_rows: rows, cols, cells, first_col: 0, list, eps: 0.0 };
+        Ok(Self { kernel, tile, params, x, matrix, y })
     }
 
     /// Some entries against the same sums in f64; the first entry is always among them.

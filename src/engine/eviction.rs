@@ -241,7 +241,7 @@ impl Evictor<'_> {
             }
         }
         let mut items = Vec::new();
-        let key_runs = key_runs.lay_out(&mut items);
+        let key_runs = key_runs.laid_out(&mut items);
         let keys_at = words.put(&items);
         let decide = scored.map(|rule| {
             let together = rule.share == Share::Layer;

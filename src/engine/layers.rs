@@ -6,9 +6,10 @@ use super::scratch::Scratch;
 use super::weights::{DeviceMatrix, DeviceWeights};
 use crate::device::Device;
 use crate::geometry::ModelGeometry;
-use crate::kernels::abi::{EmbedParams, GatedActivationParams, MatmulParams, RmsNormParams, RopeParams, SampleParams};
-use crate::kernels::matmul::{self, Output};
-use crate::kernels::{KernelError, Pipeline, PipelineCache, Recorder, Slot, elementwise, flat_grid, sample};
+use crate::kernels::abi::{EmbedParams, MatmulParams, SampleParams};
+use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product};
+use crate::kernels::product_tuning::ProductTuning;
+use crate::kernels::{KernelError, Pipeline, PipelineCache, Recorder, Slot, embed, flat_grid, sample};
 
 /// A kernel with its buffers.
 #[derive(Debug)]
@@ -37,54 +38,73 @@ pub(super) struct RowCounts {
     pub(super) all: u32,
 }
 
-/// A matrix product in its three forms.
+/// A product of few rows, as many to a workgroup as it says.
+#[derive(Debug)]
+struct Few {
+    rows: u32,
+    bound: Bound,
+}
+
+/// A matrix product in its forms.
 #[derive(Debug)]
 struct Linear {
-    one: Bound,
-    four: Bound,
+    /// By rows, ascending.
+    few: Vec<Few>,
     many: Bound,
+    tuning: ProductTuning,
     cols: u32,
     cells: u32,
+    eps: f32,
+}
+
+/// Rows of a product.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    first: u32,
+    n_rows: u32,
+    /// First word of a list of rows in the step, or [`NO_LIST`].
+    list: u32,
+}
+
+impl Span {
+    const fn rows(first: u32, n_rows: u32) -> Self {
+        Self { first, n_rows, list: NO_LIST }
+    }
 }
 
 impl Linear {
-    const fn params(&self, first: u32, n_rows: u32, first_col: u32) -> MatmulParams {
-        MatmulParams { x_row: first, y_row: first, n_rows, cols: self.cols, cells: self.cells, first_col }
+    const fn params(&self, span: Span, first_col: u32) -> MatmulParams {
+        let Span { first, n_rows, list } = span;
+        let (cols, cells, eps) = (self.cols, self.cells, self.eps);
+        MatmulParams { x_row: first, y_row: first, n_rows, cols, cells, first_col, list, eps }
     }
 
-    /// Few rows: one workgroup row each, or four to a workgroup.
-    fn few(&self, recorder: &mut Recorder<'_>, first: u32, n_rows: u32) {
-        let params = self.params(first, n_rows, 0);
-        if n_rows == 1 {
-            self.one.dispatch(recorder, &params, matmul::grid(&params, 1));
-        } else {
-            self.four.dispatch(recorder, &params, matmul::grid(&params, 4));
-        }
-    }
-
-    fn many(&self, recorder: &mut Recorder<'_>, first: u32, n_rows: u32) {
-        self.many_from(recorder, first, n_rows, 0);
+    /// Few rows: one workgroup has them all where that is possible, so that weights are read once.
+    fn few(&self, recorder: &mut Recorder<'_>, span: Span) {
+        let params = self.params(span, 0);
+        let fitting = self.few.iter().find(|few| few.rows >= span.n_rows).or_else(|| self.few.last());
+        let few = fitting.expect("a product is compiled for one row at least");
+        few.bound.dispatch(recorder, &params, matmul::grid(&params, few.rows, self.tuning.few.width()));
     }
 
     /// Outputs from `first_col` on.
-    fn many_from(&self, recorder: &mut Recorder<'_>, first: u32, n_rows: u32, first_col: u32) {
-        let params = self.params(first, n_rows, first_col);
-        self.many.dispatch(recorder, &params, matmul::grid(&params, matmul::TILE_ROWS));
+    fn many(&self, recorder: &mut Recorder<'_>, span: Span, first_col: u32) {
+        let params = self.params(span, first_col);
+        let tile = self.tuning.many;
+        self.many.dispatch(recorder, &params, matmul::grid(&params, tile.rows, tile.cols));
     }
 
     /// Decode rows through `matvec`, prompt rows through `matmul`, whatever else is in the step.
     fn rows(&self, recorder: &mut Recorder<'_>, rows: RowCounts) {
-        self.few(recorder, 0, rows.decode);
-        self.many(recorder, rows.decode, rows.active - rows.decode);
+        self.few(recorder, Span::rows(0, rows.decode));
+        self.many(recorder, Span::rows(rows.decode, rows.active - rows.decode), 0);
     }
 }
 
 #[derive(Debug)]
 struct Layer {
-    attention_norm: Bound,
     qkv: Linear,
     attention_output: Linear,
-    ffn_norm: Bound,
     gate_up: Linear,
     down: Linear,
 }
@@ -94,10 +114,7 @@ struct Layer {
 pub(super) struct Layers {
     geometry: ModelGeometry,
     embed: Bound,
-    rope: Bound,
-    activate: Bound,
     layers: Vec<Layer>,
-    output_norm: Bound,
     output: Linear,
     sample: Bound,
 }
@@ -105,62 +122,69 @@ pub(super) struct Layers {
 struct Builder<'a> {
     device: &'a Device,
     cache: &'a mut PipelineCache,
+    tuning: ProductTuning,
+    /// Decode rows of a step at most.
+    most: u32,
+    eps: f32,
+    step: &'a wgpu::Buffer,
 }
 
 impl Builder<'_> {
+    /// The product of rows of `x`, normed where there is a gain.
     fn linear(
         &mut self,
-        x: &wgpu::Buffer,
+        (x, gain): (&wgpu::Buffer, Option<&wgpu::Buffer>),
         w: &DeviceMatrix,
         y: &wgpu::Buffer,
         output: Output,
     ) -> Result<Linear, KernelError> {
+        let (tuning, most) = (self.tuning, self.most);
+        let product = Product { input: if gain.is_some() { Input::Normed } else { Input::Plain }, output };
         let mut bound = |spec| -> Result<Bound, KernelError> {
-            Ok(Bound::new(self.device, &self.cache.get(self.device, &spec)?, &[x, &w.buffer, y]))
+            let pipeline = self.cache.get(self.device, &spec)?;
+            Ok(match gain {
+                Some(gain) => Bound::new(self.device, &pipeline, &[self.step, x, gain, &w.buffer, y]),
+                None => Bound::new(self.device, &pipeline, &[x, &w.buffer, y]),
+            })
         };
-        Ok(Linear {
-            one: bound(matmul::matvec(output, 1))?,
-            four: bound(matmul::matvec(output, 4))?,
-            many: bound(matmul::matmul(output))?,
-            cols: w.rows,
-            cells: w.cols / 8,
-        })
+        let mut few = Vec::new();
+        for rows in tuning.few.rows(most) {
+            few.push(Few { rows, bound: bound(product.matvec(rows, tuning.few))? });
+        }
+        let many = bound(product.matmul(tuning.many))?;
+        Ok(Linear { few, many, tuning, cols: w.rows, cells: w.cols / 8, eps: self.eps })
     }
 }
 
 impl Layers {
+    /// For steps of at most `most` decode rows.
     pub(super) fn new(
         device: &Device,
         cache: &mut PipelineCache,
         geometry: &ModelGeometry,
         weights: &DeviceWeights,
         s: &Scratch,
+        most: u32,
     ) -> Result<Self, KernelError> {
-        let embed = cache.get(device, &elementwise::embed())?;
-        let norm = cache.get(device, &elementwise::rms_norm(device.tier()))?;
-        let rope = cache.get(device, &elementwise::rope())?;
-        let activate = cache.get(device, &elementwise::gated_activation())?;
+        let embed = cache.get(device, &embed::kernel())?;
         let sample = cache.get(device, &sample::kernel(device.tier()))?;
-        let mut build = Builder { device, cache };
+        let (tuning, eps) = (cache.tuning().product(&device.summary().kind), geometry.rms_norm_eps);
+        let mut build = Builder { device, cache, tuning, most, eps, step: &s.step };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for w in &weights.layers {
             layers.push(Layer {
-                attention_norm: Bound::new(device, &norm, &[&s.step, &s.x, &w.attention_norm, &s.h]),
-                qkv: build.linear(&s.h, &w.qkv, &s.qkv, Output::Replace)?,
-                attention_output: build.linear(&s.attention, &w.attention_output, &s.x, Output::Accumulate)?,
-                ffn_norm: Bound::new(device, &norm, &[&s.step, &s.x, &w.ffn_norm, &s.h]),
-                gate_up: build.linear(&s.h, &w.gate_up, &s.gate_up, Output::Replace)?,
-                down: build.linear(&s.activated, &w.down, &s.x, Output::Accumulate)?,
+                qkv: build.linear((&s.x, Some(&w.attention_norm)), &w.qkv, &s.qkv, Output::Replace)?,
+                attention_output: build.linear((&s.attention, None), &w.attention_output, &s.x, Output::Accumulate)?,
+                gate_up: build.linear((&s.x, Some(&w.ffn_norm)), &w.gate_up, &s.activated, Output::Activate)?,
+                down: build.linear((&s.activated, None), &w.down, &s.x, Output::Accumulate)?,
             });
         }
+        let output = (&s.x, Some(&weights.output_norm));
         Ok(Self {
             geometry: geometry.clone(),
             embed: Bound::new(device, &embed, &[&s.step, &weights.embedding.buffer, &s.x]),
-            rope: Bound::new(device, &rope, &[&s.step, &s.qkv]),
-            activate: Bound::new(device, &activate, &[&s.gate_up, &s.activated]),
             layers,
-            output_norm: Bound::new(device, &norm, &[&s.step, &s.x, &weights.output_norm, &s.h]),
-            output: build.linear(&s.h, weights.output_matrix(), &s.logits, Output::Replace)?,
+            output: build.linear(output, weights.output_matrix(), &s.logits, Output::Replace)?,
             sample: Bound::new(device, &sample, &[&s.step, &s.logits, &s.tokens]),
         })
     }
@@ -171,57 +195,29 @@ impl Layers {
         self.embed.dispatch(recorder, &EmbedParams { tokens, n_rows, cells, vocab }, flat_grid(n_rows));
     }
 
-    fn norm(&self, recorder: &mut Recorder<'_>, bound: &Bound, list: Option<u32>, n_rows: u32) {
-        let params = RmsNormParams {
-            rows: list.unwrap_or(0),
-            identity: u32::from(list.is_none()),
-            n_rows,
-            width: self.geometry.hidden_size,
-            eps: self.geometry.rms_norm_eps,
-        };
-        bound.dispatch(recorder, &params, flat_grid(n_rows));
-    }
-
-    /// Norm and projections of a layer; of rows that have stopped below it keys and values alone, from what reached them last.
+    /// Projections of a layer; of rows that have stopped below it keys and values alone, from what reached them last.
     pub(super) fn project(&self, recorder: &mut Recorder<'_>, layer: usize, rows: RowCounts) {
-        let l = &self.layers[layer];
-        self.norm(recorder, &l.attention_norm, None, rows.all);
-        l.qkv.rows(recorder, rows);
-        l.qkv.many_from(recorder, rows.active, rows.all - rows.active, self.geometry.heads.q_width());
-    }
-
-    /// Rotary positions of queries and keys.
-    pub(super) fn rotate(&self, recorder: &mut Recorder<'_>, angles: u32, rows: RowCounts) {
-        let heads = self.geometry.heads;
-        let params = RopeParams {
-            angles,
-            n_rows: rows.all,
-            stride: heads.q_width() + 2 * heads.kv_width(),
-            n_heads: heads.num_qo_heads + heads.num_kv_heads,
-            half_dim: heads.head_dim / 2,
-        };
-        self.rope.dispatch(recorder, &params, flat_grid(rows.all));
+        let qkv = &self.layers[layer].qkv;
+        qkv.rows(recorder, rows);
+        qkv.many(recorder, Span::rows(rows.active, rows.all - rows.active), self.geometry.heads.q_width());
     }
 
     /// Everything after attention in a layer: output projection and feed-forward, each added to the residual stream.
     pub(super) fn after_attention(&self, recorder: &mut Recorder<'_>, layer: usize, rows: RowCounts) {
         let l = &self.layers[layer];
         l.attention_output.rows(recorder, rows);
-        self.norm(recorder, &l.ffn_norm, None, rows.active);
         l.gate_up.rows(recorder, rows);
-        let params = GatedActivationParams { n_rows: rows.active, width: self.geometry.intermediate_size };
-        self.activate.dispatch(recorder, &params, flat_grid(rows.active));
         l.down.rows(recorder, rows);
     }
 
     /// Logits of the rows in the list that begins at word `list`. Few rows go through `matvec`, so that a session's
     /// logits do not depend on its company; `many` is for evaluation, where whole prompts are wanted.
     pub(super) fn logits(&self, recorder: &mut Recorder<'_>, list: u32, n_rows: u32, many: bool) {
-        self.norm(recorder, &self.output_norm, Some(list), n_rows);
+        let span = Span { first: 0, n_rows, list };
         if many {
-            self.output.many(recorder, 0, n_rows);
+            self.output.many(recorder, span, 0);
         } else {
-            self.output.few(recorder, 0, n_rows);
+            self.output.few(recorder, span);
         }
     }
 

@@ -44,7 +44,7 @@ impl Evictor<'_> {
             }
         }
         for batch in units.chunks((window.entries() / 2).max(1) as usize) {
-            let mut gathers: ByPlace<GatherItem> = ByPlace::default();
+            let mut gathers: ByPlace<GatherItem, Place> = ByPlace::default();
             let mut distances = Vec::new();
             for (slot, (pair, head, page, n_tokens)) in (0_u32..).zip(batch) {
                 let (lower, n_kept) = (count(lists(*pair, *head)[0]), (n_tokens - page * size).min(size));
@@ -69,7 +69,7 @@ impl Evictor<'_> {
                 distances.push(MergeLayersItem { lower, upper, target: 0, out: at, n_tokens: n_kept, pad: [0; 3] });
             }
             let (mut words, mut items) = (Words(vec![0; 4]), Vec::new());
-            let dispatches = gathers.lay_out(&mut items);
+            let dispatches = gathers.laid_out(&mut items);
             let (gathers_at, distances_at) = (words.put(&items), words.put(&distances));
             let (kernels, codec) = (self.kernels, HiddenCodec::F16);
             let record = |recorder: &mut Recorder<'_>| {

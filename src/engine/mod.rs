@@ -6,6 +6,7 @@
 //!   is one submission, in which the step's words are copied, one pass computes all layers, and the sampled tokens
 //!   are copied back. No buffer, pipeline or bind group is made after construction.
 
+pub mod bench;
 pub mod ceilings;
 mod chunk;
 mod config;
@@ -33,11 +34,12 @@ use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::timing::{Clock, StepTimer};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, CELL_BYTES, ModelGeometry, WORD_BYTES};
+use crate::kernels::append::Positions;
 use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::EvictionKernels;
-use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers};
+use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers, Turning};
 use crate::kernels::parameters::ParameterSource;
-use crate::kernels::plan::{AttentionPlan, Segment};
+use crate::kernels::plan::{AttentionPlan, Planner, Segment};
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
@@ -124,6 +126,10 @@ pub struct Engine<'d> {
     timer: StepTimer,
     frequencies: Vec<f64>,
     rows: StepRows,
+    tables: DirtyTables,
+    planner: Planner,
+    /// Empty between steps: memory for segments.
+    segments: Vec<Segment<'static>>,
     words: Vec<u32>,
     stats: StepStats,
 }
@@ -151,13 +157,14 @@ impl<'d> Engine<'d> {
         let heads_of_codecs = parameters::of_weights(weights, &config.codecs);
         let weights = DeviceWeights::upload(device, weights)?;
         let mut cache = PipelineCache::default();
-        let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch)?;
+        let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch, config.max_sessions)?;
         let heads = geometry.heads;
         let rows = RowBuffers {
             qkv: &scratch.qkv,
             stride: heads.q_width() + 2 * heads.kv_width(),
             k_offset: heads.q_width(),
             v_offset: heads.q_width() + heads.kv_width(),
+            positions: Positions::Rotary,
             output: &scratch.attention,
         };
         let attention_sizes = config.attention_sizes(&geometry, sizes.max_states);
@@ -208,6 +215,9 @@ impl<'d> Engine<'d> {
             timer,
             scratch,
             rows: StepRows::default(),
+            tables: DirtyTables::default(),
+            planner: Planner::default(),
+            segments: Vec::new(),
             words: Vec::new(),
             stats: StepStats::default(),
         };
@@ -345,20 +355,37 @@ impl<'d> Engine<'d> {
         Ok(())
     }
 
+    /// Works out what [`Backend::execute`] uploads for a plan, without uploading it: for tests and measurements of the host's
+    /// part of a step. Page tables count as uploaded afterwards.
+    ///
+    /// # Errors
+    /// [`EngineError`], as for executing it.
+    #[doc(hidden)]
+    pub fn prepare(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<(), EngineError> {
+        self.gather(plan)?;
+        self.plan_step(plan, caches)?;
+        Ok(())
+    }
+
+    /// Page tables, work lists and words of the gathered rows.
+    fn plan_step(&mut self, plan: &StepPlan, caches: &mut Caches) -> Result<StepOffsets, EngineError> {
+        self.tables.collect(plan, caches);
+        self.plan_attention(plan, caches)?;
+        let (shape, theta) = (self.attention.shape(), self.geometry.rope_theta);
+        let lists = |plan: &AttentionPlan, words: &mut Vec<u32>| ListOffsets::write(plan, shape, theta, words);
+        Ok(self.rows.write(&self.frequencies, self.planner.last(), lists, &mut self.words))
+    }
+
     /// Computes the gathered rows in one submission and returns what `want` names.
     fn submit(&mut self, plan: &StepPlan, caches: &mut Caches, want: Want) -> Result<Vec<u8>, EngineError> {
         let started = Instant::now();
-        let tables = DirtyTables::collect(plan, caches);
-        let attention_plan = self.plan_attention(plan, caches)?;
-        let (shape, theta) = (self.attention.shape(), self.geometry.rope_theta);
-        let lists = |plan: &AttentionPlan, words: &mut Vec<u32>| ListOffsets::write(plan, shape, theta, words);
-        let offsets = self.rows.write(&self.frequencies, &attention_plan, lists, &mut self.words);
+        let offsets = self.plan_step(plan, caches)?;
         let step_bytes = self.words.len() as u64 * WORD_BYTES;
         if step_bytes > self.scratch.step.size() {
             let (bytes, limit) = (Bytes(step_bytes), Bytes(self.scratch.step.size()));
             return Err(DeviceError::TooLarge { label: "the work lists of a step".to_owned(), bytes, limit }.into());
         }
-        let pieces: [&[u8]; 2] = [bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&tables.words)];
+        let pieces: [&[u8]; 2] = [bytemuck::cast_slice(&self.words), bytemuck::cast_slice(&self.tables.words)];
         self.uploader.write(self.device, &pieces)?;
         let mut encoder = self.device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let fresh = caches.take_fresh();
@@ -366,9 +393,9 @@ impl<'d> Engine<'d> {
             fresh.iter().for_each(|slot| kernels.clear(&mut encoder, *slot));
         }
         encoder.copy_buffer_to_buffer(self.uploader.source(), 0, &self.scratch.step, 0, step_bytes);
-        tables.record(&mut encoder, self.uploader.source(), step_bytes, &self.buffers.tables);
+        self.tables.record(&mut encoder, self.uploader.source(), step_bytes, &self.buffers.tables);
         let recorder = Recorder::new(self.timer.begin(&mut encoder));
-        let dispatches = self.record(recorder, plan, &attention_plan, &offsets, want);
+        let dispatches = self.record(recorder, plan, &offsets, want);
         self.timer.resolve(&mut encoder);
         let n_logits = self.rows.logit_rows.len() as u64;
         let (source, row_words) = match want {
@@ -391,11 +418,11 @@ impl<'d> Engine<'d> {
         Ok(bytes)
     }
 
-    fn plan_attention(&self, plan: &StepPlan, caches: &Caches) -> Result<AttentionPlan, EngineError> {
+    fn plan_attention(&mut self, plan: &StepPlan, caches: &Caches) -> Result<(), EngineError> {
         let sizes = self.evictions.as_ref().map(|evictions| evictions.kernels.sizes());
         let shape = self.attention.shape();
         let mut row_lo = 0;
-        let mut segments = Vec::with_capacity(plan.segments.len());
+        let mut segments = emptied(std::mem::take(&mut self.segments));
         let mut observed = Vec::new();
         for rows in &plan.segments {
             let (table, n_rows) = (&caches.tables[&rows.session], rows.n_rows());
@@ -406,21 +433,15 @@ impl<'d> Engine<'d> {
             segments.push(Segment { table, row_lo, n_rows, first_index, decode, attend_below, scores });
             row_lo += n_rows;
         }
-        let mut planned = AttentionPlan::new(self.attention.shape(), self.geometry.num_layers, &segments);
+        let planned = self.planner.plan(self.attention.shape(), self.geometry.num_layers, &segments);
         planned.observe(&observed);
-        self.attention.check(&planned)?;
-        Ok(planned)
+        self.segments = emptied(segments);
+        Ok(self.attention.check(self.planner.last())?)
     }
 
     /// Records the whole forward pass; the number of dispatches.
-    fn record(
-        &self,
-        mut recorder: Recorder<'_>,
-        plan: &StepPlan,
-        attention: &AttentionPlan,
-        offsets: &StepOffsets,
-        want: Want,
-    ) -> u32 {
+    fn record(&self, mut recorder: Recorder<'_>, plan: &StepPlan, offsets: &StepOffsets, want: Want) -> u32 {
+        let attention = self.planner.last();
         let (decode, all) = (plan.decode_rows(), plan.n_rows());
         self.layers.embed(&mut recorder, offsets.tokens, all);
         for layer in 0..self.geometry.num_layers {
@@ -430,8 +451,8 @@ impl<'d> Engine<'d> {
                 let n_items = u32::try_from(attention.moments.len()).expect("rows of a step are counted in 32 bits");
                 evictions.kernels.record_moments(&mut recorder, offsets.lists.moments, n_items, layer);
             }
-            self.layers.rotate(&mut recorder, offsets.angles, rows);
-            self.attention.record(&mut recorder, attention, &offsets.lists, layer);
+            let turning = Turning { angles: offsets.angles, n_rows: rows.active };
+            self.attention.record(&mut recorder, attention, &offsets.lists, layer, turning);
             if let Some(evictions) = &self.evictions {
                 evictions.kernels.record_scores(&mut recorder, attention, &offsets.lists, layer);
             }
@@ -513,6 +534,13 @@ impl<'d> Engine<'d> {
         let values: Vec<f32> = bytemuck::pod_collect_to_vec(&self.submit(plan, caches, want)?);
         Ok(values.chunks_exact(vocab).map(<[f32]>::to_vec).collect())
     }
+}
+
+/// The memory of segments, for segments that borrow from something else.
+fn emptied<'t>(mut segments: Vec<Segment<'_>>) -> Vec<Segment<'t>> {
+    segments.clear();
+    // Collecting what a vector gives up into one of the same type keeps its memory; a test counts.
+    segments.into_iter().map(|_| unreachable!("there are none")).collect()
 }
 
 /// What a submission reads back.

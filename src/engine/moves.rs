@@ -86,9 +86,9 @@ struct Moves {
     codec: HiddenCodec,
     /// First vec4 of turning angles, where keys are turned.
     turn: Option<[u32; 4]>,
-    gathers: ByPlace<GatherItem>,
-    merges: ByPlace<MergeLayersItem>,
-    seals: ByPlace<SealItem>,
+    gathers: ByPlace<GatherItem, Place>,
+    merges: ByPlace<MergeLayersItem, Place>,
+    seals: ByPlace<SealItem, Place>,
     in_batch: u32,
     queued: usize,
     /// Gathers, merges and seals of each batch: place, first vec4, items.
@@ -234,9 +234,9 @@ impl Moves {
             (place, items, n)
         };
         let (mut gathers, mut merges, mut seals) = (Vec::new(), Vec::new(), Vec::new());
-        let of_gathers = std::mem::take(&mut self.gathers).lay_out(&mut gathers);
-        let of_merges = std::mem::take(&mut self.merges).lay_out(&mut merges);
-        let of_seals = std::mem::take(&mut self.seals).lay_out(&mut seals);
+        let of_gathers = std::mem::take(&mut self.gathers).laid_out(&mut gathers);
+        let of_merges = std::mem::take(&mut self.merges).laid_out(&mut merges);
+        let of_seals = std::mem::take(&mut self.seals).laid_out(&mut seals);
         let at = [self.words.put(&gathers), self.words.put(&merges), self.words.put(&seals)];
         self.batches.push([
             of_gathers.into_iter().map(|d| place(d, at[0], 3)).collect(),

@@ -19,7 +19,6 @@ pub(super) struct ScratchSizes {
     pub(super) hidden: Bytes,
     pub(super) qkv: Bytes,
     pub(super) attention: Bytes,
-    pub(super) gate_up: Bytes,
     pub(super) activated: Bytes,
     pub(super) logits: Bytes,
     pub(super) tokens: Bytes,
@@ -48,7 +47,6 @@ impl ScratchSizes {
             hidden: f32s(geometry.hidden_size),
             qkv: f32s(heads.q_width() + 2 * heads.kv_width()),
             attention: f32s(heads.q_width()),
-            gate_up: f32s(2 * geometry.intermediate_size),
             activated: f32s(geometry.intermediate_size),
             logits: Bytes(logit_rows * u64::from(geometry.vocab_size) * WORD_BYTES).align_up(16),
             tokens: Bytes(logit_rows * WORD_BYTES).align_up(16),
@@ -62,10 +60,8 @@ impl ScratchSizes {
     pub(super) fn total(&self) -> Bytes {
         [
             self.hidden,
-            self.hidden,
             self.qkv,
             self.attention,
-            self.gate_up,
             self.activated,
             self.logits,
             self.tokens,
@@ -125,11 +121,8 @@ fn step_bytes(
 pub(super) struct Scratch {
     /// Residual stream.
     pub(super) x: wgpu::Buffer,
-    /// Normalised rows.
-    pub(super) h: wgpu::Buffer,
     pub(super) qkv: wgpu::Buffer,
     pub(super) attention: wgpu::Buffer,
-    pub(super) gate_up: wgpu::Buffer,
     pub(super) activated: wgpu::Buffer,
     pub(super) logits: wgpu::Buffer,
     pub(super) tokens: wgpu::Buffer,
@@ -140,10 +133,8 @@ impl Scratch {
     pub(super) fn new(device: &Device, sizes: &ScratchSizes) -> Result<Self, DeviceError> {
         Ok(Self {
             x: device.storage("residual stream", sizes.hidden)?,
-            h: device.storage("normalised rows", sizes.hidden)?,
             qkv: device.storage("qkv rows", sizes.qkv)?,
             attention: device.storage("attention output", sizes.attention)?,
-            gate_up: device.storage("gate and up rows", sizes.gate_up)?,
             activated: device.storage("activated rows", sizes.activated)?,
             logits: device.storage("logits", sizes.logits)?,
             tokens: device.storage("sampled tokens", sizes.tokens)?,
@@ -153,17 +144,7 @@ impl Scratch {
 
     /// Bytes of all of them.
     pub(super) fn bytes(&self) -> Bytes {
-        let buffers = [
-            &self.x,
-            &self.h,
-            &self.qkv,
-            &self.attention,
-            &self.gate_up,
-            &self.activated,
-            &self.logits,
-            &self.tokens,
-            &self.step,
-        ];
+        let buffers = [&self.x, &self.qkv, &self.attention, &self.activated, &self.logits, &self.tokens, &self.step];
         Bytes(buffers.iter().map(|b| b.size()).sum())
     }
 }

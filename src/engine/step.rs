@@ -10,7 +10,7 @@ use crate::kernels::plan::AttentionPlan;
 pub(super) struct StepOffsets {
     /// Words.
     pub(super) tokens: u32,
-    /// Pairs of words.
+    /// Quadruples of words.
     pub(super) angles: u32,
     /// Words.
     pub(super) logit_rows: u32,
@@ -46,7 +46,7 @@ impl StepRows {
         words.clear();
         let tokens = at(words, 1);
         words.extend_from_slice(&self.tokens);
-        let angles = at(words, 2);
+        let angles = at(words, 4);
         for position in &self.positions {
             for frequency in frequencies {
                 let (sin, cos) = (f64::from(*position) * frequency).sin_cos();

@@ -3,7 +3,8 @@
 use crate::geometry::WORD_BYTES;
 use crate::schedule::{Caches, StepPlan};
 
-/// Page tables that changed since they were uploaded.
+/// Page tables that changed since they were uploaded. It keeps its memory.
+#[derive(Debug, Default)]
 pub(super) struct DirtyTables {
     pub(super) words: Vec<u32>,
     /// First entry in the table buffer, first word here, words.
@@ -11,17 +12,17 @@ pub(super) struct DirtyTables {
 }
 
 impl DirtyTables {
-    pub(super) fn collect(plan: &StepPlan, caches: &mut Caches) -> Self {
-        let mut dirty = Self { words: Vec::new(), regions: Vec::new() };
+    pub(super) fn collect(&mut self, plan: &StepPlan, caches: &mut Caches) {
+        self.words.clear();
+        self.regions.clear();
         for rows in &plan.segments {
             let table = caches.tables.get_mut(&rows.session).expect("a planned session has a table");
             if table.is_dirty() {
-                let from = dirty.words.len();
-                let region = table.write_region(&mut dirty.words);
-                dirty.regions.push((region, from, dirty.words.len() - from));
+                let from = self.words.len();
+                let region = table.write_region(&mut self.words);
+                self.regions.push((region, from, self.words.len() - from));
             }
         }
-        dirty
     }
 
     /// Copies every region from the staging half, in which the words begin at `offset` bytes.

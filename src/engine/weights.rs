@@ -5,7 +5,7 @@ use half::f16;
 use crate::device::staging::Uploader;
 use crate::device::{Device, DeviceError};
 use crate::geometry::Bytes;
-use crate::kernels::matmul::pack;
+use crate::kernels::matmul::{pack, pack_pairs};
 use crate::weights::{Matrix, Weights};
 
 /// One matrix on the device.
@@ -23,6 +23,7 @@ pub(super) struct DeviceLayer {
     pub(super) qkv: DeviceMatrix,
     pub(super) attention_output: DeviceMatrix,
     pub(super) ffn_norm: wgpu::Buffer,
+    /// Rows of gate and up in turn.
     pub(super) gate_up: DeviceMatrix,
     pub(super) down: DeviceMatrix,
 }
@@ -54,6 +55,15 @@ impl Upload<'_> {
     }
 
     fn matrix(&mut self, label: &str, matrix: &Matrix) -> Result<DeviceMatrix, DeviceError> {
+        self.packed(label, matrix, pack)
+    }
+
+    fn packed(
+        &mut self,
+        label: &str,
+        matrix: &Matrix,
+        pack: fn(&Matrix, &mut Vec<f16>),
+    ) -> Result<DeviceMatrix, DeviceError> {
         self.packed.clear();
         pack(matrix, &mut self.packed);
         let buffer = self.device.storage(label, Bytes(size_of_val(&self.packed[..]) as u64))?;
@@ -76,7 +86,7 @@ impl DeviceWeights {
                 qkv: up.matrix("qkv weights", &layer.qkv)?,
                 attention_output: up.matrix("attention output weights", &layer.attention_output)?,
                 ffn_norm: up.vector(&layer.ffn_norm)?,
-                gate_up: up.matrix("gate and up weights", &layer.gate_up)?,
+                gate_up: up.packed("gate and up weights", &layer.gate_up, pack_pairs)?,
                 down: up.matrix("down weights", &layer.down)?,
             });
         }

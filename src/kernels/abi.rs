@@ -86,6 +86,10 @@ immediates! {
         k_offset: u32,
         /// f32 values before the values in a row.
         v_offset: u32,
+        /// First vec4 of the `[row][head_dim / 2]` table of (cos, sin) in `step`.
+        angles: u32,
+        /// Rows whose queries are turned.
+        n_rows: u32,
     }
     /// Immediate data of score.
     struct ScoreParams {
@@ -227,42 +231,9 @@ immediates! {
         /// Rows of the embedding.
         vocab: u32,
     }
-    /// Immediate data of `rms_norm`.
-    struct RmsNormParams {
-        /// First u32 of the list of source rows in `step`.
-        rows: u32,
-        /// 1: row `r` reads row `r`, and there is no list.
-        identity: u32,
-        /// Rows.
-        n_rows: u32,
-        /// f32 values of a row.
-        width: u32,
-        /// Added to the mean square.
-        eps: f32,
-    }
-    /// Immediate data of rope.
-    struct RopeParams {
-        /// First vec2 of the table of (cos, sin) in `step`.
-        angles: u32,
-        /// Rows.
-        n_rows: u32,
-        /// f32 values between rows.
-        stride: u32,
-        /// Query heads and key heads together.
-        n_heads: u32,
-        /// `head_dim / 2`.
-        half_dim: u32,
-    }
-    /// Immediate data of `gated_activation`.
-    struct GatedActivationParams {
-        /// Rows.
-        n_rows: u32,
-        /// f32 values of gate in a row.
-        width: u32,
-    }
     /// Immediate data of matmul and matvec.
     struct MatmulParams {
-        /// First row of x.
+        /// First row of x, or of the list of rows.
         x_row: u32,
         /// First row of y.
         y_row: u32,
@@ -274,6 +245,10 @@ immediates! {
         cells: u32,
         /// Output features before it are left as they are.
         first_col: u32,
+        /// First u32 of a list of rows of x in `step`, or [`NO_LIST`](super::matmul::NO_LIST).
+        list: u32,
+        /// Added to the mean square, where rows are normed.
+        eps: f32,
     }
     /// Immediate data of sample.
     struct SampleParams {

@@ -1,12 +1,19 @@
-//! Append: the keys and values of new tokens go to their slots in open pages, as f16.
+//! Append: the keys and values of new tokens go to their slots in open pages, as f16; rotary positions are applied on the way.
 //!
 //! ```text
-//! page(list, layer)[K][cell][slot] = f16(kv[row][k_offset + kv_head * head_dim + 8 * cell ..])      V likewise
-//! kv [rows][stride] f32      page: K [head_dim / 8][page_size] cells, V [page_size][head_dim / 8] cells
+//! page(list, layer)[K][cell][slot] = f16(turn(rows[row][k_offset + kv_head * head_dim + 8 * cell ..]))      V likewise, not turned
+//! rows[row][0 .. q_width] = turn(rows[row][0 .. q_width])
+//! turn: (a, b) -> (a cos - b sin, a sin + b cos)     pairs (2i, 2i + 1) of a head
+//!       angle = position * theta^(-2i / head_dim)    (arXiv:2104.09864, equation 34)
+//! rows [rows][stride] f32      page: K [head_dim / 8][page_size] cells, V [page_size][head_dim / 8] cells
 //! ```
 //!
-//! **Work.** One workgroup per [`AppendItem`](super::abi::AppendItem): consecutive rows of one sequence that fall into one page of one
-//! KV head; a lane moves one cell of 16 bytes. Keys arrive with their rotary positions applied.
+//! **Work.** One workgroup per row whose queries are turned, in place, and one per [`AppendItem`](super::abi::AppendItem): consecutive
+//! rows of one sequence that fall into one page of one KV head; a lane moves one cell of 16 bytes. Keys are turned only as
+//! they are written; attention reads them from their pages. Without [`Positions::Rotary`] rows come with their
+//! positions applied.
+//!
+//! Angles come from the host in `step`, computed in f64: WGSL promises no accuracy for sine and cosine of large arguments.
 //!
 //! **Bytes.** `4 * head_dim * 2` read and `2 * head_dim * 2` written per token and KV head. Rounding is to nearest even in
 //! integer arithmetic, so that every device writes the bits that `half::f16` would.
@@ -16,12 +23,22 @@ use super::attention::CacheShape;
 use super::{Access, Binding, Constant, KernelSpec, modules};
 
 const BINDINGS: &[Binding] =
-    &[("step", Access::Read), ("tables", Access::Read), ("kv", Access::Read), ("arena", Access::ReadWrite)];
+    &[("step", Access::Read), ("tables", Access::Read), ("rows", Access::ReadWrite), ("arena", Access::ReadWrite)];
+
+/// Whether queries and keys carry their positions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Positions {
+    /// They do, or need none.
+    Applied,
+    /// They are turned here.
+    Rotary,
+}
 
 /// The append kernel of a cache shape.
-pub fn kernel(shape: &CacheShape) -> KernelSpec {
+pub fn kernel(shape: &CacheShape, positions: Positions) -> KernelSpec {
     let mut constants = shape.constants();
     constants.push(("WORKGROUP_SIZE".into(), Constant::U32(64)));
+    constants.push(("TURNS".into(), Constant::Bool(positions == Positions::Rotary)));
     KernelSpec {
         name: "append",
         constants,

@@ -16,7 +16,7 @@
 //! PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are added once, at the end. Query heads of the
 //! group are packed in `vec4`s, so a group of 3 computes 4. *Tiled* does the same in register tiles that are written out, with
 //! several loads in flight, and folds scales into queries and weights (shaders/attention/decode_tiled.wgsl says how); formats
-//! that it does not serve ([`DecodeTuning::serves`]) go to the general one. Where a codec rotates channels, the query is
+//! that it does not serve ([`DecodeTuning::fitted`]) go to the general one. Where a codec rotates channels, the query is
 //! rotated once per item and the output once at the end, in workgroup memory.
 //!
 //! **Bytes.** Reads a page's bytes per page and KV head once, whatever the group size; writes
@@ -99,54 +99,70 @@ impl DecodeTuning {
     /// Everything that is worth trying for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
         let mut candidates = vec![Self::General];
-        for lanes in [32, 64, 128] {
-            for tokens in [1, 2, 4] {
-                for key_loads in [1, 2, 4, 8] {
-                    for value_loads in [4, 8] {
-                        candidates.push(Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }));
-                    }
-                }
+        for tile in TILES {
+            if let Some(tile) = tile.fitted(format)
+                && !candidates.contains(&Self::Tiled(tile))
+            {
+                candidates.push(Self::Tiled(tile));
             }
         }
-        candidates.retain(|candidate| match candidate {
-            Self::General => true,
-            // From four to sixteen loads in flight: fewer wait, more do not stay in registers.
-            Self::Tiled(tile) => (4..=16).contains(&(tile.tokens * tile.key_loads)) && candidate.serves(format),
-        });
         candidates
     }
 
-    /// Whether the kernel can read pages of this format.
-    pub fn serves(&self, format: &Format) -> bool {
+    /// The kernel that reads pages of this format: as asked for, within what the format allows.
+    pub fn fitted(&self, format: &Format) -> Self {
         match self {
-            Self::General => true,
-            Self::Tiled(tile) => tile.serves(format),
+            Self::General => Self::General,
+            Self::Tiled(tile) => tile.fitted(format).map_or(Self::General, Self::Tiled),
         }
     }
 }
 
+/// Tiles that are worth trying: many lanes with few tokens each, and the other way round; from four to sixteen loads in flight.
+const TILES: [DecodeTile; 12] = [
+    DecodeTile::new(128, 1, 8, 8),
+    DecodeTile::new(64, 1, 8, 8),
+    DecodeTile::new(32, 1, 8, 8),
+    DecodeTile::new(128, 2, 4, 8),
+    DecodeTile::new(64, 2, 4, 8),
+    DecodeTile::new(64, 2, 2, 4),
+    DecodeTile::new(32, 2, 4, 8),
+    DecodeTile::new(64, 4, 2, 8),
+    DecodeTile::new(64, 4, 1, 4),
+    DecodeTile::new(32, 4, 4, 8),
+    DecodeTile::new(32, 4, 2, 4),
+    DecodeTile::new(32, 4, 1, 4),
+];
+
 impl DecodeTile {
-    fn serves(&self, format: &Format) -> bool {
+    const fn new(lanes: u32, tokens: u32, key_loads: u32, value_loads: u32) -> Self {
+        Self { lanes, tokens, key_loads, value_loads }
+    }
+
+    /// The tile with no more loads in flight than the format has; `None` where it can not read pages of the format.
+    fn fitted(&self, format: &Format) -> Option<Self> {
         let Self { lanes, tokens, key_loads, value_loads } = *self;
         let heads = format.shape.heads;
         let cells = heads.head_dim / 8;
         let codec = format.codec;
-        let plain =
-            [codec.k, codec.v].iter().all(|side| matches!(side.transform, Transform::None | Transform::Rotation));
+        // Three bits are two planes, of which a load holds different numbers of cells.
+        let plain = [codec.k, codec.v].iter().all(|side| {
+            matches!(side.transform, Transform::None | Transform::Rotation)
+                && side.quantizer != Quantizer::Gaussian { bits: 3 }
+        });
         let sizes = lanes.is_power_of_two() && (8..=256).contains(&lanes) && tokens.is_power_of_two() && tokens <= 4;
-        let whole = format.shape.page_size % BLOCK == 0 && heads.head_dim.is_power_of_two() && heads.head_dim >= 64;
-        if codec.paired || !plain || !sizes || !whole || key_loads == 0 || value_loads == 0 {
-            return false;
+        let powers = heads.head_dim.is_power_of_two() && heads.head_dim >= 64 && key_loads.is_power_of_two();
+        let whole = format.shape.page_size % BLOCK == 0 && (lanes * tokens).is_multiple_of(BLOCK);
+        if codec.paired || !plain || !sizes || !powers || !whole || !value_loads.is_power_of_two() || lanes < cells {
+            return None;
         }
+        // All counts are powers of two, so the smaller one divides the larger.
         let span = |side| span(codec.side(side).quantizer);
-        let (key_raws, blocks) = (cells / span(Side::Key), lanes * tokens / span(Side::Value));
-        cells.is_multiple_of(span(Side::Key))
-            && key_raws.is_multiple_of(key_loads)
-            && lanes.is_multiple_of(cells)
-            && (lanes * tokens).is_multiple_of(BLOCK)
-            && blocks.is_multiple_of(lanes / cells * value_loads)
-            && blocks > 0
-            && self.workgroup_bytes(format) <= WORKGROUP_BYTES
+        let keys = (cells / span(Side::Key)).min(key_loads);
+        let blocks = lanes * tokens / span(Side::Value);
+        let values = (blocks / (lanes / cells)).min(value_loads);
+        let tile = Self { key_loads: keys, value_loads: values, ..*self };
+        (keys > 0 && values > 0 && tile.workgroup_bytes(format) <= WORKGROUP_BYTES).then_some(tile)
     }
 
     /// What the kernel declares, in whole cells.
@@ -189,7 +205,6 @@ const fn span(quantizer: Quantizer) -> u32 {
         Quantizer::F32 | Quantizer::F16 => 1,
         Quantizer::Fp8 | Quantizer::Int8 => 2,
         Quantizer::Kivi { bits, .. } => 16 / bits,
-        Quantizer::Gaussian { bits: 3 } => 8,
         Quantizer::Gaussian { bits } => 16 / bits,
     }
 }
@@ -225,12 +240,12 @@ impl DecodeSpec {
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
         let lanes = lanes_module(self.tier);
-        match self.tuning {
-            DecodeTuning::Tiled(tile) if tile.serves(&self.format) => {
+        match self.tuning.fitted(&self.format) {
+            DecodeTuning::Tiled(tile) => {
                 let kernel = [lanes, &modules::ROTATE_ROWS, &modules::DECODE_TILED];
                 self.format.attention_kernel("decode", &tile.constants(&self.format), &kernel)
             }
-            DecodeTuning::General | DecodeTuning::Tiled(_) => {
+            DecodeTuning::General => {
                 let head_vecs = self.format.shape.heads.group_size().div_ceil(4);
                 let tokens_per_lane = if head_vecs <= 2 { 4 } else { 1 };
                 let constants = [("WORKGROUP_SIZE", WORKGROUP_SIZE), ("TOKENS_PER_LANE", tokens_per_lane)];

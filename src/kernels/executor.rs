@@ -8,11 +8,12 @@ use std::sync::Arc;
 use super::abi::{
     AppendParams, AttentionParams, MergeParams, PageBoundsParams, QuestParams, SealItem, SealParams, VEC4_WORDS,
 };
+use super::append::Positions;
 use super::attention::{CacheShape, Format};
 use super::decode::DecodeSpec;
 use super::parameters::{self, ParameterSource};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
-use super::plan::{AttentionPlan, Dispatch, Place};
+use super::plan::{AttentionPlan, Dispatch, LayerPlan, Place};
 use super::prefill::PrefillSpec;
 use super::{Recorder, append, flat_grid, merge_states, quest, seal};
 use crate::compression::hidden::{HiddenCodec, Side, lowrank};
@@ -33,8 +34,19 @@ pub struct RowBuffers<'a> {
     pub k_offset: u32,
     /// f32 values before the values in a row.
     pub v_offset: u32,
+    /// Whether queries and keys carry their positions, or are turned when they are appended.
+    pub positions: Positions,
     /// Output rows `[rows][num_qo_heads * head_dim]` f32.
     pub output: &'a wgpu::Buffer,
+}
+
+/// Rows whose queries are turned, where queries carry no positions yet.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Turning {
+    /// First vec4 of the `[row][head_dim / 2]` table of (cos, sin) in the `step` buffer, of all rows of the step.
+    pub angles: u32,
+    /// Rows.
+    pub n_rows: u32,
 }
 
 /// First vec4 of each work list in the `step` buffer.
@@ -82,11 +94,15 @@ impl ListOffsets {
             }
         }
         let per_page = page.page_size * page.head_dim / 4;
-        let seals: Vec<SealItem> =
-            plan.seal.iter().map(|item| SealItem { angles: angles + item.angles * per_page, ..*item }).collect();
+        let append = put(&plan.append, step);
+        let seal = place(step);
+        for item in &plan.seal {
+            let item = SealItem { angles: angles + item.angles * per_page, ..*item };
+            step.extend_from_slice(bytemuck::cast_slice(std::slice::from_ref(&item)));
+        }
         Self {
-            append: put(&plan.append, step),
-            seal: put(&seals, step),
+            append,
+            seal,
             decode: put(&plan.decode, step),
             prefill: put(&plan.prefill, step),
             merge: put(&plan.merge, step),
@@ -216,7 +232,7 @@ impl AttentionKernels {
         rows: &RowBuffers<'_>,
         sizes: &AttentionSizes<'_>,
     ) -> Result<Self, KernelError> {
-        let append = cache.get(device, &append::kernel(&shape))?;
+        let append = cache.get(device, &append::kernel(&shape, rows.positions))?;
         let merge = cache.get(device, &merge_states::kernel(&shape))?;
         let [o, ml, lse] = sizes.parts(&shape);
         let state_o = device.storage("attention states", o)?;
@@ -375,17 +391,43 @@ impl AttentionKernels {
         found.expect("a planned page should have one of the codecs that the kernels were made for")
     }
 
+    /// Records append; its first dispatch turns the queries, one of its own where nothing is appended.
+    fn record_append(
+        &self,
+        recorder: &mut Recorder<'_>,
+        layer_plan: &LayerPlan,
+        lists: &ListOffsets,
+        layer: u32,
+        turning: Turning,
+    ) {
+        let Turning { angles, mut n_rows } = turning;
+        let (stride, k_offset, v_offset) = (self.stride, self.k_offset, self.v_offset);
+        let mut append = |arena: usize, (items, n_items)| {
+            let n_rows = std::mem::take(&mut n_rows);
+            let params = AppendParams { items, n_items, layer, stride, k_offset, v_offset, angles, n_rows };
+            recorder.dispatch(&self.append, &self.append_groups[arena], &params, flat_grid(n_rows + n_items));
+        };
+        for (at, range) in &layer_plan.append {
+            append(self.arena(at.arena), place(lists.append, 2, range));
+        }
+        if layer_plan.append.is_empty() {
+            append(0, (0, 0));
+        }
+    }
+
     /// Records append, sealing, attention and merge of one layer.
-    pub fn record(&self, recorder: &mut Recorder<'_>, plan: &AttentionPlan, lists: &ListOffsets, layer: u32) {
+    pub fn record(
+        &self,
+        recorder: &mut Recorder<'_>,
+        plan: &AttentionPlan,
+        lists: &ListOffsets,
+        layer: u32,
+        turning: Turning,
+    ) {
         let layer_plan = &plan.plans[plan.of_layer[layer as usize]];
         let layer = layer - layer_plan.first_layer;
         let heads = self.shape.heads;
-        for (at, range) in &layer_plan.append {
-            let (items, n_items) = place(lists.append, 2, range);
-            let (stride, k_offset, v_offset) = (self.stride, self.k_offset, self.v_offset);
-            let params = AppendParams { items, n_items, layer, stride, k_offset, v_offset };
-            recorder.dispatch(&self.append, &self.append_groups[self.arena(at.arena)], &params, flat_grid(n_items));
-        }
+        self.record_append(recorder, layer_plan, lists, layer, turning);
         for (at, range) in &layer_plan.seal {
             self.record_seal(recorder, *at, place(lists.seal, 2, range), layer);
         }

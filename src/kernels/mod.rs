@@ -15,8 +15,9 @@ pub mod abi;
 mod abi_evictions;
 pub mod append;
 pub mod attention;
+mod by_place;
 pub mod decode;
-pub mod elementwise;
+pub mod embed;
 pub mod eviction;
 pub mod executor;
 pub mod gather;
@@ -33,6 +34,7 @@ pub mod pipeline;
 pub mod plan;
 pub mod prefill;
 pub mod prefill_coop;
+pub mod product_tuning;
 pub mod quest;
 pub mod recording;
 pub mod registry;
@@ -169,12 +171,10 @@ pub mod modules {
         MOMENTS = "evict/moments.wgsl";
         /// Token embedding.
         EMBED = "model/embed.wgsl";
-        /// RMS norm.
-        RMS_NORM = "model/rms_norm.wgsl";
-        /// Rotary positions.
-        ROPE = "model/rope.wgsl";
-        /// Gated activation.
-        GATED_ACTIVATION = "model/gated_activation.wgsl";
+        /// Rows of a product as they are.
+        ROWS_PLAIN = "model/rows_plain.wgsl";
+        /// Rows of a product under RMS norm.
+        ROWS_NORMED = "model/rows_normed.wgsl";
         /// Matrix product for many rows.
         MATMUL = "model/matmul.wgsl";
         /// Matrix product for few rows.

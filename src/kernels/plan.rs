@@ -17,6 +17,8 @@ use super::abi::{
     AppendItem, DecodeItem, MergeItem, MomentItem, PageBoundsItem, PrefillItem, QuestItem, ScoreItem, SealItem,
 };
 use super::attention::CacheShape;
+pub(crate) use super::by_place::ByPlace;
+use super::by_place::len_u32;
 use super::decode::DecodeSpec;
 use super::prefill::PrefillSpec;
 use super::score;
@@ -155,37 +157,15 @@ pub struct AttentionPlan {
     pub n_states: u32,
 }
 
-/// Collects items per place and lays them out one place after another.
-pub(crate) struct ByPlace<T, P = Place>(Vec<(P, Vec<T>)>);
-
-impl<T, P> Default for ByPlace<T, P> {
-    fn default() -> Self {
-        Self(Vec::new())
+impl LayerPlan {
+    /// Nothing of a layer yet, in the same memory.
+    fn clear(&mut self, first_layer: u32) {
+        let Self { append, seal, decode, prefill, bounds, quest, score, .. } = self;
+        [append, seal, decode, prefill, bounds].into_iter().for_each(Vec::clear);
+        quest.clear();
+        score.clear();
+        self.first_layer = first_layer;
     }
-}
-
-impl<T: Copy, P: Copy + Ord> ByPlace<T, P> {
-    pub(crate) fn push(&mut self, place: P, item: T) {
-        match self.0.iter_mut().find(|(p, _)| *p == place) {
-            Some((_, items)) => items.push(item),
-            None => self.0.push((place, vec![item])),
-        }
-    }
-
-    pub(crate) fn lay_out(mut self, list: &mut Vec<T>) -> Vec<(P, Range<u32>)> {
-        self.0.sort_by_key(|(place, _)| *place);
-        let mut dispatches = Vec::with_capacity(self.0.len());
-        for (place, items) in self.0 {
-            let start = len_u32(list);
-            list.extend(items);
-            dispatches.push((place, start..len_u32(list)));
-        }
-        dispatches
-    }
-}
-
-fn len_u32<T>(items: &[T]) -> u32 {
-    u32::try_from(items.len()).expect("work items of a step are counted in 32 bits")
 }
 
 const fn reading(run: &Run) -> Place {
@@ -198,27 +178,9 @@ impl AttentionPlan {
     /// # Panics
     /// When a decode segment has more than one row.
     pub fn new(shape: &CacheShape, num_layers: u32, segments: &[Segment<'_>]) -> Self {
-        let mut plan = Self::default();
-        let turned: Vec<u32> = segments
-            .iter()
-            .map(|segment| {
-                let first = len_u32(&plan.turned_pages);
-                let shape = segment.table.shape();
-                if matches!(shape.codec.k.transform, Transform::LowRank { .. }) {
-                    plan.turned_pages
-                        .extend(segment.table.sealing_pages().map(|page| segment.table.page_position(page)));
-                }
-                first
-            })
-            .collect();
-        for layer in 0..num_layers {
-            let alike = layer > 0 && segments.iter().all(|s| s.may_share(layer) && s.table.alike(layer - 1, layer));
-            if !alike {
-                plan.add_layer(shape, layer, segments, &turned);
-            }
-            plan.of_layer.push(plan.plans.len() - 1);
-        }
-        plan
+        let mut planner = Planner::default();
+        planner.plan(shape, num_layers, segments);
+        planner.plan
     }
 
     /// Adds rows whose queries are observed.
@@ -230,9 +192,70 @@ impl AttentionPlan {
         self.moments.extend(rows.iter().map(item));
     }
 
-    fn add_layer(&mut self, shape: &CacheShape, layer: u32, segments: &[Segment<'_>], turned: &[u32]) {
-        let mut parts = LayerParts::default();
-        let merge_start = len_u32(&self.merge);
+    /// Nothing yet, in the same memory.
+    fn clear(&mut self) {
+        self.of_layer.clear();
+        self.append.clear();
+        self.seal.clear();
+        self.decode.clear();
+        self.prefill.clear();
+        self.merge.clear();
+        self.bounds.clear();
+        self.quest.clear();
+        self.score.clear();
+        self.moments.clear();
+        self.turned_pages.clear();
+        self.n_page_scores = 0;
+        self.n_states = 0;
+    }
+}
+
+/// Plans step after step in the same memory: a step of decode whose lists are no longer than those before allocates nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Planner {
+    plan: AttentionPlan,
+    parts: LayerParts,
+    /// Layer plans that no layer has.
+    spare: Vec<LayerPlan>,
+    /// Of each segment, its first page among those whose keys are turned back.
+    turned: Vec<u32>,
+}
+
+impl Planner {
+    /// The plan of `segments` for all layers of a model with `num_layers` layers.
+    ///
+    /// # Panics
+    /// When a decode segment has more than one row.
+    pub fn plan(&mut self, shape: &CacheShape, num_layers: u32, segments: &[Segment<'_>]) -> &mut AttentionPlan {
+        self.spare.append(&mut self.plan.plans);
+        self.plan.clear();
+        self.turned.clear();
+        for segment in segments {
+            self.turned.push(len_u32(&self.plan.turned_pages));
+            let table = segment.table;
+            if matches!(table.shape().codec.k.transform, Transform::LowRank { .. }) {
+                self.plan.turned_pages.extend(table.sealing_pages().map(|page| table.page_position(page)));
+            }
+        }
+        for layer in 0..num_layers {
+            let alike = layer > 0 && segments.iter().all(|s| s.may_share(layer) && s.table.alike(layer - 1, layer));
+            if !alike {
+                self.add_layer(shape, layer, segments);
+            }
+            self.plan.of_layer.push(self.plan.plans.len() - 1);
+        }
+        &mut self.plan
+    }
+
+    /// What was planned last.
+    pub const fn last(&self) -> &AttentionPlan {
+        &self.plan
+    }
+
+    fn add_layer(&mut self, shape: &CacheShape, layer: u32, segments: &[Segment<'_>]) {
+        let Self { plan, parts, spare, turned } = self;
+        (parts.n_states, parts.n_page_scores) = (0, 0);
+        let merge_start = len_u32(&plan.merge);
         let heads = shape.heads;
         for (pass, (segment, turned)) in segments.iter().zip(turned).enumerate() {
             // Only segments of one session may not share a dispatch.
@@ -241,11 +264,11 @@ impl AttentionPlan {
                 let list =
                     List { segment, layer, kv_head, num_kv_heads: heads.num_kv_heads, group: heads.group_size() };
                 if segment.table.layers().owns(layer) && !segment.table.is_closed(layer, kv_head) {
-                    list.append(&mut parts);
+                    list.append(parts);
                     // Pages belong to the session, not to one of its segments.
                     if pass == 0 {
-                        list.seal(*turned, &mut parts);
-                        list.bounds(&mut parts);
+                        list.seal(*turned, parts);
+                        list.bounds(parts);
                     }
                 }
                 if layer >= segment.attend_below {
@@ -253,40 +276,42 @@ impl AttentionPlan {
                 }
                 if segment.decode {
                     assert_eq!(segment.n_rows, 1, "a decode segment should be one row");
-                    list.decode(&mut parts, &mut self.merge);
+                    list.decode(parts, &mut plan.merge);
                 } else {
-                    list.prefill(PrefillSpec::item_positions(shape), &mut parts, &mut self.merge);
+                    list.prefill(PrefillSpec::item_positions(shape), parts, &mut plan.merge);
                 }
-                list.score(pass, score::rows_max(shape), &mut parts);
+                list.score(pass, score::rows_max(shape), parts);
             }
         }
-        self.n_states = self.n_states.max(parts.n_states);
-        self.n_page_scores = self.n_page_scores.max(parts.n_page_scores);
-        self.plans.push(LayerPlan {
-            first_layer: layer,
-            append: parts.append.lay_out(&mut self.append),
-            seal: parts.seal.lay_out(&mut self.seal),
-            decode: parts.decode.lay_out(&mut self.decode),
-            prefill: parts.prefill.lay_out(&mut self.prefill),
-            merge: merge_start..len_u32(&self.merge),
-            bounds: parts.bounds.lay_out(&mut self.bounds),
-            quest: parts.quest.lay_out(&mut self.quest),
-            score: parts.score.lay_out(&mut self.score),
-        });
+        plan.n_states = plan.n_states.max(parts.n_states);
+        plan.n_page_scores = plan.n_page_scores.max(parts.n_page_scores);
+        let mut of_layer = spare.pop().unwrap_or_default();
+        of_layer.clear(layer);
+        parts.append.lay_out(&mut plan.append, &mut of_layer.append);
+        parts.seal.lay_out(&mut plan.seal, &mut of_layer.seal);
+        parts.decode.lay_out(&mut plan.decode, &mut of_layer.decode);
+        parts.prefill.lay_out(&mut plan.prefill, &mut of_layer.prefill);
+        of_layer.merge = merge_start..len_u32(&plan.merge);
+        parts.bounds.lay_out(&mut plan.bounds, &mut of_layer.bounds);
+        parts.quest.lay_out(&mut plan.quest, &mut of_layer.quest);
+        parts.score.lay_out(&mut plan.score, &mut of_layer.score);
+        plan.plans.push(of_layer);
     }
 }
 
-#[derive(Default)]
+#[derive(Clone, Debug, Default)]
 struct LayerParts {
-    append: ByPlace<AppendItem>,
-    seal: ByPlace<SealItem>,
-    decode: ByPlace<DecodeItem>,
-    prefill: ByPlace<PrefillItem>,
+    append: ByPlace<AppendItem, Place>,
+    seal: ByPlace<SealItem, Place>,
+    decode: ByPlace<DecodeItem, Place>,
+    prefill: ByPlace<PrefillItem, Place>,
     score: ByPlace<ScoreItem, ScorePlace>,
-    bounds: ByPlace<PageBoundsItem>,
+    bounds: ByPlace<PageBoundsItem, Place>,
     quest: ByPlace<QuestItem, u16>,
     n_page_scores: u32,
     n_states: u32,
+    /// What the row at hand reads.
+    runs: Vec<Run>,
 }
 
 /// One list of pages and the rows that attend to it.
@@ -392,16 +417,18 @@ impl List<'_, '_> {
     }
 
     /// What a decode row reads: everything, or the pages that it chooses, and its own.
-    fn read_by_decode(&self, parts: &mut LayerParts) -> Vec<Run> {
+    fn read_by_decode(&self, parts: &mut LayerParts, runs: &mut Vec<Run>) {
         let (table, layer, head) = (self.table(), self.layer, self.kv_head);
         let place = self.place(self.segment.first_index);
         let size = self.page_size();
         let n_full = place / size;
         let quest = table.shape().quest.filter(|quest| layer >= quest.dense_layers && n_full > quest.pages);
-        let Some(quest) = quest else { return self.runs(self.segment.first_index).collect() };
+        let Some(quest) = quest else {
+            runs.extend(self.runs(self.segment.first_index));
+            return;
+        };
         let (mut out, n_entries) = table.chosen(head);
         let until = out + n_entries;
-        let mut runs = Vec::new();
         // Runs of pages in one arena, cut where their bounds change pages of another.
         for run in table.full_runs(layer, head, place) {
             let mut first = run.offset / size;
@@ -440,7 +467,6 @@ impl List<'_, '_> {
             }
         }
         runs.extend(table.own_run(layer, head, place));
-        runs
     }
 
     fn decode(&self, parts: &mut LayerParts, merge: &mut Vec<MergeItem>) {
@@ -448,7 +474,9 @@ impl List<'_, '_> {
         let q_row = self.segment.row_lo * self.num_kv_heads + self.kv_head;
         let state_lo = parts.n_states;
         let mut n_states = 0;
-        for run in self.read_by_decode(parts) {
+        let mut runs = std::mem::take(&mut parts.runs);
+        self.read_by_decode(parts, &mut runs);
+        for run in runs.drain(..) {
             let (mut start, end) = (run.offset, run.offset + run.n_tokens);
             while start < end {
                 let until = ((start / chunk + 1) * chunk).min(end);
@@ -468,6 +496,7 @@ impl List<'_, '_> {
                 start = until;
             }
         }
+        parts.runs = runs;
         merge.push(MergeItem { q_row, state_lo, n_states, stride: self.group });
     }
 

@@ -1,13 +1,15 @@
 //! Every kernel that can be asked for, so that tests cover what the program can reach.
 
+use super::append::Positions;
 use super::attention::{CacheShape, Format};
 use super::decode::{DecodeSpec, DecodeTuning};
 use super::latent_decode::LatentDecodeSpec;
-use super::matmul::{self, Output};
+use super::matmul::Product;
 use super::prefill::{PrefillSpec, PrefillTuning};
+use super::product_tuning::ProductTuning;
 use super::{
-    KernelSpec, append, elementwise, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest,
-    sample, score, seal, select, stream,
+    KernelSpec, append, embed, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest, sample,
+    score, seal, select, stream,
 };
 use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
 use crate::device::Tier;
@@ -50,17 +52,13 @@ pub fn all_specs() -> Vec<KernelSpec> {
         move_pages::kernel(),
         stream::read(),
         stream::copy(),
-        elementwise::embed(),
-        elementwise::rope(),
-        elementwise::gated_activation(),
+        embed::kernel(),
     ];
     for tier in [Tier::Portable, Tier::Subgroup] {
-        specs.push(elementwise::rms_norm(tier));
         specs.push(sample::kernel(tier));
     }
-    for output in [Output::Replace, Output::Accumulate] {
-        specs.push(matmul::matmul(output));
-        specs.extend([1, 4].map(|rows| matmul::matvec(output, rows)));
+    for tuning in ProductTuning::candidates() {
+        specs.extend(Product::ALL.into_iter().flat_map(|product| product_specs(product, tuning)));
     }
     for tier in [Tier::Portable, Tier::Subgroup] {
         let codec = Codec::default();
@@ -68,13 +66,20 @@ pub fn all_specs() -> Vec<KernelSpec> {
         specs.extend([latent.kernel(), merge_states::kernel(&latent.merge_shape())]);
     }
     for shape in cache_shapes(&PAGE_SIZES) {
-        specs.extend([merge_states::kernel(&shape), append::kernel(&shape), moments::kernel(&shape)]);
+        specs.extend([merge_states::kernel(&shape), moments::kernel(&shape)]);
+        specs.extend([Positions::Applied, Positions::Rotary].map(|positions| append::kernel(&shape, positions)));
         specs.extend([merge_layers::kernel(&shape), quest::page_bounds(&shape), quest::quest(&shape)]);
         for codec in codecs(shape.page()) {
             specs.extend(format_specs(&shape.format(codec)));
         }
     }
     specs
+}
+
+/// A product for many rows, and for few, as many to a workgroup as there can be.
+fn product_specs(product: Product, tuning: ProductTuning) -> Vec<KernelSpec> {
+    let few = tuning.few.rows(u32::MAX).map(|rows| product.matvec(rows, tuning.few));
+    std::iter::once(product.matmul(tuning.many)).chain(few).collect()
 }
 
 /// The kernels that read pages of a format, those that make them, and those of evictions.

@@ -6,6 +6,7 @@
 use super::attention::Format;
 use super::decode::DecodeTuning;
 use super::prefill::PrefillTuning;
+use super::product_tuning::ProductTuning;
 use crate::device::Tier;
 
 /// The tuning of every kernel that has one; what is not chosen is as the methods say.
@@ -15,6 +16,8 @@ pub struct Tuning {
     pub decode: Option<DecodeTuning>,
     /// Of prefill, for all formats.
     pub prefill: Option<PrefillTuning>,
+    /// Of products.
+    pub product: Option<ProductTuning>,
 }
 
 impl Tuning {
@@ -26,5 +29,10 @@ impl Tuning {
     /// How prefill runs in a tier, where the chosen kernel serves the format.
     pub fn prefill(&self, tier: Tier) -> PrefillTuning {
         self.prefill.unwrap_or_else(|| PrefillTuning::of_tier(tier))
+    }
+
+    /// How an adapter of a kind, as `concertina devices` names them, multiplies.
+    pub fn product(&self, adapter_kind: &str) -> ProductTuning {
+        self.product.unwrap_or_else(|| ProductTuning::of_kind(adapter_kind))
     }
 }

@@ -1,4 +1,7 @@
-//! An allocator that counts what a thread holds, for tests of what readers take for files that lie.
+//! An allocator that counts what a thread takes and holds: for tests of what readers take for files that lie, and of steps that
+//! should take nothing.
+
+#![expect(dead_code, reason = "each test binary uses a part")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -8,12 +11,16 @@ struct Counting;
 thread_local! {
     static LIVE: Cell<usize> = const { Cell::new(0) };
     static PEAK: Cell<usize> = const { Cell::new(0) };
+    static TAKEN: Cell<usize> = const { Cell::new(0) };
 }
 
 fn count(freed: usize, taken: usize) {
     // Counted per thread, because tests run side by side; a thread that ends has no counter any more.
     let _ = LIVE.try_with(|live| {
         live.set(live.get().saturating_sub(freed) + taken);
+        if taken > 0 {
+            let _ = TAKEN.try_with(|n| n.set(n.get() + 1));
+        }
         let _ = PEAK.try_with(|peak| peak.set(peak.get().max(live.get())));
     });
 }
@@ -54,4 +61,11 @@ pub(crate) fn peak_of<T>(call: impl FnOnce() -> T) -> (T, usize) {
     PEAK.set(before);
     let result = call();
     (result, PEAK.get().saturating_sub(before))
+}
+
+/// What a call returns, and how often it took memory.
+pub(crate) fn allocations_of<T>(call: impl FnOnce() -> T) -> (T, usize) {
+    let before = TAKEN.get();
+    let result = call();
+    (result, TAKEN.get() - before)
 }

@@ -9,9 +9,10 @@ use crate::compression::hidden::{HeadParameters, HiddenCodec};
 use crate::device::staging::{ReadBack, Uploader, download};
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, WORD_BYTES};
+use crate::kernels::append::Positions;
 use crate::kernels::attention::CacheShape;
 use crate::kernels::eviction::{EvictionKernels, EvictionSizes};
-use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers};
+use crate::kernels::executor::{AttentionKernels, AttentionSizes, ListOffsets, RowBuffers, Turning};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::{PipelineCache, Recorder};
@@ -190,6 +191,7 @@ impl<'d> PagedAttention<'d> {
             stride,
             k_offset: heads.q_width(),
             v_offset: heads.q_width() + heads.kv_width(),
+            positions: Positions::Applied,
             output: &output,
         };
         let kernels = AttentionKernels::new(device, cache, config.shape, &buffers, &step, &row_buffers, &sizes)?;
@@ -468,7 +470,7 @@ impl<'d> PagedAttention<'d> {
             let n_items = u32::try_from(plan.moments.len()).expect("a few segments");
             kernels.record_moments(&mut recorder, lists.moments, n_items, layer);
         }
-        self.kernels.record(&mut recorder, plan, lists, layer);
+        self.kernels.record(&mut recorder, plan, lists, layer, Turning::default());
         if let Some((kernels, _)) = &self.evictions {
             kernels.record_scores(&mut recorder, plan, lists, layer);
         }

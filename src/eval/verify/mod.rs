@@ -68,7 +68,7 @@ pub fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(&Check)) -> Res
 
 /// How many checks [`run`] will make.
 pub fn count(extent: Extent) -> usize {
-    operators::COUNT + latent::COUNT + codecs::count(extent) + attention::count(extent) + eviction::count(extent)
+    operators::count() + latent::COUNT + codecs::count(extent) + attention::count(extent) + eviction::count(extent)
 }
 
 #[cfg(test)]

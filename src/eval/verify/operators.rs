@@ -10,25 +10,31 @@ use crate::device::Device;
 use crate::engine::EngineError;
 use crate::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
 use crate::geometry::{Bytes, HeadGeometry};
-use crate::kernels::abi::{
-    EmbedParams, GatedActivationParams, MatmulParams, MergeItem, MergeParams, RmsNormParams, RopeParams, SampleParams,
-};
+use crate::kernels::abi::{AppendItem, AppendParams, EmbedParams, MatmulParams, MergeItem, MergeParams, SampleParams};
+use crate::kernels::append::{self, Positions};
 use crate::kernels::attention::CacheShape;
-use crate::kernels::matmul::{self, Output};
+use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product};
+use crate::kernels::product_tuning::ProductTuning;
 use crate::kernels::run_once::run_once;
 use crate::kernels::sample::Sampling;
-use crate::kernels::{KernelSpec, PipelineCache, elementwise, flat_grid, merge_states, sample};
+use crate::kernels::{KernelSpec, PipelineCache, embed, flat_grid, merge_states, sample};
 use crate::reference::compare::Tolerance;
 use crate::reference::sampling::distribution;
 use crate::weights::Matrix;
 
-/// Rows of the products: one, a few, exactly a tile, and past it.
-const PRODUCT_ROWS: [u32; 4] = [1, 5, 64, 130];
+/// Rows of a product for many: fewer than a tile, and past it.
+const MANY_ROWS: [u32; 2] = [5, 130];
+/// Rows of a product for few: one, some, and past a workgroup.
+const FEW_ROWS: [u32; 3] = [1, 3, 21];
 /// Draws from each sampling setting.
 const DRAWS: u32 = 4096;
 
-const ROW_WISE: usize = 4;
-pub(super) const COUNT: usize = ROW_WISE + PRODUCT_ROWS.len() * 4 + SAMPLING.len() + 2;
+/// Embedding and appending, the samplers, merging and rounding.
+const OTHERS: usize = 2 + SAMPLING.len() + 2;
+
+pub(super) fn count() -> usize {
+    OTHERS + ProductTuning::candidates().len() * Product::ALL.len() * (MANY_ROWS.len() + FEW_ROWS.len())
+}
 
 const SAMPLING: [(&str, Sampling); 5] = [
     ("greedy", Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 1 }),
@@ -40,16 +46,10 @@ const SAMPLING: [(&str, Sampling); 5] = [
 
 pub(super) fn run(device: &Device, each: &mut dyn FnMut(Check)) -> Result<(), EngineError> {
     let mut bench = Bench { device, cache: PipelineCache::default(), rng: ChaCha8Rng::seed_from_u64(7) };
-    each(embed(&mut bench)?);
-    each(rms_norm(&mut bench)?);
-    each(rope(&mut bench)?);
-    each(gated_activation(&mut bench)?);
-    for rows in PRODUCT_ROWS {
-        for output in [Output::Replace, Output::Accumulate] {
-            each(product(&mut bench, matmul::matmul(output), output, rows, matmul::TILE_ROWS)?);
-            let per_group = if rows == 1 { 1 } else { 4 };
-            each(product(&mut bench, matmul::matvec(output, per_group), output, rows, per_group)?);
-        }
+    each(embedding(&mut bench)?);
+    each(append_turned(&mut bench)?);
+    for tuning in ProductTuning::candidates() {
+        products(&mut bench, tuning, each)?;
     }
     for (name, sampling) in SAMPLING {
         each(draws(&mut bench, name, sampling)?);
@@ -119,134 +119,251 @@ fn check(kernel: &'static str, case: String, got: &[f32], want: &[f64], scale: &
     Check { kernel, case, compared: got.len(), error_over_bound: tolerance.worst(got, want, scale), nmse: None }
 }
 
-fn embed(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
+fn embedding(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     let (vocab, hidden, tokens) = (50_u32, 72_u32, [3_u32, 49, 0, 3, 17]);
     let (matrix, packed) = random_matrix(bench, vocab, hidden);
     let n = tokens.len() * hidden as usize;
     let params = EmbedParams { tokens: 0, n_rows: 5, cells: hidden / 8, vocab };
     let unwritten = poison(n);
     let inputs = [bytes(&tokens), bytes(&packed), bytes(&unwritten)];
-    let got = floats(&bench.run(&elementwise::embed(), &inputs, &params, flat_grid(5))?);
+    let got = floats(&bench.run(&embed::kernel(), &inputs, &params, flat_grid(5))?);
     let want: Vec<f64> = tokens.iter().flat_map(|t| matrix.row(*t).iter().map(|v| v.to_f64())).collect();
     // A copy of f16 values is exact.
     let case = format!("{} rows of {hidden}", tokens.len());
     Ok(check("embed", case, &got, &want, &vec![0.0; n], Tolerance::dot(1)))
 }
 
-fn rms_norm(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
-    let (rows, width, eps) = (7_usize, 584_usize, 1e-5_f32);
-    let x = bench.values(rows * width);
-    let weight = bench.values(width);
-    let list = [6_u32, 0, 3];
-    let params = RmsNormParams { rows: 0, identity: 0, n_rows: 3, width: 584, eps };
-    let unwritten = poison(3 * width);
-    let inputs = [bytes(&list), bytes(&x), bytes(&weight), bytes(&unwritten)];
-    let spec = elementwise::rms_norm(bench.device.tier());
-    let got = floats(&bench.run(&spec, &inputs, &params, flat_grid(3))?);
-    let mut want = Vec::new();
-    for row in list {
-        let row = &x[row as usize * width..(row as usize + 1) * width];
-        let mean = row.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / width as f64;
-        let scale = 1.0 / (mean + f64::from(eps)).sqrt();
-        want.extend(row.iter().zip(&weight).map(|(v, w)| f64::from(*v) * scale * f64::from(*w)));
-    }
-    let scale: Vec<f64> = want.iter().map(|v| v.abs()).collect();
-    Ok(check("rms_norm", format!("3 of {rows} rows of {width}"), &got, &want, &scale, Tolerance::dot(width)))
-}
-
-fn rope(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
-    let (rows, heads, dim, stride) = (3_usize, 5_usize, 16_usize, 104_usize);
-    let x = bench.values(rows * stride);
-    let angles: Vec<f64> = (0..rows * dim / 2).map(|i| i as f64 * 0.37).collect();
+/// Appending one row: its queries turned in place, its keys turned and rounded in their page, values rounded alone.
+fn append_turned(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
+    let heads = HeadGeometry { num_qo_heads: 6, num_kv_heads: 2, head_dim: 24 };
+    let shape = CacheShape { heads, page_size: 16 };
+    let (n_rows, slot, dim) = (3_u32, 5_u32, 24_usize);
+    let (q_width, kv_width) = (heads.q_width() as usize, heads.kv_width() as usize);
+    let stride = q_width + 2 * kv_width;
+    let rows = bench.values(n_rows as usize * stride);
+    let angles: Vec<f64> = (0..n_rows as usize * dim / 2).map(|i| i as f64 * 0.37).collect();
     #[expect(clippy::cast_possible_truncation, reason = "rounding to f32 is what is wanted")]
-    let table: Vec<f32> = angles.iter().flat_map(|a| [a.cos() as f32, a.sin() as f32]).collect();
-    let params = RopeParams { angles: 0, n_rows: 3, stride: 104, n_heads: 5, half_dim: 8 };
-    let got = floats(&bench.run(&elementwise::rope(), &[bytes(&table), bytes(&x)], &params, flat_grid(3))?);
-    let mut want: Vec<f64> = x.iter().map(|v| f64::from(*v)).collect();
-    let mut scale = vec![0.0; want.len()];
-    for row in 0..rows {
-        for i in 0..heads * dim / 2 {
+    let mut step: Vec<u32> = angles.iter().flat_map(|a| [a.cos() as f32, a.sin() as f32]).map(f32::to_bits).collect();
+    let item = |kv_head| AppendItem {
+        row_lo: 0,
+        n_rows,
+        kv_head,
+        page_entry: kv_head,
+        layer_stride: 0,
+        slot_in_page: slot,
+        pad: [0; 2],
+    };
+    let at = u32::try_from(step.len() / 4).expect("a short table");
+    step.extend_from_slice(bytemuck::cast_slice(&[item(0), item(1)]));
+    let page_cells = u32::try_from(2 * 16 * dim / 8).expect("a small page");
+    let to_u32 = |n: usize| u32::try_from(n).expect("a small row");
+    let params = AppendParams {
+        items: at,
+        n_items: 2,
+        layer: 0,
+        stride: to_u32(stride),
+        k_offset: to_u32(q_width),
+        v_offset: to_u32(q_width + kv_width),
+        angles: 0,
+        n_rows,
+    };
+    let unwritten = vec![f16::NAN; page_cells as usize * 2 * 8];
+    let table = [0, page_cells];
+    let operands = [bytes(&step), bytes(&table), bytes(&rows), bytes(&unwritten)];
+    let spec = append::kernel(&shape, Positions::Rotary);
+    let results = bench.run_all(&spec, &operands, &params, flat_grid(n_rows + 2))?;
+    let pages: Vec<f16> = bytemuck::pod_collect_to_vec(&results[3]);
+    let (mut got, mut want, mut scale) = (floats(&results[2]), Vec::new(), Vec::new());
+    for (row, values) in rows.chunks_exact(stride).enumerate() {
+        for (i, pair) in values.chunks_exact(2).enumerate() {
             let angle = angles[row * dim / 2 + i % (dim / 2)];
-            let at = row * stride + 2 * i;
-            let (a, b) = (want[at], want[at + 1]);
-            want[at] = a * angle.cos() - b * angle.sin();
-            want[at + 1] = a * angle.sin() + b * angle.cos();
-            scale[at..at + 2].fill(a.abs() + b.abs());
+            let (a, b) = (f64::from(pair[0]), f64::from(pair[1]));
+            let turned = [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()];
+            // Keys and values must not move at all where they came from.
+            let is_query = 2 * i < q_width;
+            want.extend(if is_query { turned } else { [a, b] });
+            scale.extend([if is_query { a.abs() + b.abs() } else { 0.0 }; 2]);
+        }
+        for channel in 0..2 * kv_width {
+            let (is_value, head, c) = (channel >= kv_width, channel % kv_width / dim, channel % dim);
+            let from = values[q_width + channel];
+            let pair = &values[q_width + channel / 2 * 2..][..2];
+            let (a, b) = (f64::from(pair[0]), f64::from(pair[1]));
+            let (sin, cos) = angles[row * dim / 2 + c / 2].sin_cos();
+            let exact = match (is_value, c % 2) {
+                (true, _) => f16::from_f32(from).to_f64(),
+                (false, 0) => a * cos - b * sin,
+                (false, _) => a * sin + b * cos,
+            };
+            let (side, token) = (usize::from(is_value), slot as usize + row);
+            let cell = if is_value { token * dim / 8 + c / 8 } else { c / 8 * 16 + token };
+            let place = ((head * 2 + side) * 16 * dim / 8 + cell) * 8 + c % 8;
+            got.push(pages[place].to_f32());
+            want.push(exact);
+            // A value is rounded exactly; half a unit of f16 in a key is 2^12 of f32.
+            scale.push(if is_value { 0.0 } else { (a.abs() + b.abs()) * f64::from(1 << 12) });
         }
     }
-    // Values after the rotated heads have scale zero: they must not move at all.
-    let case = format!("{rows} rows, {heads} of {} heads of {dim}", stride / dim);
-    Ok(check("rope", case, &got, &want, &scale, Tolerance::dot(2)))
-}
-
-fn gated_activation(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
-    let (rows, width) = (3_usize, 136_usize);
-    let mut gate_up = bench.values(rows * width * 2);
-    // Both tails of the sigmoid.
-    gate_up[0] = 80.0;
-    gate_up[1] = -80.0;
-    let params = GatedActivationParams { n_rows: 3, width: 136 };
-    let unwritten = poison(rows * width);
-    let inputs = [bytes(&gate_up), bytes(&unwritten)];
-    let got = floats(&bench.run(&elementwise::gated_activation(), &inputs, &params, flat_grid(3))?);
-    let mut want = Vec::new();
-    for row in gate_up.chunks_exact(2 * width) {
-        let (gate, up) = row.split_at(width);
-        want.extend(gate.iter().zip(up).map(|(g, u)| {
-            let g = f64::from(*g);
-            g / (1.0 + (-g).exp()) * f64::from(*u)
-        }));
-    }
-    let scale: Vec<f64> = want.iter().map(|v| v.abs()).collect();
-    // exp carries up to 3 + 2|x| ULP (WGSL, accuracy of built-in functions); at |x| <= 80 that is what 500 roundings give.
-    Ok(check("gated_activation", format!("{rows} rows of {width}"), &got, &want, &scale, Tolerance::dot(500)))
-}
-
-fn product(
-    bench: &mut Bench<'_>,
-    spec: KernelSpec,
-    output: Output,
-    n_rows: u32,
-    tile_rows: u32,
-) -> Result<Check, EngineError> {
-    // 200 outputs leave a ragged tile; x and y begin at different rows.
-    let (cols, k, x_row, y_row) = (200_u32, 264_u32, 2_u32, 1_u32);
-    let (matrix, packed) = random_matrix(bench, cols, k);
-    let x = bench.values(((n_rows + x_row) * k) as usize);
-    let size = ((n_rows + y_row + 1) * cols) as usize;
-    let before = if output == Output::Accumulate { bench.values(size) } else { poison(size) };
-    let params = MatmulParams { x_row, y_row, n_rows, cols, cells: k / 8, first_col: 0 };
-    let inputs = [bytes(&x), bytes(&packed), bytes(&before)];
-    let got = floats(&bench.run(&spec, &inputs, &params, matmul::grid(&params, tile_rows))?);
-    let mut want = Vec::new();
-    let mut scale = Vec::new();
-    for row in x[(x_row * k) as usize..].chunks_exact(k as usize) {
-        for col in 0..cols {
-            let start = before[y_row as usize * cols as usize + want.len()];
-            let start = if output == Output::Accumulate { f64::from(start) } else { 0.0 };
-            let products = row.iter().zip(matrix.row(col)).map(|(x, w)| f64::from(*x) * w.to_f64());
-            let (sum, squares) = products.fold((start, start * start), |(s, q), p| (s + p, q + p * p));
-            want.push(sum);
-            // A sum of independent products rounds in proportion to the root of their squares.
-            scale.push(squares.sqrt());
-        }
-    }
-    let first = (y_row * cols) as usize;
-    let written = &got[first..first + want.len()];
-    let mut result = check(
-        spec.name,
-        format!("{n_rows} x {k} by {k} x {cols}, {output:?}"),
-        written,
-        &want,
-        &scale,
-        Tolerance::dot(k as usize),
-    );
-    let outside = got[..first].iter().chain(&got[first + want.len()..]);
-    let untouched = before[..first].iter().chain(&before[first + want.len()..]);
-    if !outside.zip(untouched).all(|(a, b)| a.to_bits() == b.to_bits()) {
+    let written = pages.iter().filter(|value| !value.is_nan()).count();
+    let mut result =
+        check("append", format!("{n_rows} rows, turned, 6 heads of {dim}"), &got, &want, &scale, Tolerance::dot(2));
+    if written != n_rows as usize * 2 * kv_width {
         result.error_over_bound = f64::INFINITY;
     }
     Ok(result)
+}
+
+/// Operands of a product, and what it should leave.
+struct ProductCase {
+    product: Product,
+    n_rows: u32,
+    x: Vec<f32>,
+    gains: Vec<f32>,
+    list: Vec<u32>,
+    packed: Vec<f16>,
+    before: Vec<f32>,
+    want: Vec<f64>,
+    scale: Vec<f64>,
+}
+
+impl ProductCase {
+    // 200 outputs leave a ragged tile; x and y begin at different rows.
+    const COLS: u32 = 200;
+    const K: u32 = 264;
+    const X_ROW: u32 = 2;
+    const Y_ROW: u32 = 1;
+    const EPS: f32 = 1e-5;
+
+    fn new(bench: &mut Bench<'_>, product: Product, n_rows: u32) -> Self {
+        let (cols, k) = (Self::COLS, Self::K);
+        let (matrix, mut packed) = random_matrix(bench, cols, k);
+        let activates = product.output == Output::Activate;
+        if activates {
+            packed.clear();
+            matmul::pack_pairs(&matrix, &mut packed);
+        }
+        let rows = n_rows + Self::X_ROW;
+        let x = bench.values((rows * k) as usize);
+        let gains = bench.values(k as usize);
+        // Every row, from the last to the first.
+        let list: Vec<u32> = (0..rows).rev().collect();
+        let width = if activates { cols / 2 } else { cols };
+        let size = ((n_rows + Self::Y_ROW + 1) * width) as usize;
+        let before = if product.output == Output::Accumulate { bench.values(size) } else { poison(size) };
+        let mut case = Self { product, n_rows, x, gains, list, packed, before, want: Vec::new(), scale: Vec::new() };
+        case.expect(&matrix, width);
+        case
+    }
+
+    fn expect(&mut self, matrix: &Matrix, width: u32) {
+        for row in 0..self.n_rows {
+            let source = self.source(row);
+            for col in 0..width {
+                let start = match self.product.output {
+                    Output::Accumulate => f64::from(self.before[((Self::Y_ROW + row) * width + col) as usize]),
+                    Output::Replace | Output::Activate => 0.0,
+                };
+                let (sum, scale) = sum_of(&source, matrix.row(col), start);
+                if self.product.output == Output::Activate {
+                    let (up, up_scale) = sum_of(&source, matrix.row(width + col), 0.0);
+                    let silu = sum / (1.0 + (-sum).exp());
+                    self.want.push(silu * up);
+                    // The slope of silu is at most 1.1. exp carries 3 + 2|x| ULP (WGSL, accuracy of built-in functions),
+                    // of which Tolerance::dot grants 18 per unit of scale and 1 ULP is 2 u.
+                    let exp = (3.0 + 2.0 * sum.abs()) * 2.0 / (8.0 * (f64::from(Self::K).sqrt() + 2.0));
+                    self.scale.push(1.1 * scale * up.abs() + silu.abs() * up_scale + (silu * up).abs() * exp);
+                } else {
+                    self.want.push(sum);
+                    self.scale.push(scale);
+                }
+            }
+        }
+    }
+
+    /// A row of x as it is multiplied.
+    fn source(&self, row: u32) -> Vec<f64> {
+        let k = Self::K as usize;
+        let normed = self.product.input == Input::Normed;
+        let place = (Self::X_ROW + row) as usize;
+        let from = if normed { self.list[place] as usize } else { place };
+        let x = self.x[from * k..(from + 1) * k].iter().map(|v| f64::from(*v));
+        if !normed {
+            return x.collect();
+        }
+        let mean = x.clone().map(|v| v * v).sum::<f64>() / k as f64;
+        let scale = 1.0 / (mean + f64::from(Self::EPS)).sqrt();
+        x.zip(&self.gains).map(|(v, gain)| v * scale * f64::from(*gain)).collect()
+    }
+
+    fn params(&self) -> MatmulParams {
+        let normed = self.product.input == Input::Normed;
+        MatmulParams {
+            x_row: Self::X_ROW,
+            y_row: Self::Y_ROW,
+            n_rows: self.n_rows,
+            cols: Self::COLS,
+            cells: Self::K / 8,
+            first_col: 0,
+            list: if normed { 0 } else { NO_LIST },
+            eps: Self::EPS,
+        }
+    }
+
+    fn run(
+        &self,
+        bench: &mut Bench<'_>,
+        spec: &KernelSpec,
+        [rows, cols]: [u32; 2],
+        layout: &str,
+    ) -> Result<Check, EngineError> {
+        let mut inputs = vec![bytes(&self.x), bytes(&self.packed), bytes(&self.before)];
+        if self.product.input == Input::Normed {
+            inputs.insert(0, bytes(&self.list));
+            inputs.insert(2, bytes(&self.gains));
+        }
+        let params = self.params();
+        let got = floats(&bench.run(spec, &inputs, &params, matmul::grid(&params, rows, cols))?);
+        let width = self.want.len() / self.n_rows as usize;
+        let first = Self::Y_ROW as usize * width;
+        let written = &got[first..first + self.want.len()];
+        let Product { input, output } = self.product;
+        let (n, k, cols) = (self.n_rows, Self::K, Self::COLS);
+        let case = format!("{n} x {k} by {k} x {cols}, {input:?}, {output:?}, {layout}");
+        let mut result = check(spec.name, case, written, &self.want, &self.scale, Tolerance::dot(k as usize));
+        let outside = got[..first].iter().chain(&got[first + self.want.len()..]);
+        let untouched = self.before[..first].iter().chain(&self.before[first + self.want.len()..]);
+        if !outside.zip(untouched).all(|(a, b)| a.to_bits() == b.to_bits()) {
+            result.error_over_bound = f64::INFINITY;
+        }
+        Ok(result)
+    }
+}
+
+/// A sum of products, and the magnitude that its rounding is in proportion to: the root of their squares, as for a
+/// sum of independent products.
+fn sum_of(row: &[f64], weights: &[f16], start: f64) -> (f64, f64) {
+    let products = row.iter().zip(weights).map(|(x, w)| x * w.to_f64());
+    let (sum, squares) = products.fold((start, start * start), |(s, q), p| (s + p, q + p * p));
+    (sum, squares.sqrt())
+}
+
+/// The products of one layout: all kinds, of few rows and of many.
+fn products(bench: &mut Bench<'_>, tuning: ProductTuning, each: &mut dyn FnMut(Check)) -> Result<(), EngineError> {
+    let layout = tuning.to_string();
+    for product in Product::ALL {
+        for rows in MANY_ROWS {
+            let tile = tuning.many;
+            let case = ProductCase::new(bench, product, rows);
+            each(case.run(bench, &product.matmul(tile), [tile.rows, tile.cols], &layout)?);
+        }
+        for rows in FEW_ROWS {
+            let few = tuning.few;
+            let case = ProductCase::new(bench, product, rows);
+            let per_group = few.rows_for(rows);
+            each(case.run(bench, &product.matvec(per_group, few), [per_group, few.width()], &layout)?);
+        }
+    }
+    Ok(())
 }
 
 /// Every drawn token must be one that the cuts keep, and the frequencies must follow the distribution.

@@ -1,0 +1,43 @@
+//! Work items grouped by what they can share a dispatch over.
+
+use std::ops::Range;
+
+/// Collects items per place and lays them out one place after another. It keeps its memory.
+#[derive(Clone, Debug)]
+pub(crate) struct ByPlace<T, P>(Vec<(P, Vec<T>)>);
+
+impl<T, P> Default for ByPlace<T, P> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: Copy, P: Copy + Ord> ByPlace<T, P> {
+    pub(crate) fn push(&mut self, place: P, item: T) {
+        match self.0.iter_mut().find(|(p, _)| *p == place) {
+            Some((_, items)) => items.push(item),
+            None => self.0.push((place, vec![item])),
+        }
+    }
+
+    /// Moves all items to the end of `list`; for every place that has some, where.
+    pub(crate) fn lay_out(&mut self, list: &mut Vec<T>, dispatches: &mut Vec<(P, Range<u32>)>) {
+        self.0.sort_unstable_by_key(|(place, _)| *place);
+        for (place, items) in self.0.iter_mut().filter(|(_, items)| !items.is_empty()) {
+            let start = len_u32(list);
+            list.append(items);
+            dispatches.push((*place, start..len_u32(list)));
+        }
+    }
+
+    /// The same, for items that are collected once.
+    pub(crate) fn laid_out(mut self, list: &mut Vec<T>) -> Vec<(P, Range<u32>)> {
+        let mut dispatches = Vec::with_capacity(self.0.len());
+        self.lay_out(list, &mut dispatches);
+        dispatches
+    }
+}
+
+pub(super) fn len_u32<T>(items: &[T]) -> u32 {
+    u32::try_from(items.len()).expect("work items of a step are counted in 32 bits")
+}

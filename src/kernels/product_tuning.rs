@@ -1,0 +1,238 @@
+//! How matrix products are laid out on lanes: what changes their speed and no result.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Workgroup memory of `matvec` for inputs and sums, in vec4s: 16 KiB, so that two workgroups fit the smallest grant of 32 KiB.
+const PAD_VECS: u32 = 1024;
+/// The row counts that `matvec` is written for.
+const FEW_ROWS: [u32; 4] = [1, 4, 8, 16];
+
+/// `matvec`: a product of few rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FewRows {
+    /// Output columns of a lane: 4 or 8. Every input that is read from workgroup memory feeds as many multiply-adds.
+    pub cols: u32,
+    /// Lanes beside each other; a workgroup has `cols * column_lanes` columns.
+    pub column_lanes: u32,
+    /// Slices of k: a power of two.
+    pub slices: u32,
+    /// Loads of 16 bytes of weights that a lane has in flight, as far as inputs leave room.
+    pub loads: u32,
+    /// Rows of a workgroup at most.
+    pub max_rows: u32,
+}
+
+/// `matmul`: a product of many rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ManyRows {
+    /// Rows of a workgroup.
+    pub rows: u32,
+    /// Columns of a workgroup.
+    pub cols: u32,
+    /// Numbers of k that are staged at once: 8 or 16.
+    pub depth: u32,
+    /// Staging buffers: with 2 one barrier a stage suffices.
+    pub buffers: u32,
+}
+
+/// Of both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProductTuning {
+    /// Decode rows.
+    pub few: FewRows,
+    /// Prompt rows.
+    pub many: ManyRows,
+}
+
+impl FewRows {
+    /// Lanes of a workgroup.
+    pub const fn lanes(&self) -> u32 {
+        self.column_lanes * self.slices
+    }
+
+    /// Columns of a workgroup.
+    pub const fn width(&self) -> u32 {
+        self.cols * self.column_lanes
+    }
+
+    /// The row counts of a workgroup that a product of at most `most` rows can need.
+    pub fn rows(&self, most: u32) -> impl Iterator<Item = u32> + use<> {
+        let most = self.rows_for(most);
+        FEW_ROWS.into_iter().filter(move |rows| *rows <= most)
+    }
+
+    /// Rows of a workgroup in a product of `n_rows`: all of them where that is possible, so that weights are read once.
+    pub fn rows_for(&self, n_rows: u32) -> u32 {
+        FEW_ROWS.into_iter().find(|rows| *rows >= n_rows).unwrap_or(self.max_rows).min(self.max_rows)
+    }
+
+    /// Cells of a slice that are multiplied at once.
+    pub(super) fn steps(&self, rows: u32) -> u32 {
+        let in_flight = self.loads / self.cols;
+        let room = PAD_VECS / (rows * 2 * self.slices);
+        in_flight.min(room).max(1)
+    }
+
+    /// Rows whose sums are in workgroup memory at once.
+    pub(super) fn summed(&self, rows: u32) -> u32 {
+        (PAD_VECS / (self.cols / 4 * self.lanes())).clamp(1, rows)
+    }
+
+    /// vec4s of workgroup memory.
+    pub(super) fn pad_vecs(&self, rows: u32) -> u32 {
+        let inputs = rows * 2 * self.steps(rows) * self.slices;
+        inputs.max(self.summed(rows) * self.cols / 4 * self.lanes())
+    }
+
+    /// Rows of which a lane stages inputs.
+    pub(super) const fn staged_rows(&self, rows: u32) -> u32 {
+        rows.div_ceil(self.column_lanes)
+    }
+
+    fn is_sound(&self) -> bool {
+        [4, 8].contains(&self.cols)
+            && self.column_lanes.is_power_of_two()
+            && (2..=16).contains(&self.column_lanes)
+            && self.slices.is_power_of_two()
+            && (2..=64).contains(&self.slices)
+            && (32..=256).contains(&self.lanes())
+            && (1..=16).contains(&self.loads)
+            && FEW_ROWS.contains(&self.max_rows)
+            && self.max_rows * 2 * self.slices <= PAD_VECS
+    }
+}
+
+impl ManyRows {
+    /// Lanes of a workgroup, 8 rows by 8 columns each.
+    pub const fn lanes(&self) -> u32 {
+        self.rows / 8 * (self.cols / 8)
+    }
+
+    fn is_sound(&self) -> bool {
+        [64, 128].contains(&self.rows)
+            && [64, 128].contains(&self.cols)
+            && [8, 16].contains(&self.depth)
+            && (1..=2).contains(&self.buffers)
+            && self.buffers * self.depth <= 16
+            && (self.rows * self.depth / 4).is_multiple_of(self.lanes())
+    }
+}
+
+const fn few(cols: u32, column_lanes: u32, slices: u32, loads: u32, max_rows: u32) -> FewRows {
+    FewRows { cols, column_lanes, slices, loads, max_rows }
+}
+
+const fn many(rows: u32, cols: u32, depth: u32, buffers: u32) -> ManyRows {
+    ManyRows { rows, cols, depth, buffers }
+}
+
+impl ProductTuning {
+    /// For GPUs.
+    pub const GPU: Self = Self { few: few(4, 8, 32, 8, 16), many: many(128, 128, 8, 2) };
+    /// For software Vulkan, where compiling a large kernel costs more than reading weights again from a cache.
+    pub const CPU: Self = Self { few: few(4, 16, 4, 4, 4), many: many(64, 64, 8, 1) };
+
+    /// What an adapter of a kind, as `concertina devices` names them, gets where nothing is chosen.
+    pub fn of_kind(adapter_kind: &str) -> Self {
+        if adapter_kind == "cpu" { Self::CPU } else { Self::GPU }
+    }
+
+    /// What is worth measuring; every one is checked like any other kernel.
+    pub fn candidates() -> Vec<Self> {
+        let fews = [
+            Self::GPU.few,
+            few(4, 8, 32, 4, 16),
+            few(4, 8, 16, 8, 16),
+            few(4, 16, 16, 8, 16),
+            few(8, 4, 32, 8, 16),
+            few(8, 8, 32, 8, 16),
+            few(8, 8, 16, 8, 16),
+            Self::CPU.few,
+        ];
+        let manys = [
+            Self::GPU.many,
+            many(128, 128, 16, 1),
+            many(64, 128, 8, 2),
+            many(64, 128, 16, 1),
+            many(128, 64, 8, 2),
+            many(64, 64, 16, 1),
+            many(64, 64, 8, 2),
+            Self::CPU.many,
+        ];
+        fews.into_iter().zip(manys).map(|(few, many)| Self { few, many }).collect()
+    }
+}
+
+impl fmt::Display for ProductTuning {
+    /// `few4x8x32:8:16,many128x128x8:2`: columns of a lane, lanes, slices, loads, rows; rows, columns, depth, buffers.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let FewRows { cols, column_lanes, slices, loads, max_rows } = self.few;
+        write!(f, "few{cols}x{column_lanes}x{slices}:{loads}:{max_rows},")?;
+        let ManyRows { rows, cols, depth, buffers } = self.many;
+        write!(f, "many{rows}x{cols}x{depth}:{buffers}")
+    }
+}
+
+impl FromStr for ProductTuning {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let example = Self::GPU;
+        let wrong = || format!("'{text}' is no layout of products, such as {example}");
+        let numbers = |part: &str, name: &str| -> Option<Vec<u32>> {
+            part.strip_prefix(name)?.split(['x', ':']).map(|n| n.parse().ok()).collect()
+        };
+        let (a, b) = text.split_once(',').ok_or_else(wrong)?;
+        let (a, b) = (numbers(a, "few").ok_or_else(wrong)?, numbers(b, "many").ok_or_else(wrong)?);
+        let ([cols, lanes, slices, loads, max], [rows, width, depth, buffers]) = (&a[..], &b[..]) else {
+            return Err(wrong());
+        };
+        let tuning =
+            Self { few: few(*cols, *lanes, *slices, *loads, *max), many: many(*rows, *width, *depth, *buffers) };
+        if tuning.few.is_sound() && tuning.many.is_sound() {
+            Ok(tuning)
+        } else {
+            Err(format!("no product is written for '{text}'; some that are: {}", Self::list()))
+        }
+    }
+}
+
+impl ProductTuning {
+    fn list() -> String {
+        let all: Vec<String> = Self::candidates().iter().map(ToString::to_string).collect();
+        all.join(" ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layout_is_read_as_it_is_written_and_nonsense_is_refused() {
+        for tuning in ProductTuning::candidates() {
+            assert_eq!(tuning.to_string().parse(), Ok(tuning), "{tuning}");
+        }
+        for wrong in [
+            "",
+            "few4x8x32:8:16",
+            "few4x8x32:8:16,many128x128x8",
+            "few4x8x31:8:16,many128x128x8:2",
+            "few4x8x32:8:3,many128x128x8:2",
+            "few4x8x64:8:16,many128x128x8:2",
+            "few4x8x32:8:16,many128x128x16:2",
+            "few4x8x32:8:16,many128x96x8:2",
+        ] {
+            assert!(wrong.parse::<ProductTuning>().is_err(), "'{wrong}' should be refused");
+        }
+    }
+
+    #[test]
+    fn a_workgroup_has_all_rows_where_it_can() {
+        let few = ProductTuning::GPU.few;
+        assert_eq!([1, 2, 4, 5, 9, 16, 17, 64].map(|n| few.rows_for(n)), [1, 4, 4, 8, 16, 16, 16, 16]);
+        assert_eq!([1, 2, 4, 5, 64].map(|n| ProductTuning::CPU.few.rows_for(n)), [1, 4, 4, 4, 4]);
+        assert_eq!(few.rows(6).collect::<Vec<_>>(), [1, 4, 8], "what 1 to 6 rows can need");
+    }
+}
