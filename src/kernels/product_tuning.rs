@@ -36,6 +36,35 @@ pub struct ManyRows {
     pub buffers: u32,
 }
 
+/// `matmul_coop`: a product of many rows on cooperative matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CooperativeRows {
+    /// Rows of a workgroup.
+    pub rows: u32,
+    /// Columns of a workgroup.
+    pub cols: u32,
+}
+
+impl CooperativeRows {
+    /// Lanes of a workgroup: four subgroups.
+    pub(super) const LANES: u32 = 128;
+    /// Numbers of k of a step.
+    pub(super) const DEPTH: u32 = 32;
+    /// All there are, the one that is used first.
+    pub const ALL: [Self; 4] = [
+        Self { rows: 128, cols: 128 },
+        Self { rows: 128, cols: 64 },
+        Self { rows: 64, cols: 128 },
+        Self { rows: 64, cols: 64 },
+    ];
+}
+
+impl fmt::Display for CooperativeRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("cooperative{}x{}", self.rows, self.cols))
+    }
+}
+
 /// Of both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProductTuning {

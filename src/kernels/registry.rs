@@ -6,7 +6,7 @@ use super::decode::{DecodeSpec, DecodeTuning};
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::Product;
 use super::prefill::{PrefillSpec, PrefillTuning};
-use super::product_tuning::ProductTuning;
+use super::product_tuning::{CooperativeRows, ProductTuning};
 use super::{
     KernelSpec, append, embed, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest, sample,
     score, seal, select, stream,
@@ -59,6 +59,9 @@ pub fn all_specs() -> Vec<KernelSpec> {
     }
     for tuning in ProductTuning::candidates() {
         specs.extend(Product::ALL.into_iter().flat_map(|product| product_specs(product, tuning)));
+    }
+    for tile in CooperativeRows::ALL {
+        specs.extend(Product::ALL.map(|product| product.matmul_coop(tile)));
     }
     for tier in [Tier::Portable, Tier::Subgroup] {
         let codec = Codec::default();

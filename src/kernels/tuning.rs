@@ -6,7 +6,7 @@
 use super::attention::Format;
 use super::decode::DecodeTuning;
 use super::prefill::PrefillTuning;
-use super::product_tuning::ProductTuning;
+use super::product_tuning::{CooperativeRows, ProductTuning};
 use crate::device::Tier;
 
 /// The tuning of every kernel that has one; what is not chosen is as the methods say.
@@ -18,6 +18,8 @@ pub struct Tuning {
     pub prefill: Option<PrefillTuning>,
     /// Of products.
     pub product: Option<ProductTuning>,
+    /// Of products of many rows on cooperative matrices.
+    pub cooperative_product: Option<CooperativeRows>,
 }
 
 impl Tuning {
@@ -34,5 +36,10 @@ impl Tuning {
     /// How an adapter of a kind, as `concertina devices` names them, multiplies.
     pub fn product(&self, adapter_kind: &str) -> ProductTuning {
         self.product.unwrap_or_else(|| ProductTuning::of_kind(adapter_kind))
+    }
+
+    /// The tile of products of many rows where a tier has them on cooperative matrices.
+    pub fn cooperative_product(&self, tier: Tier) -> Option<CooperativeRows> {
+        (tier == Tier::Cooperative).then(|| self.cooperative_product.unwrap_or(CooperativeRows::ALL[0]))
     }
 }

@@ -63,6 +63,11 @@ impl Tolerance {
         Self { relative: 8.0 * Self::U * ((n as f64).sqrt() + 2.0) }
     }
 
+    /// The same where one factor of each product is rounded to f16, in proportion to the root of the squares of the products.
+    pub fn dot_f16(n: usize) -> Self {
+        Self { relative: 8.0 * Self::U16 + Self::dot(n).relative }
+    }
+
     /// The largest `error / bound` over all results, where `scale` is the magnitude that each bound multiplies;
     /// above 1 is a failure. Infinite when any result is not finite.
     ///
