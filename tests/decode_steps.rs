@@ -167,7 +167,8 @@ fn a_warm_step_of_decode_takes_no_memory() {
         // An engine that is not warm shows that they would be seen.
         let (mut engine, mut caches) = Engine::new(&device, &weights, &config()).expect("256 MiB suffice");
         caches.admit(SessionId(0), &compression(text), PROMPT, PROMPT).expect("fits");
-        let plan = next(&caches, 1);
+        let mut plan = next(&caches, 1);
+        plan.segments[0].tokens.truncate(caches.cut(SessionId(0), PROMPT) as usize);
         caches.grow(&plan).expect("committed");
         let (done, n) = allocations_of(|| engine.prepare(&plan, &mut caches));
         done.expect("the step should be planned");

@@ -198,7 +198,9 @@ impl Device {
             return lacks("subgroup operations");
         }
         if tier == Tier::Cooperative && !summary.cooperative {
-            return lacks("cooperative matrices of 16 x 16 x 16 f16 numbers with f32 sums, in subgroups of 32 lanes");
+            return lacks(
+                "16 x 16 x 16 cooperative matrices of f16 with f32 sums, 32 lanes to a subgroup and 48 KiB to a workgroup",
+            );
         }
         let features = wgpu::Features::IMMEDIATES
             | (available & wgpu::Features::TIMESTAMP_QUERY)

@@ -107,12 +107,16 @@ fn summarize(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
 pub(super) const COOPERATIVE_FEATURES: wgpu::Features =
     wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
 
+/// Workgroup memory of its largest kernel, rounded up to what such adapters grant.
+const COOPERATIVE_WORKGROUP_MEMORY: u32 = 48 * 1024;
+
 /// Whether the adapter has matrices as the kernels are written: square ones of 16, and four subgroups to 128 lanes.
 fn is_cooperative(adapter: &wgpu::Adapter) -> bool {
     use wgpu::CooperativeScalarType::{F16, F32};
     let info = adapter.get_info();
     let size = |m: &wgpu::CooperativeMatrixProperties| (m.m_size, m.n_size, m.k_size) == (16, 16, 16);
     adapter.features().contains(COOPERATIVE_FEATURES | wgpu::Features::SUBGROUP)
+        && adapter.limits().max_compute_workgroup_storage_size >= COOPERATIVE_WORKGROUP_MEMORY
         && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
         && adapter.cooperative_matrix_properties().iter().any(|m| size(m) && (m.ab_type, m.cr_type) == (F16, F32))
 }

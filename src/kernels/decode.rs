@@ -237,6 +237,13 @@ impl DecodeSpec {
     /// what it reads, short enough that one long sequence fills a device.
     pub const KV_CHUNK: u32 = 512;
 
+    /// The same as one would write it first, to compare with: for formats whose channels are neither turned nor chosen.
+    pub fn plain(&self) -> KernelSpec {
+        let lanes = (self.format.shape.heads.head_dim / 8).next_multiple_of(8);
+        let kernel = [lanes_module(self.tier), &modules::DECODE_PLAIN];
+        self.format.attention_kernel("decode_plain", &[("WORKGROUP_SIZE", lanes)], &kernel)
+    }
+
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
         let lanes = lanes_module(self.tier);

@@ -24,8 +24,8 @@ pub struct Tuning {
 
 impl Tuning {
     /// How decode reads pages of a format.
-    pub fn decode(&self, _format: &Format) -> DecodeTuning {
-        self.decode.unwrap_or_default()
+    pub fn decode(&self, format: &Format) -> DecodeTuning {
+        self.decode.unwrap_or_default().fitted(format)
     }
 
     /// How prefill runs in a tier, where the chosen kernel serves the format.

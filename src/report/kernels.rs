@@ -61,7 +61,7 @@ pub fn kernel_line(row: &KernelRow) -> String {
         Outcome::Failed(why) => format!("{name:<48} failed: {why}\n"),
         Outcome::Measured(figures) => {
             let Figures { seconds, bytes_per_s, of_read, pairs_per_s, to_f16, error_over_bound, .. } = figures;
-            let pairs = pairs_per_s.map_or_else(String::new, |pairs| format!("{:>8} Gtok/s", figure(pairs * 1e-9)));
+            let pairs = pairs_per_s.map_or_else(String::new, |pairs| format!(" {:>9} Gtok/s", figure(pairs * 1e-9)));
             let to_f16 = to_f16.map_or_else(String::new, |ratio| format!("  {ratio:>5.2} x f16"));
             format!(
                 "{name:<48} {:>9} µs {:>7} GB/s {:>5.1} % of read{pairs}{to_f16}  error/bound {error_over_bound:.3}\n",
@@ -135,7 +135,12 @@ impl fmt::Display for KernelsReport {
             ("checked", "outputs are poisoned, then compared with f64 before and after timing".to_owned()),
             ("Gtok/s", "billions of (token, KV head) pairs that attention reads per second".to_owned()),
         ];
-        f.write_str(&block("kernels", &lines))
+        f.write_str(&block("kernels", &lines))?;
+        let of_read = |row: &KernelRow| matches!(&row.outcome, Outcome::Measured(figures) if figures.of_read > 1.0);
+        if self.rows.iter().any(of_read) {
+            writeln!(f, "  what reads more than the ceiling reads from a cache: its part of the ceiling says nothing")?;
+        }
+        Ok(())
     }
 }
 

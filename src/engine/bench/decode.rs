@@ -10,16 +10,17 @@ use rayon::prelude::*;
 use super::cache::{BenchCache, CacheSpec};
 use super::outputs::{Expected, Outputs, filled, poison};
 use super::{BenchSettings, Checked, KernelRun, Work};
-use crate::compression::hidden::HiddenCodec;
+use crate::compression::hidden::{HiddenCodec, Transform};
 use crate::device::{Device, Tier};
 use crate::engine::EngineError;
 use crate::geometry::{Bytes, HeadGeometry, WORD_BYTES};
 use crate::kernels::abi::{AttentionParams, MergeParams};
 use crate::kernels::attention::Format;
-use crate::kernels::decode::DecodeSpec;
+use crate::kernels::decode::{DecodeSpec, DecodeTuning};
 use crate::kernels::executor::ListOffsets;
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
 use crate::kernels::plan::{AttentionPlan, Segment};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{KernelSpec, Recorder, Slot, flat_grid, merge_states};
 use crate::pool::page_table::PageTable;
 use crate::reference::attention::{Context, attend};
@@ -31,8 +32,13 @@ const SAMPLES: usize = 4;
 const PRODUCT_RMS: f64 = 4.0 / 3.0;
 
 /// Decode kernels of a format that give the same result, the one that the program uses first.
-fn candidates(format: Format, tier: Tier) -> Vec<(String, KernelSpec)> {
-    vec![("64 lanes".to_owned(), DecodeSpec { format, tier }.kernel())]
+fn candidates(format: Format, tier: Tier, tuning: &Tuning) -> Vec<(String, KernelSpec)> {
+    let chosen = tuning.decode(&format);
+    let others = DecodeTuning::candidates(&format).into_iter().filter(|other| *other != chosen);
+    let named = |tuning: DecodeTuning| (tuning.to_string(), DecodeSpec { format, tier, tuning }.kernel());
+    let plain = format.codec.k.transform == Transform::None && format.codec.v.transform == Transform::None;
+    let plain = plain.then(|| ("straightforward".to_owned(), DecodeSpec { format, tier, tuning: chosen }.plain()));
+    std::iter::once(chosen).chain(others).map(named).chain(plain).collect()
 }
 
 #[derive(Debug)]
@@ -122,7 +128,8 @@ impl DecodeRun {
             parameters: device.storage("codec parameters", Bytes(16))?,
         };
         let outputs = Outputs::new(device, heads, rows)?;
-        let of_codec = |codec| candidates(spec.shape.format(codec), device.tier());
+        let tuning = *pipelines.tuning();
+        let of_codec = |codec| candidates(spec.shape.format(codec), device.tier(), &tuning);
         let candidates = of_codec(spec.codec);
         let kernel = bound.kernel(device, pipelines, &cache, &candidates[0].1)?;
         let open = bound.kernel(device, pipelines, &cache, &of_codec(HiddenCodec::F16)[0].1)?;

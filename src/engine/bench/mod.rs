@@ -1,7 +1,7 @@
 //! Kernels as they are measured: inputs of any size on the device, runs that are timed, outputs that are checked.
 //!
-//! A kernel takes part by one file with one implementation of [`KernelRun`]; what is measured of it, how often and with
-//! which sizes, is [`eval::kernels`](crate::eval::kernels)'s part.
+//! A kernel takes part by one file with one implementation of [`KernelRun`], and by lines for its cases in
+//! [`eval::kernels::cases`](mod@crate::eval::kernels::cases); how it is timed and what is said of it is that room's part.
 //!
 //! | file | kernel | checked against |
 //! |---|---|---|

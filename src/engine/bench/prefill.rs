@@ -20,6 +20,7 @@ use crate::kernels::executor::ListOffsets;
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
 use crate::kernels::plan::{AttentionPlan, Segment};
 use crate::kernels::prefill::{PrefillSpec, PrefillTuning};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{Recorder, Slot, flat_grid, merge_states};
 use crate::pool::page_table::PageTable;
 use crate::reference::attention::{Context, attend};
@@ -102,8 +103,8 @@ pub struct PrefillRun {
 }
 
 /// Launches of prefill that the device can run, the one that the program uses first.
-fn candidates(format: &Format, tier: Tier) -> Vec<PrefillTuning> {
-    let first = PrefillTuning::of_tier(tier);
+fn candidates(format: &Format, tier: Tier, tuning: &Tuning) -> Vec<PrefillTuning> {
+    let first = tuning.prefill(tier);
     let runs = |tuning: &PrefillTuning| tier == Tier::Cooperative || !matches!(tuning, PrefillTuning::Cooperative(_));
     let others = PrefillTuning::candidates(format).into_iter().filter(runs).filter(|tuning| *tuning != first);
     std::iter::once(first).chain(others).collect()
@@ -139,7 +140,7 @@ impl PrefillRun {
             parameters: device.storage("codec parameters", Bytes(16))?,
         };
         let outputs = Outputs::new(device, heads, rows)?;
-        let candidates = candidates(&spec.shape.format(spec.codec), device.tier());
+        let candidates = candidates(&spec.shape.format(spec.codec), device.tier(), pipelines.tuning());
         let [kernel, open] = kernels(device, pipelines, &bound, &cache, spec, candidates[0])?;
         let merge = pipelines.get(device, &merge_states::kernel(&spec.shape))?;
         let [o, ml] = &bound.states;

@@ -8,14 +8,15 @@ use rand_chacha::ChaCha8Rng;
 
 use super::outputs::{filled, poison};
 use super::{BenchSettings, Checked, KernelRun, Work};
+use crate::device::Device;
 use crate::device::staging::{Uploader, download};
-use crate::device::{Device, Tier};
 use crate::engine::EngineError;
 use crate::geometry::{Bytes, WORD_BYTES};
 use crate::kernels::abi::MatmulParams;
 use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product, pack};
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
 use crate::kernels::product_tuning::{CooperativeRows, ProductTuning};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{KernelSpec, Recorder, Slot};
 use crate::reference::compare::{Tolerance, nmse};
 use crate::weights::Matrix;
@@ -60,17 +61,18 @@ pub struct ProductRun {
 }
 
 /// Layouts that the device can run, the one that the program uses first.
-fn candidates(device: &Device) -> Vec<Candidate> {
+fn candidates(device: &Device, tuning: &Tuning) -> Vec<Candidate> {
     let product = Product { input: Input::Plain, output: Output::Replace };
     let mut candidates = Vec::new();
-    if device.tier() == Tier::Cooperative {
-        candidates.extend(CooperativeRows::ALL.map(|tile| Candidate {
+    if let Some(first) = tuning.cooperative_product(device.tier()) {
+        let others = CooperativeRows::ALL.into_iter().filter(|tile| *tile != first);
+        candidates.extend(std::iter::once(first).chain(others).map(|tile| Candidate {
             label: tile.to_string(),
             spec: product.matmul_coop(tile),
             tile: [tile.rows, tile.cols],
         }));
     }
-    let chosen = ProductTuning::of_kind(&device.summary().kind);
+    let chosen = tuning.product(&device.summary().kind);
     for many in std::iter::once(chosen).chain(ProductTuning::candidates()).map(|tuning| tuning.many) {
         let spec = product.matmul(many);
         if candidates.iter().all(|known| known.spec != spec) {
@@ -105,7 +107,7 @@ impl ProductRun {
         for _ in 0..settings.cold.0.div_ceil(2 * packed.len() as u64).max(1) {
             w.push(filled(device, "w", &packed)?);
         }
-        let candidates = candidates(device);
+        let candidates = candidates(device, pipelines.tuning());
         let pipeline = pipelines.get(device, &candidates[0].spec)?;
         let mut run =
             Self { spec: *spec, candidates, chosen: 0, pipeline, groups: Vec::new(), x, y, w, x_values, w_values };

@@ -111,13 +111,12 @@ mod tests {
         let next = ran.iter().fold(0, |end, (turn, n)| if *turn == end { end + n } else { usize::MAX });
         assert!(next >= 70, "turns follow each other without a gap: {ran:?}");
         // Times that fall all the time do not settle before the end of the warm-up.
-        let mut step = 0.1;
-        let (_, settled) = QUICK
-            .times(8, |_, n| {
-                step *= 0.9;
-                Ok::<_, ()>(vec![Duration::from_secs_f64(step); n])
-            })
-            .expect("no errors");
+        let mut time = 0.1;
+        let mut next = || {
+            time *= 0.96;
+            Duration::from_secs_f64(time)
+        };
+        let (_, settled) = QUICK.times(8, |_, n| Ok::<_, ()>((0..n).map(|_| next()).collect())).expect("no errors");
         assert!(!settled, "times that fall have not settled");
     }
 
