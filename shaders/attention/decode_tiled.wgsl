@@ -17,24 +17,17 @@ const BLOCK = 32u;
 const BLOCK_LANES = BLOCK / TOKENS;
 const QUADS = HEAD_DIM / 4u;
 const STRIPES = WORKGROUP_SIZE / VALUE_CELLS;
-const STEPS = KEY_CELLS / KEY_CODEC_SPAN / KEY_LOADS;
-const STEP_QUADS = KEY_LOADS * KEY_UNITS * 2u;
-const FOLDS = select(1u, TILE / BLOCK, KEY_CODEC_CHANNEL_SCALES);
+const KEY_RAWS = KEY_CELLS / KEY_CODEC_SPAN;
 // One more than a multiple of 8, so that neighbouring rows begin in different banks.
-const QUERY_ROW = STEP_QUADS * GROUP_SIZE + 1u;
+const FOLD_ROW = GROUP_SIZE * QUADS + 1u;
 const WEIGHT_ROW = TILE + 1u;
+const FOLD_VECS = select(0u, TILE / BLOCK * FOLD_ROW, KEY_CODEC_CHANNEL_SCALES);
 
 var<workgroup> q_tile: array<vec4<f32>, GROUP_SIZE * QUADS>;  // [head][channel / 4]; at the end outputs
-// Queries as they are read, folded where a block of tokens has scales of its own: [block][step][channel / 4][head]. The index
-// in a step is a constant wherever it is read, so it costs no check of bounds.
-var<workgroup> query: array<array<vec4<f32>, QUERY_ROW>, FOLDS * STEPS>;
-var<workgroup> weights: array<vec4<f32>, WEIGHT_ROWS * WEIGHT_ROW>;  // [channel group][head vec][token]
+// In turn: queries folded for each block [block][head][channel / 4], weights [channel group][head vec][token], and outputs
+// [lane][2]. The less of this memory a workgroup takes, the more of them run at once.
+var<workgroup> tile_of: array<vec4<f32>, max(max(FOLD_VECS, WEIGHT_ROWS * WEIGHT_ROW), WORKGROUP_SIZE * 2u)>;
 var<workgroup> zeros: array<vec4<f32>, WORKGROUP_SIZE * HEAD_VECS>;
-var<workgroup> o_tile: array<vec4<f32>, WORKGROUP_SIZE * 2u>;
-
-fn put_query(fold: u32, quad: u32, head: u32, value: vec4<f32>) {
-  query[fold * STEPS + quad / STEP_QUADS][quad % STEP_QUADS * GROUP_SIZE + head] = value;
-}
 
 fn place_of(block: u32, lane: u32, j: u32) -> u32 {
   return block * BLOCK + lane + j * BLOCK_LANES;
@@ -74,10 +67,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
       q_sum[h] = lanes_sum(lanes, q_sum[h]);
     }
   }
-  if (!KEY_CODEC_CHANNEL_SCALES) {
-    for (var i = li; i < GROUP_SIZE * QUADS; i += WORKGROUP_SIZE) { put_query(0u, i % QUADS, i / QUADS, q_tile[i]); }
-    workgroupBarrier();
-  }
   var m: array<vec4<f32>, HEAD_VECS>;
   var l: array<vec4<f32>, HEAD_VECS>;
   var low: array<vec4<f32>, GROUP_SIZE>;
@@ -95,12 +84,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
 
     let last = (min(TILE, n_tokens - tile) - 1u) / VALUE_CODEC_SPAN;
     // What does not wait for scores is asked for at once.
-    var raw: array<KeyCodecRaw, KEY_IN_FLIGHT>;
-    for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
-      for (var j = 0u; j < TOKENS; j++) {  // unroll
-        raw[u * TOKENS + j] = key_codec_load(page, token + j * BLOCK_LANES, u * KEY_CODEC_SPAN);
-      }
-    }
     var values: array<ValueCodecRaw, VALUE_LOADS>;
     if (VALUES_AHEAD) {
       for (var u = 0u; u < VALUE_LOADS; u++) {  // unroll
@@ -132,7 +115,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
           let offset = channels.zero - KEY_CODEC_OFFSET * channels.scale;
           for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
             let q4 = q_tile[g * QUADS + c];
-            put_query(block, c, g, q4 * channels.scale);
+            tile_of[block * FOLD_ROW + g * QUADS + c] = q4 * channels.scale;
             zero[g / 4u][g % 4u] += dot(q4, offset);
           }
         }
@@ -153,25 +136,31 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
         }
       }
     }
-    for (var step = 0u; step < STEPS; step++) {
-      if (step > 0u) {
-        for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
-          for (var j = 0u; j < TOKENS; j++) {  // unroll
-            let first_cell = (step * KEY_LOADS + u) * KEY_CODEC_SPAN;
-            raw[u * TOKENS + j] = key_codec_load(page, token + j * BLOCK_LANES, first_cell);
-          }
+    let q_from = select(0u, block * FOLD_ROW, KEY_CODEC_CHANNEL_SCALES);
+    for (var first_raw = 0u; first_raw < KEY_RAWS; first_raw += KEY_LOADS) {
+      var raw: array<KeyCodecRaw, KEY_IN_FLIGHT>;
+      for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
+        for (var j = 0u; j < TOKENS; j++) {  // unroll
+          raw[u * TOKENS + j] = key_codec_load(page, token + j * BLOCK_LANES, (first_raw + u) * KEY_CODEC_SPAN);
         }
       }
-      let query_row = select(0u, block * STEPS, KEY_CODEC_CHANNEL_SCALES) + step;
       for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
         for (var unit = 0u; unit < KEY_UNITS; unit++) {  // unroll
+          let c = q_from + ((first_raw + u) * KEY_CODEC_SPAN + unit) * 2u;
           var k: array<Cell, TOKENS>;
           for (var j = 0u; j < TOKENS; j++) {  // unroll
             k[j] = key_codec_numbers(raw[u * TOKENS + j], unit);
           }
           for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-            let a = query[query_row][(u * KEY_UNITS + unit) * 2u * GROUP_SIZE + g];
-            let b = query[query_row][((u * KEY_UNITS + unit) * 2u + 1u) * GROUP_SIZE + g];
+            var a: vec4<f32>;
+            var b: vec4<f32>;
+            if (KEY_CODEC_CHANNEL_SCALES) {
+              a = tile_of[c + g * QUADS];
+              b = tile_of[c + g * QUADS + 1u];
+            } else {
+              a = q_tile[c + g * QUADS];
+              b = q_tile[c + g * QUADS + 1u];
+            }
             for (var j = 0u; j < TOKENS; j++) {  // unroll
               s[j * GROUP_SIZE + g] = chained(k[j], a, b, s[j * GROUP_SIZE + g]);
             }
@@ -224,7 +213,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
         // Scales of a slot that was never written may be anything.
         if (VALUE_CODEC_TOKEN_SCALES > 0u) { scale = select(vec2<f32>(0.0), value_scale[j * WEIGHT_GROUPS + r], inside[j]); }
         for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
-          weights[(r * HEAD_VECS + h) * WEIGHT_ROW + place] = p[h] * scale.x;
+          tile_of[(r * HEAD_VECS + h) * WEIGHT_ROW + place] = p[h] * scale.x;
           if (VALUE_CODEC_TOKEN_SCALES > 0u) {
             added[r * HEAD_VECS + h] += p[h] * (scale.y - VALUE_CODEC_OFFSET * scale.x);
           }
@@ -246,7 +235,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
           let v = value_codec_numbers(values[u], unit);
           var p: array<vec4<f32>, HEAD_VECS>;
           for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
-            p[h] = weights[at + h * WEIGHT_ROW + unit];
+            p[h] = tile_of[at + h * WEIGHT_ROW + unit];
           }
           for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
             low[g] = fma(v.low, vec4<f32>(p[g / 4u][g % 4u]), low[g]);
@@ -263,12 +252,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
     if (VALUE_CODEC_TOKEN_SCALES > 0u) { added[r] = lanes_sum(lanes, added[r]); }
   }
   for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-    o_tile[li * 2u] = low[g];
-    o_tile[li * 2u + 1u] = high[g];
+    tile_of[li * 2u] = low[g];
+    tile_of[li * 2u + 1u] = high[g];
     workgroupBarrier();
     for (var c = li; c < QUADS; c += WORKGROUP_SIZE) {
       var sum = vec4<f32>(0.0);
-      for (var i = 0u; i < STRIPES; i++) { sum += o_tile[i * VALUE_CELLS * 2u + c]; }
+      for (var i = 0u; i < STRIPES; i++) { sum += tile_of[i * VALUE_CELLS * 2u + c]; }
       if (VALUE_CODEC_TOKEN_SCALES > 0u) {
         for (var r = 0u; r < WEIGHT_GROUPS; r++) {  // unroll
           if (c * WEIGHT_GROUPS / QUADS == r) { sum += added[r * HEAD_VECS + g / 4u][g % 4u]; }
@@ -286,8 +275,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
   }
   for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
     let total = lanes_sum(lanes, l[h]);
+    // An array that is indexed by a lane does not stay in registers; a value may be.
+    let top = m[h];
     if (li < 4u && h * 4u + li < GROUP_SIZE) {
-      state_ml[slot + h * 4u + li] = vec2<f32>(m[h][li], total[li]);
+      state_ml[slot + h * 4u + li] = vec2<f32>(top[li], total[li]);
     }
   }
 }

@@ -8,7 +8,8 @@ struct Lanes {
   @builtin(num_subgroups) subgroups: u32,
 }
 
-var<workgroup> lanes_folded: array<vec4<f32>, WORKGROUP_SIZE>;
+// No adapter has subgroups of fewer than four lanes.
+var<workgroup> lanes_folded: array<vec4<f32>, (WORKGROUP_SIZE + 3u) / 4u>;
 
 fn lanes_max(lanes: Lanes, value: vec4<f32>) -> vec4<f32> {
   let part = subgroupMax(value);

@@ -121,19 +121,17 @@ impl DecodeTuning {
 }
 
 /// Tiles that are worth trying: many lanes with few tokens each, and the other way round; from four to sixteen loads in flight.
-const TILES: [DecodeTile; 12] = [
-    DecodeTile::new(128, 2, 4, 8),
-    DecodeTile::new(128, 2, 4, 8).ahead(),
-    DecodeTile::new(128, 1, 8, 8),
+const TILES: [DecodeTile; 10] = [
     DecodeTile::new(128, 1, 8, 8).ahead(),
+    DecodeTile::new(128, 1, 8, 8),
     DecodeTile::new(64, 1, 8, 8).ahead(),
-    DecodeTile::new(64, 1, 16, 16).ahead(),
-    DecodeTile::new(64, 2, 4, 8),
+    DecodeTile::new(32, 1, 8, 8).ahead(),
+    DecodeTile::new(128, 1, 4, 4).ahead(),
+    DecodeTile::new(64, 1, 2, 4).ahead(),
+    DecodeTile::new(128, 2, 4, 8).ahead(),
     DecodeTile::new(64, 2, 4, 8).ahead(),
-    DecodeTile::new(32, 2, 4, 8).ahead(),
-    DecodeTile::new(32, 4, 2, 8),
-    DecodeTile::new(32, 4, 2, 8).ahead(),
-    DecodeTile::new(32, 4, 4, 8).ahead(),
+    DecodeTile::new(64, 2, 1, 4).ahead(),
+    DecodeTile::new(64, 4, 1, 4).ahead(),
 ];
 
 impl DecodeTile {
@@ -177,11 +175,10 @@ impl DecodeTile {
         let queries = heads.group_size() * heads.head_dim / 4;
         let head_vecs = heads.group_size().div_ceil(4);
         let tile = self.lanes * self.tokens;
-        let steps = heads.head_dim / 8 / span(format.codec.k.quantizer) / self.key_loads;
-        let folds = if channel_scales(format) { tile / BLOCK } else { 1 };
+        let folded = if channel_scales(format) { tile / BLOCK * (queries + 1) } else { 0 };
         let weights = weight_groups(format) * head_vecs * (tile + 1);
-        // Beside them zero points and outputs, and at most as much as a lane's vec4 for reductions.
-        let cells = queries + folds * (queries + steps) + weights + (head_vecs + 4) * self.lanes + 8;
+        // Beside them zero points, and at most as much as a lane's vec4 for reductions.
+        let cells = queries + folded.max(weights).max(2 * self.lanes) + (head_vecs + 2) * self.lanes + 8;
         u64::from(cells) * CELL_BYTES
     }
 
