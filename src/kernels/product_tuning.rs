@@ -150,7 +150,7 @@ impl ProductTuning {
     /// For GPUs.
     pub const GPU: Self = Self { few: few(4, 8, 32, 8, 16), many: many(128, 128, 8, 2) };
     /// For software Vulkan, where compiling a large kernel costs more than reading weights again from a cache.
-    pub const CPU: Self = Self { few: few(4, 16, 4, 16, 4), many: ManyRows::Direct };
+    pub const CPU: Self = Self { few: few(4, 16, 4, 4, 4), many: ManyRows::Direct };
 
     /// What an adapter of a kind, as `concertina devices` names them, gets where nothing is chosen.
     pub fn of_kind(adapter_kind: &str) -> Self {
