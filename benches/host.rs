@@ -1,4 +1,4 @@
-//! Host cost of a step: page accounting, the attention plan, the schedule. No device.
+//! Host cost of a step: page accounting, the attention plan, the schedule; and of codecs, page by page. No device.
 //!
 //! ```text
 //! cargo bench --bench host
@@ -7,7 +7,7 @@
 use std::hint::black_box;
 
 use concertina::compression::Compression;
-use concertina::compression::hidden::HiddenCodec;
+use concertina::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
 use concertina::geometry::{Bytes, HeadGeometry, PageGeometry};
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::plan::{Planner, Segment};
@@ -173,5 +173,29 @@ fn schedule(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, take_and_release, plan, ragged_plan, schedule);
+/// The definitions that shaders follow: what `eval` and caches in files run on the host.
+fn codecs(c: &mut Criterion) {
+    let page = SHAPE.page;
+    let n = u32::try_from(page.elements()).expect("a page is small");
+    // Any numbers that differ will do.
+    let side = |seed: u32| -> Vec<f32> {
+        let word = |i: u32| (i.wrapping_mul(2_654_435_761) ^ seed) >> 21;
+        (0..n).map(|i| half::f16::from_f32(word(i) as f32 / 512.0 - 2.0).to_f32()).collect()
+    };
+    let (k, v) = (side(0), side(0x5555_5555));
+    let parameters = HeadParameters::default();
+    let context = PageContext::at(&parameters, 64);
+    for name in ["f16", "fp8", "int8", "kivi4", "kivi2", "rot4"] {
+        let codec: HiddenCodec = name.parse().expect("a codec");
+        let words = codec.encode(page, context, &k, &v);
+        c.bench_function(&format!("codec: encode a page of 64 x 128, {name}"), |b| {
+            b.iter(|| codec.encode(page, context, black_box(&k), black_box(&v)));
+        });
+        c.bench_function(&format!("codec: decode a page of 64 x 128, {name}"), |b| {
+            b.iter(|| codec.decode(page, context, black_box(&words)));
+        });
+    }
+}
+
+criterion_group!(benches, take_and_release, plan, ragged_plan, schedule, codecs);
 criterion_main!(benches);

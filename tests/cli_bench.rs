@@ -132,7 +132,63 @@ fn a_model_file_is_measured_as_it_is_gpu() {
 }
 
 #[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn kernels_are_recorded_drawn_and_compared_with_a_record_gpu() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let cases = ["bench", "kernels", "--sizes", "small", "--seconds", "0.1", "--only", "decode/1x2k", "merge_states"];
+    let (records, svg, report) = (path("records"), path("roofline.svg"), path("kernels.json"));
+    let more = ["--record", &records, "--commit", "abc", "--svg", &svg, "--json", &report];
+    let tables = text(&done(&[&cases[..], &more].concat()).stdout);
+    for words in ["decode/1x2k/g4-d128/kivi4", "merge_states/4x1k", "Gtok/s", "read ceiling", "written: "] {
+        assert!(tables.contains(words), "'{words}' in {tables}");
+    }
+    let rows = json(&report)["rows"].as_array().expect("rows").clone();
+    assert_eq!(rows.len(), 3, "f16, kivi4 and merge: {rows:?}");
+    for row in &rows {
+        let figures = &row["measured"];
+        let number = |name: &str| figures[name].as_f64().unwrap_or_else(|| panic!("{name} in {row}"));
+        assert!(number("of_read") > 0.0 && number("error_over_bound") <= 1.0 && number("nmse") < 1e-6, "{row}");
+        let median = figures["seconds"]["median"].as_f64().expect("a time");
+        assert!((number("bytes") / median / number("bytes_per_s") - 1.0).abs() < 1e-9, "{row}");
+    }
+    assert_eq!(rows[0]["measured"]["to_f16"], 1.0, "f16 against itself");
+    assert_eq!(fs::read_to_string(svg).expect("drawn").matches("<circle").count(), 3, "a point per figure");
+    let of_device = fs::read_dir(&records).expect("a folder").next().expect("of the device").expect("readable").path();
+    let file = fs::read_dir(of_device).expect("a folder").next().expect("a record").expect("readable").path();
+    assert!(file.to_str().is_some_and(|name| name.ends_with("-abc.csv")), "{file:?}");
+    let record = fs::read_to_string(&file).expect("readable");
+    assert_eq!(record.lines().count(), 4, "a header and three figures: {record}");
+    // Fractions that any run exceeds, and that none reaches.
+    let with = |fraction: &str| {
+        let line = |line: &str| {
+            let fields: Vec<&str> = line.split(',').collect();
+            let head = [&fields[..9], &[fraction]].concat();
+            [head, fields[10..].to_vec()].concat().join(",")
+        };
+        let (header, figures) = record.split_once('\n').expect("lines");
+        let figures: Vec<String> = figures.lines().map(line).collect();
+        format!("{header}\n{}\n", figures.join("\n"))
+    };
+    let file = path("then.csv");
+    let compared = [&cases[..], &["--compare", &file, "--commit", "def"]].concat();
+    fs::write(&file, with("0.000001")).expect("written");
+    let shown = text(&done(&compared).stdout);
+    assert!(shown.contains("0 of 3 are worse than 10 % below the record"), "{shown}");
+    fs::write(&file, with("1000")).expect("written");
+    refused(&compared, 1, &["3 figures are worse"]);
+}
+
+#[test]
 fn what_can_not_be_measured_or_compared_is_refused() {
+    let listed = text(&done(&["bench", "kernels", "--list", "--only", "int8"]).stdout);
+    assert!(listed.lines().count() >= 4 && listed.lines().all(|line| line.ends_with("/int8")), "{listed}");
+    refused(&["bench", "kernels", "--list", "--only", "int9"], 2, &["no case is named 'int9'", "--list"]);
+    refused(&["bench", "kernels", "--seconds", "0"], 2, &["--seconds", "not between 0"]);
+    refused(&["bench", "kernels", "--compare", "no such file"], 1, &["can not read the record 'no such file'"]);
+    refused(&["bench", "kernels", "--compare", "Cargo.toml"], 1, &["not a record", "does not begin with"]);
+    refused(&["bench", "kernels", "--tolerance", "0.1"], 2, &["--compare"]);
+    refused(&["bench", "all", "--record", "x", "--commit", "a/b"], 2, &["a/b", "file's name"]);
     let preset = ["bench", "metrics", "--model", "yi-6b"];
     let with = |more: &[&'static str]| [&preset[..], more].concat();
     refused(&with(&["--layers", "33"]), 2, &["--layers 33", "32"]);

@@ -75,19 +75,15 @@ struct CodecScale {
 fn codec_numbers(raw: CodecRaw, unit: u32) -> Cell {
   var low: vec4<f32>;
   var high: vec4<f32>;
+  // Three bits are two planes of which a load holds different numbers of cells: no kernel reads them this way.
   if (CODEC_BITS == 4u) {
     let numbers = plane_nibbles(raw.low[unit % CODEC_SPAN]);
     low = 2.0 * numbers.low - 47.0;
     high = 2.0 * numbers.high - 47.0;
-  } else if (CODEC_BITS == 2u) {
+  } else {
     let numbers = plane_crumbs(raw.low[unit % CODEC_SPAN / 2u], unit % 2u);
     low = 2.0 * numbers.low - 11.0;
     high = 2.0 * numbers.high - 11.0;
-  } else {
-    let codes = plane_codes(raw.low, 2u, unit % CODEC_SPAN);
-    let top = plane_codes(raw.high, 1u, unit % 16u);
-    low = 2.0 * vec4<f32>(codes.low | (top.low << vec4<u32>(2u))) - 7.0;
-    high = 2.0 * vec4<f32>(codes.high | (top.high << vec4<u32>(2u))) - 7.0;
   }
   const BEND = f32(CODEC_CUBIC) / 8192.0;
   return Cell(low * (1.0 + BEND * (low * low)), high * (1.0 + BEND * (high * high)));

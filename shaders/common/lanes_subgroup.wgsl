@@ -12,6 +12,7 @@ var<workgroup> lanes_folded: array<vec4<f32>, WORKGROUP_SIZE>;
 
 fn lanes_max(lanes: Lanes, value: vec4<f32>) -> vec4<f32> {
   let part = subgroupMax(value);
+  if (lanes.subgroups == 1u) { return part; }
   // A slower lane may still be reading the result of the call before this one.
   workgroupBarrier();
   if (lanes.lane == 0u) { lanes_folded[lanes.subgroup] = part; }
@@ -23,6 +24,7 @@ fn lanes_max(lanes: Lanes, value: vec4<f32>) -> vec4<f32> {
 
 fn lanes_sum(lanes: Lanes, value: vec4<f32>) -> vec4<f32> {
   let part = subgroupAdd(value);
+  if (lanes.subgroups == 1u) { return part; }
   workgroupBarrier();
   if (lanes.lane == 0u) { lanes_folded[lanes.subgroup] = part; }
   workgroupBarrier();

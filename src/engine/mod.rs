@@ -6,6 +6,7 @@
 //!   is one submission, in which the step's words are copied, one pass computes all layers, and the sampled tokens
 //!   are copied back. No buffer, pipeline or bind group is made after construction.
 
+pub mod bench;
 pub mod ceilings;
 mod chunk;
 mod config;

@@ -4,6 +4,7 @@ pub mod calibration;
 pub mod ceilings;
 pub mod fleet;
 pub mod heads;
+pub mod kernels;
 pub mod kl;
 pub mod metrics;
 pub mod needle;

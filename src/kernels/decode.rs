@@ -16,7 +16,7 @@
 //! PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are added once, at the end. Query heads of the
 //! group are packed in `vec4`s, so a group of 3 computes 4. *Tiled* does the same in register tiles that are written out, with
 //! several loads in flight, and folds scales into queries and weights (shaders/attention/decode_tiled.wgsl says how); formats
-//! that it does not serve ([`DecodeTuning::serves`]) go to the general one. Where a codec rotates channels, the query is
+//! that it does not serve ([`DecodeTuning::fitted`]) go to the general one. Where a codec rotates channels, the query is
 //! rotated once per item and the output once at the end, in workgroup memory.
 //!
 //! **Bytes.** Reads a page's bytes per page and KV head once, whatever the group size; writes
@@ -63,14 +63,17 @@ pub struct DecodeTile {
     pub key_loads: u32,
     /// Loads of 16 bytes of values in flight.
     pub value_loads: u32,
+    /// Whether the first of these are asked for before scores are computed.
+    pub ahead: bool,
 }
 
 impl fmt::Display for DecodeTuning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::General => f.pad("general"),
-            Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }) => {
-                f.pad(&format!("tiled:{lanes}:{tokens}:{key_loads}:{value_loads}"))
+            Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads, ahead }) => {
+                let ahead = if *ahead { ":ahead" } else { "" };
+                f.pad(&format!("tiled:{lanes}:{tokens}:{key_loads}:{value_loads}{ahead}"))
             }
         }
     }
@@ -83,15 +86,14 @@ impl FromStr for DecodeTuning {
         if text == "general" {
             return Ok(Self::General);
         }
-        let numbers = text.strip_prefix("tiled:").map(|rest| rest.split(':').map(str::parse).collect());
-        let Some(Ok([lanes, tokens, key_loads, value_loads])) =
-            numbers.map(|n: Result<Vec<u32>, _>| n.map_err(drop).and_then(|n| <[u32; 4]>::try_from(n).map_err(drop)))
-        else {
-            return Err(format!(
-                "'{text}' is no tuning of decode: general, or tiled:LANES:TOKENS:KEY_LOADS:VALUE_LOADS"
-            ));
-        };
-        Ok(Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }))
+        let tile = text.strip_prefix("tiled:").and_then(|rest| {
+            let numbers = rest.strip_suffix(":ahead").unwrap_or(rest).split(':').map(|n| n.parse().ok());
+            let [lanes, tokens, key_loads, value_loads] = numbers.collect::<Option<Vec<u32>>>()?.try_into().ok()?;
+            Some(DecodeTile { lanes, tokens, key_loads, value_loads, ahead: rest.ends_with(":ahead") })
+        });
+        tile.map(Self::Tiled).ok_or_else(|| {
+            format!("'{text}' is no tuning of decode: general, or tiled:LANES:TOKENS:KEY_LOADS:VALUE_LOADS[:ahead]")
+        })
     }
 }
 
@@ -99,54 +101,74 @@ impl DecodeTuning {
     /// Everything that is worth trying for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
         let mut candidates = vec![Self::General];
-        for lanes in [32, 64, 128] {
-            for tokens in [1, 2, 4] {
-                for key_loads in [1, 2, 4, 8] {
-                    for value_loads in [4, 8] {
-                        candidates.push(Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }));
-                    }
-                }
+        for tile in TILES {
+            if let Some(tile) = tile.fitted(format)
+                && !candidates.contains(&Self::Tiled(tile))
+            {
+                candidates.push(Self::Tiled(tile));
             }
         }
-        candidates.retain(|candidate| match candidate {
-            Self::General => true,
-            // From four to sixteen loads in flight: fewer wait, more do not stay in registers.
-            Self::Tiled(tile) => (4..=16).contains(&(tile.tokens * tile.key_loads)) && candidate.serves(format),
-        });
         candidates
     }
 
-    /// Whether the kernel can read pages of this format.
-    pub fn serves(&self, format: &Format) -> bool {
+    /// The kernel that reads pages of this format: as asked for, within what the format allows.
+    pub fn fitted(&self, format: &Format) -> Self {
         match self {
-            Self::General => true,
-            Self::Tiled(tile) => tile.serves(format),
+            Self::General => Self::General,
+            Self::Tiled(tile) => tile.fitted(format).map_or(Self::General, Self::Tiled),
         }
     }
 }
 
+/// Tiles that are worth trying: many lanes with few tokens each, and the other way round; from four to sixteen loads in flight.
+const TILES: [DecodeTile; 12] = [
+    DecodeTile::new(128, 2, 4, 8),
+    DecodeTile::new(128, 2, 4, 8).ahead(),
+    DecodeTile::new(128, 1, 8, 8),
+    DecodeTile::new(128, 1, 8, 8).ahead(),
+    DecodeTile::new(64, 1, 8, 8).ahead(),
+    DecodeTile::new(64, 1, 16, 16).ahead(),
+    DecodeTile::new(64, 2, 4, 8),
+    DecodeTile::new(64, 2, 4, 8).ahead(),
+    DecodeTile::new(32, 2, 4, 8).ahead(),
+    DecodeTile::new(32, 4, 2, 8),
+    DecodeTile::new(32, 4, 2, 8).ahead(),
+    DecodeTile::new(32, 4, 4, 8).ahead(),
+];
+
 impl DecodeTile {
-    fn serves(&self, format: &Format) -> bool {
-        let Self { lanes, tokens, key_loads, value_loads } = *self;
+    const fn new(lanes: u32, tokens: u32, key_loads: u32, value_loads: u32) -> Self {
+        Self { lanes, tokens, key_loads, value_loads, ahead: false }
+    }
+
+    const fn ahead(self) -> Self {
+        Self { ahead: true, ..self }
+    }
+
+    /// The tile with no more loads in flight than the format has; `None` where it can not read pages of the format.
+    fn fitted(&self, format: &Format) -> Option<Self> {
+        let Self { lanes, tokens, key_loads, value_loads, .. } = *self;
         let heads = format.shape.heads;
         let cells = heads.head_dim / 8;
         let codec = format.codec;
-        let plain =
-            [codec.k, codec.v].iter().all(|side| matches!(side.transform, Transform::None | Transform::Rotation));
+        // Three bits are two planes, of which a load holds different numbers of cells.
+        let plain = [codec.k, codec.v].iter().all(|side| {
+            matches!(side.transform, Transform::None | Transform::Rotation)
+                && side.quantizer != Quantizer::Gaussian { bits: 3 }
+        });
         let sizes = lanes.is_power_of_two() && (8..=256).contains(&lanes) && tokens.is_power_of_two() && tokens <= 4;
-        let whole = format.shape.page_size % BLOCK == 0 && heads.head_dim.is_power_of_two() && heads.head_dim >= 64;
-        if codec.paired || !plain || !sizes || !whole || key_loads == 0 || value_loads == 0 {
-            return false;
+        let powers = heads.head_dim.is_power_of_two() && heads.head_dim >= 64 && key_loads.is_power_of_two();
+        let whole = format.shape.page_size % BLOCK == 0 && (lanes * tokens).is_multiple_of(BLOCK);
+        if codec.paired || !plain || !sizes || !powers || !whole || !value_loads.is_power_of_two() || lanes < cells {
+            return None;
         }
+        // All counts are powers of two, so the smaller one divides the larger.
         let span = |side| span(codec.side(side).quantizer);
-        let (key_raws, blocks) = (cells / span(Side::Key), lanes * tokens / span(Side::Value));
-        cells.is_multiple_of(span(Side::Key))
-            && key_raws.is_multiple_of(key_loads)
-            && lanes.is_multiple_of(cells)
-            && (lanes * tokens).is_multiple_of(BLOCK)
-            && blocks.is_multiple_of(lanes / cells * value_loads)
-            && blocks > 0
-            && self.workgroup_bytes(format) <= WORKGROUP_BYTES
+        let keys = (cells / span(Side::Key)).min(key_loads);
+        let blocks = lanes * tokens / span(Side::Value);
+        let values = (blocks / (lanes / cells)).min(value_loads);
+        let tile = Self { key_loads: keys, value_loads: values, ..*self };
+        (keys > 0 && values > 0 && tile.workgroup_bytes(format) <= WORKGROUP_BYTES).then_some(tile)
     }
 
     /// What the kernel declares, in whole cells.
@@ -155,27 +177,31 @@ impl DecodeTile {
         let queries = heads.group_size() * heads.head_dim / 4;
         let head_vecs = heads.group_size().div_ceil(4);
         let tile = self.lanes * self.tokens;
-        let folded = if channel_scales(format) { tile / BLOCK * (queries + 1) } else { 0 };
+        let steps = heads.head_dim / 8 / span(format.codec.k.quantizer) / self.key_loads;
+        let folds = if channel_scales(format) { tile / BLOCK } else { 1 };
         let weights = weight_groups(format) * head_vecs * (tile + 1);
-        // Beside them the zero points, and at most as much for reductions.
-        let cells = queries + folded.max(weights).max(2 * self.lanes) + (head_vecs + 1) * self.lanes + 8;
+        // Beside them zero points and outputs, and at most as much as a lane's vec4 for reductions.
+        let cells = queries + folds * (queries + steps) + weights + (head_vecs + 4) * self.lanes + 8;
         u64::from(cells) * CELL_BYTES
     }
 
     fn constants(&self, format: &Format) -> Vec<(&'static str, u32)> {
+        let Self { lanes, tokens, key_loads, value_loads, ahead } = *self;
         let group = format.shape.heads.group_size();
         let (head_vecs, weight_groups) = (group.div_ceil(4), weight_groups(format));
         let span = |side| span(format.codec.side(side).quantizer);
         vec![
-            ("WORKGROUP_SIZE", self.lanes),
-            ("TOKENS", self.tokens),
-            ("KEY_LOADS", self.key_loads),
-            ("VALUE_LOADS", self.value_loads),
-            ("KEY_IN_FLIGHT", self.key_loads * self.tokens),
+            ("WORKGROUP_SIZE", lanes),
+            ("TOKENS", tokens),
+            ("KEY_LOADS", key_loads),
+            ("VALUE_LOADS", value_loads),
+            ("KEY_IN_FLIGHT", key_loads * tokens),
+            ("LANE_SCALES", tokens * weight_groups),
+            ("AHEAD", u32::from(ahead)),
             ("KEY_UNITS", span(Side::Key)),
             ("VALUE_UNITS", span(Side::Value)),
             ("HEAD_VECS", head_vecs),
-            ("SCORES", group * self.tokens),
+            ("SCORES", group * tokens),
             ("WEIGHT_GROUPS", weight_groups),
             ("WEIGHT_ROWS", weight_groups * head_vecs),
             ("ROTATED_ROWS", group),
@@ -189,7 +215,6 @@ const fn span(quantizer: Quantizer) -> u32 {
         Quantizer::F32 | Quantizer::F16 => 1,
         Quantizer::Fp8 | Quantizer::Int8 => 2,
         Quantizer::Kivi { bits, .. } => 16 / bits,
-        Quantizer::Gaussian { bits: 3 } => 8,
         Quantizer::Gaussian { bits } => 16 / bits,
     }
 }
@@ -222,15 +247,22 @@ impl DecodeSpec {
     /// what it reads, short enough that one long sequence fills a device.
     pub const KV_CHUNK: u32 = 512;
 
+    /// The same as one would write it first, to compare with: for formats whose channels are neither turned nor chosen.
+    pub fn plain(&self) -> KernelSpec {
+        let lanes = (self.format.shape.heads.head_dim / 8).next_multiple_of(8);
+        let kernel = [lanes_module(self.tier), &modules::DECODE_PLAIN];
+        self.format.attention_kernel("decode_plain", &[("WORKGROUP_SIZE", lanes)], &kernel)
+    }
+
     /// The kernel.
     pub fn kernel(&self) -> KernelSpec {
         let lanes = lanes_module(self.tier);
-        match self.tuning {
-            DecodeTuning::Tiled(tile) if tile.serves(&self.format) => {
+        match self.tuning.fitted(&self.format) {
+            DecodeTuning::Tiled(tile) => {
                 let kernel = [lanes, &modules::ROTATE_ROWS, &modules::DECODE_TILED];
                 self.format.attention_kernel("decode", &tile.constants(&self.format), &kernel)
             }
-            DecodeTuning::General | DecodeTuning::Tiled(_) => {
+            DecodeTuning::General => {
                 let head_vecs = self.format.shape.heads.group_size().div_ceil(4);
                 let tokens_per_lane = if head_vecs <= 2 { 4 } else { 1 };
                 let constants = [("WORKGROUP_SIZE", WORKGROUP_SIZE), ("TOKENS_PER_LANE", tokens_per_lane)];
@@ -246,10 +278,10 @@ mod tests {
 
     #[test]
     fn a_tuning_reads_back_and_bad_ones_are_refused() {
-        for text in ["general", "tiled:64:4:2:8"] {
+        for text in ["general", "tiled:64:4:2:8", "tiled:32:2:4:8:ahead"] {
             assert_eq!(text.parse::<DecodeTuning>().map(|t| t.to_string()).as_deref(), Ok(text), "round trip");
         }
-        for bad in ["", "tiled", "tiled:64:4:2", "tiled:64:4:2:x", "tiled:1:2:3:4:5", "General"] {
+        for bad in ["", "tiled", "tiled:64:4:2", "tiled:64:4:2:x", "tiled:64:4:2:ahead", "tiled:1:2:3:4:5", "General"] {
             assert!(bad.parse::<DecodeTuning>().is_err(), "'{bad}'");
         }
     }

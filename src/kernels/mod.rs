@@ -171,6 +171,8 @@ pub mod modules {
         MATVEC = "model/matvec.wgsl";
         /// Sampling.
         SAMPLE = "model/sample.wgsl";
+        /// Decode as one would write it first.
+        DECODE_PLAIN = "bench/decode_plain.wgsl";
         /// A buffer from end to end.
         STREAM = "bench/stream.wgsl";
     }

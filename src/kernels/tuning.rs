@@ -18,8 +18,8 @@ pub struct Tuning {
 
 impl Tuning {
     /// How decode reads pages of a format.
-    pub fn decode(&self, _format: &Format) -> DecodeTuning {
-        self.decode.unwrap_or_default()
+    pub fn decode(&self, format: &Format) -> DecodeTuning {
+        self.decode.unwrap_or_default().fitted(format)
     }
 
     /// How an adapter of a kind, as `concertina devices` names them, multiplies.

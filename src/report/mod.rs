@@ -19,6 +19,7 @@
 //! | `eval kl` | [`KlReport`], which also draws a [`Plot`] |
 //! | `eval needle` | [`NeedleReport`], which draws one too |
 //! | `bench device` | [`CeilingsReport`] |
+//! | `bench kernels` | [`KernelsReport`] |
 //! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
 //! | `report` | [`records::RecordsReport`], which is also a page |
@@ -36,10 +37,13 @@ mod fleet;
 mod fleet_tables;
 mod heads;
 pub mod html;
+mod kernel_record;
+mod kernels;
 mod kl;
 mod meter;
 mod metrics;
 mod needle;
+mod origin;
 mod perplexity;
 mod plan;
 mod plan_tables;
@@ -47,6 +51,7 @@ mod plot;
 mod policies;
 mod presets;
 pub mod records;
+mod roofline;
 mod run;
 mod run_tables;
 mod session;
@@ -64,12 +69,15 @@ pub use curves::{Curves, Panel};
 pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
 pub use fleet::{DesignFigures, DesignRow, FleetReport, FleetSettings};
 pub use heads::HeadsReport;
+pub use kernel_record::{Comparison, RecordFigure, device_slug};
+pub use kernels::{KernelsReport, kernel_line};
 pub use kl::{KlReport, KlRow};
 pub use meter::{
     ConcurrencyMetric, ContextSwitchMetric, DecodeMetric, FourMetrics, Meter, Percentiles, PrefillMetric, ServiceMetric,
 };
 pub use metrics::{MetricsReport, Scaled};
 pub use needle::{CaseOutcome, LengthReport, NeedleCase, NeedleReport, NeedleRow};
+pub use origin::Origin;
 pub use perplexity::{PerplexityReport, PerplexityRow};
 pub use plan::{ContextRow, MachineReport, PlanReport, PlanRow, PlanSettings, Planner};
 pub use plot::{Guide, Plot, Point, Scale};

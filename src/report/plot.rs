@@ -7,9 +7,9 @@
 use std::fmt::Write as _;
 
 /// Width and height of the picture.
-const SIZE: (f64, f64) = (960.0, 640.0);
+pub(super) const SIZE: (f64, f64) = (960.0, 640.0);
 /// Left, top, right and bottom edge of the area that axes span.
-const AREA: (f64, f64, f64, f64) = (84.0, 52.0, 936.0, 578.0);
+pub(super) const AREA: (f64, f64, f64, f64) = (84.0, 52.0, 936.0, 578.0);
 /// Decades of the vertical axis at most.
 const DECADES_MAX: i32 = 7;
 /// Width and height of a character of a label, about.
@@ -19,17 +19,17 @@ const RADIUS: f64 = 4.0;
 
 /// The colours of a picture.
 #[derive(Clone, Copy, Debug)]
-struct Colours {
+pub(super) struct Colours {
     ink: &'static str,
     paper: &'static str,
     grid: &'static str,
     point: &'static str,
-    front: &'static str,
+    pub(super) front: &'static str,
     guide: &'static str,
 }
 
 /// Of a file of its own, which is shown on white.
-const OWN: Colours =
+pub(super) const OWN: Colours =
     Colours { ink: "#222", paper: "white", grid: "#e4e4e4", point: "#1f5fa8", front: "#9dbfe6", guide: "#888" };
 /// Of the page around it.
 const OF_PAGE: Colours = Colours {
@@ -96,12 +96,12 @@ pub struct Plot {
 
 /// An axis.
 #[derive(Clone, Copy, Debug)]
-struct Axis {
-    scale: Scale,
+pub(super) struct Axis {
+    pub(super) scale: Scale,
     /// Both ends: decimal logarithms, or values.
-    ends: (f64, f64),
+    pub(super) ends: (f64, f64),
     /// Where they are drawn.
-    at: (f64, f64),
+    pub(super) at: (f64, f64),
 }
 
 impl Axis {
@@ -117,7 +117,7 @@ impl Axis {
         self.measure(value) >= self.ends.0
     }
 
-    fn place(&self, value: f64) -> f64 {
+    pub(super) fn place(&self, value: f64) -> f64 {
         let part = (self.measure(value) - self.ends.0) / (self.ends.1 - self.ends.0);
         // Negative values and NaN have no logarithm.
         let part = if part.is_nan() { 0.0 } else { part.clamp(0.0, 1.0) };
@@ -134,7 +134,7 @@ impl Axis {
 }
 
 /// A rectangle: left, top, right, bottom.
-type Area = (f64, f64, f64, f64);
+pub(super) type Area = (f64, f64, f64, f64);
 
 fn overlap(a: &Area, b: &Area) -> bool {
     a.0 < b.2 && b.0 < a.2 && a.1 < b.3 && b.1 < a.3
@@ -179,13 +179,25 @@ impl Plot {
         }
         let places: Vec<(f64, f64)> = self.points.iter().map(|p| (x.place(p.x), y.place(p.y))).collect();
         self.draw_front(svg, &places, colours);
+        self.draw_points(svg, &places, &y, &mut taken, colours);
+        svg.push_str("</svg>\n");
+    }
+
+    /// Labels, then points over them, so that no label hides a point.
+    pub(super) fn draw_points(
+        &self,
+        svg: &mut String,
+        places: &[(f64, f64)],
+        y: &Axis,
+        taken: &mut Vec<Area>,
+        colours: &Colours,
+    ) {
         let room = RADIUS + 2.0;
         taken.extend(places.iter().map(|(px, py)| (px - room, py - room, px + room, py + room)));
-        for (point, place) in self.points.iter().zip(&places) {
-            label(svg, *place, &point.label, &mut taken, colours);
+        for (point, place) in self.points.iter().zip(places) {
+            label(svg, *place, &point.label, taken, colours);
         }
-        // Over the labels, so that none hides a point.
-        for (point, (px, py)) in self.points.iter().zip(&places) {
+        for (point, (px, py)) in self.points.iter().zip(places) {
             let stroke = colours.point;
             let fill = if y.shows(point.y) { stroke } else { colours.paper };
             let _ = writeln!(
@@ -193,7 +205,6 @@ impl Plot {
                 "<circle cx=\"{px:.1}\" cy=\"{py:.1}\" r=\"{RADIUS}\" fill=\"{fill}\" stroke=\"{stroke}\"/>"
             );
         }
-        svg.push_str("</svg>\n");
     }
 
     /// All points and the guide, with some room on both sides.
@@ -219,7 +230,7 @@ impl Plot {
         Axis { scale: Scale::Log, ends: (low.min(high - 1.0), high), at }
     }
 
-    fn draw_axes(&self, svg: &mut String, x: &Axis, y: &Axis, colours: &Colours) {
+    pub(super) fn draw_axes(&self, svg: &mut String, x: &Axis, y: &Axis, colours: &Colours) {
         let (left, top, right, bottom) = AREA;
         let [grid, ink] = [colours.grid, colours.ink].map(|colour| format!("stroke=\"{colour}\""));
         for tick in x.ticks(&[1.0, 2.0, 5.0]) {

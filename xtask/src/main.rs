@@ -3,6 +3,7 @@
 //! Each task prepares what it needs by itself (a graphics driver, the reference model), so that a fresh checkout and
 //! a Rust toolchain are enough.
 
+mod bench;
 mod demo;
 mod driver;
 mod gate;
@@ -10,6 +11,7 @@ mod model;
 mod process;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -29,6 +31,8 @@ Examples:
   cargo xtask test                        everything that has to pass before a change is merged
   CONCERTINA_NO_GPU=1 cargo xtask test    the same without any adapter
   CONCERTINA_MODEL=my.gguf cargo xtask demo
+  cargo xtask bench-gpu                   measure this machine's GPU and write a record of it
+  cargo xtask bench-gpu --binary-only     build the program that does so elsewhere
 
 Environment:
   CONCERTINA_MODEL    a GGUF file to use in place of the reference model, which is then not downloaded
@@ -44,6 +48,15 @@ enum Task {
         #[arg(last = true)]
         extra: Vec<OsString>,
     },
+    /// Measure ceilings and kernels on this machine's GPU, and write a record.
+    BenchGpu {
+        /// Build the program and say how to run it on another machine.
+        #[arg(long)]
+        binary_only: bool,
+        /// Folder of records; `benches/record` where not given.
+        #[arg(long, value_name = "DIR")]
+        record: Option<PathBuf>,
+    },
     /// Run the whole gate: formatting, lints, documentation, examples, benches and tests.
     Test,
 }
@@ -55,6 +68,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }),
         Task::Demo { extra } => demo::run(&extra),
+        Task::BenchGpu { binary_only, record } => bench::run(binary_only, record),
         Task::Test => gate::run().map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

@@ -41,23 +41,30 @@ const HARDLY: Duration = Duration::from_millis(10);
 pub(super) fn run(args: &DeviceArgs, global: &Global) -> Result<ExitCode> {
     let output = Output::open(global.json.as_deref())?;
     let device = Device::open(&global.adapter()?)?;
-    let sizes = match (args.quick, device.summary().kind.as_str()) {
+    let report = measure(&device, args.quick, args.repeats as usize, &output)?;
+    output.json(&report)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Measures the ceilings of a device and shows them.
+pub(super) fn measure(device: &Device, quick: bool, repeats: usize, output: &Output) -> Result<CeilingsReport> {
+    let sizes = match (quick, device.summary().kind.as_str()) {
         (true, _) => CeilingSizes::QUICK,
         (false, "cpu") => CeilingSizes::SOFTWARE,
         (false, _) => CeilingSizes::FULL,
     };
-    let warm_up = if args.quick { HARDLY } else { WARM_UP };
+    let warm_up = if quick { HARDLY } else { WARM_UP };
     let started = Instant::now();
     let spinner = progress::spinner("preparing the device");
-    let made = Ceilings::new(&device, sizes);
+    let made = Ceilings::new(device, sizes);
     spinner.finish_and_clear();
     let mut made = made?;
-    let device_report = DeviceReport::new(&device, Some(made.clock()));
+    let device_report = DeviceReport::new(device, Some(made.clock()));
     output.text(&format!("device  {device_report}\n\n"))?;
     let bar = progress::counter("ceilings", Ceiling::ALL.len() as u64);
     let mut each = |ceiling: Ceiling| {
         bar.set_message(format!("{ceiling:?}").to_lowercase());
-        let measured = ceilings::ceiling(&mut made, ceiling, warm_up, args.repeats as usize);
+        let measured = ceilings::ceiling(&mut made, ceiling, warm_up, repeats);
         bar.inc(1);
         measured
     };
@@ -67,12 +74,11 @@ pub(super) fn run(args: &DeviceArgs, global: &Global) -> Result<ExitCode> {
         kind: "bench device",
         program: Program::THIS,
         device: device_report,
-        quick: args.quick,
+        quick,
         sizes: made.sizes(),
         ceilings: CeilingFigures::new(&measured?),
         elapsed_s: started.elapsed().as_secs_f64(),
     };
     output.text(&report)?;
-    output.json(&report)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(report)
 }

@@ -1,7 +1,10 @@
 //! `concertina bench`.
 
+mod all;
 mod device;
+mod kernels;
 mod metrics;
+mod record;
 mod switch;
 
 use std::process::ExitCode;
@@ -14,12 +17,14 @@ use super::args::Global;
 /// Measure speed on this device
 ///
 /// Every figure is that of a run whose results were checked, after a warm-up. `device` is what the hardware gives at best;
-/// `metrics` what a session costs, in the four ways that its context makes it cost; `switch` one of them in detail.
+/// `kernels` what single kernels make of it; `metrics` what a session costs, in the four ways that its context makes it cost; `switch` one of them in detail; `all` what a
+/// record of this device consists of.
 /// `concertina report` puts what they write beside what the theory predicts.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   concertina bench device --json device.json
+  concertina bench kernels --only decode
   concertina bench metrics --model model.gguf --context 1024 4096 --compress full kivi4 --json metrics.json
   concertina bench switch --model model.gguf --tokens 8192 --compress full kivi4 h2o:0.25")]
 pub(super) struct BenchArgs {
@@ -29,7 +34,9 @@ pub(super) struct BenchArgs {
 
 #[derive(Clone, Debug, Subcommand)]
 enum What {
+    All(all::AllArgs),
     Device(device::DeviceArgs),
+    Kernels(kernels::KernelsArgs),
     Metrics(metrics::MetricsArgs),
     Switch(switch::SwitchArgs),
 }
@@ -37,7 +44,9 @@ enum What {
 /// Measures.
 pub(super) fn run(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
     match &args.what {
+        What::All(args) => all::run(args, global),
         What::Device(args) => device::run(args, global),
+        What::Kernels(args) => kernels::run(args, global),
         What::Metrics(args) => metrics::run(args, global),
         What::Switch(args) => switch::run(args, global),
     }
