@@ -157,7 +157,7 @@ impl Builder<'_> {
         }
         let (spec, many_tile) = match self.cooperative {
             Some(tile) => (product.matmul_coop(tile), [tile.rows, tile.cols]),
-            None => (product.matmul(tuning.many), [tuning.many.rows, tuning.many.cols]),
+            None => (product.matmul(tuning.many), tuning.many.size()),
         };
         let many = bound(spec)?;
         Ok(Linear { few, many, many_tile, tuning, cols: w.rows, cells: w.cols / 8, eps: self.eps })

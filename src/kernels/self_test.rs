@@ -40,10 +40,10 @@ pub fn run(device: &Device) -> Result<(), KernelError> {
     let product = Product { input: Input::Plain, output: Output::Replace };
     let (portable, cooperative) = (ProductTuning::GPU.many, CooperativeRows::ALL[0]);
     let multiply = Multiply::new();
-    let mut times = |spec: KernelSpec, rows, cols| multiply.run(device, &mut cache, &spec, [rows, cols]);
-    let expected = times(product.matmul(portable), portable.rows, portable.cols)?;
+    let mut times = |spec: KernelSpec, tile| multiply.run(device, &mut cache, &spec, tile);
+    let expected = times(product.matmul(portable), portable.size())?;
     let spec = product.matmul_coop(cooperative);
-    repeated(spec.name, 0.0, &expected, || times(spec.clone(), cooperative.rows, cooperative.cols))?;
+    repeated(spec.name, 0.0, &expected, || times(spec.clone(), [cooperative.rows, cooperative.cols]))?;
 
     let format = CacheShape { heads: HEADS, page_size: PAGE_SIZE }.format(HiddenCodec::F16);
     let prefill = Prefill::new(&format);

@@ -76,8 +76,7 @@ fn candidates(device: &Device, tuning: &Tuning) -> Vec<Candidate> {
     for many in std::iter::once(chosen).chain(ProductTuning::candidates()).map(|tuning| tuning.many) {
         let spec = product.matmul(many);
         if candidates.iter().all(|known| known.spec != spec) {
-            let label = format!("{}x{}x{}:{}", many.rows, many.cols, many.depth, many.buffers);
-            candidates.push(Candidate { label, spec, tile: [many.rows, many.cols] });
+            candidates.push(Candidate { label: many.to_string(), spec, tile: many.size() });
         }
     }
     candidates
