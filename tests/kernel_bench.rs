@@ -7,6 +7,8 @@ use concertina::device::Device;
 use concertina::engine::bench::cache::CacheSpec;
 use concertina::engine::bench::decode::DecodeRun;
 use concertina::engine::bench::merge::{MergeRun, MergeSpec};
+use concertina::engine::bench::prefill::{PrefillCase, PrefillRun};
+use concertina::engine::bench::product::{ProductRun, ProductSpec};
 use concertina::engine::bench::{BenchSettings, KernelRun, TimedRuns};
 use concertina::eval::kernels::{Candidates, Case, Figures, KernelBench, KernelRow, Outcome, Protocol, Roof};
 use concertina::geometry::{Bytes, HeadGeometry};
@@ -102,6 +104,50 @@ fn runs_take_turns_over_copies_and_pages_spill_over_arenas_gpu() {
     let mut ordered = decode(device, &spec, &BenchSettings { in_order: true, ..HOT });
     once(device, &ordered, 0);
     assert!(ordered.check(device, 0).expect("it is read").error_over_bound <= 1.0, "pages in order");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn every_launch_of_prefill_is_right_and_spoiled_pages_are_found_gpu() {
+    let device = common::device();
+    // A whole prompt in f16, and the open page of sequences whose other pages are sealed.
+    let cases =
+        [("f16", vec![150], 150), ("f16", vec![300, 90], 70), ("kivi4", vec![256, 128], 64), ("int8", vec![200], 8)];
+    for (text, contexts, rows) in cases {
+        let case = PrefillCase { cache: CacheSpec { shape: shape(64), codec: codec(text), contexts }, rows };
+        let mut pipelines = PipelineCache::default();
+        let mut run = PrefillRun::new(device, &mut pipelines, &case, &HOT).expect("a small cache fits");
+        assert!(run.candidates().len() > 4, "{text}: {:?}", run.candidates());
+        for candidate in 0..run.candidates().len() {
+            run.choose(device, &mut pipelines, candidate).expect("it compiles");
+            run.poison(device).expect("it is written");
+            once(device, &run, 0);
+            let checked = run.check(device, 0).expect("it is read");
+            let right = checked.missing == 0 && checked.compared > 0 && checked.error_over_bound <= 1.0;
+            assert!(right, "{text}, {rows} rows, {}: {checked:?}", run.candidates()[candidate]);
+        }
+        run.spoil(device, 0).expect("a page is overwritten");
+        assert!(matches!(outcome(device, &mut run), Outcome::Wrong(_)), "{text}: a spoiled page should be found");
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn every_layout_of_a_product_is_right_and_spoiled_weights_are_found_gpu() {
+    let device = common::device();
+    let mut pipelines = PipelineCache::default();
+    let spec = ProductSpec { rows: 130, k: 72, cols: 200 };
+    let mut run = ProductRun::new(device, &mut pipelines, &spec, &HOT).expect("a small product fits");
+    for candidate in 0..run.candidates().len() {
+        run.choose(device, &mut pipelines, candidate).expect("it compiles");
+        run.poison(device).expect("it is written");
+        once(device, &run, 0);
+        let checked = run.check(device, 0).expect("it is read");
+        let right = checked.missing == 0 && checked.compared > 4000 && checked.error_over_bound <= 1.0;
+        assert!(right, "{}: {checked:?}", run.candidates()[candidate]);
+    }
+    run.spoil(device, 0).expect("weights are overwritten");
+    assert!(matches!(outcome(device, &mut run), Outcome::Wrong(_)), "spoiled weights should be found");
 }
 
 #[test]

@@ -25,10 +25,10 @@ fn every_spec_links_validates_and_declares_its_bindings() {
         let found = specs.iter().filter(|spec| spec.name == name).count();
         assert_eq!(found, formats, "{name} reads every format that attention reads");
     }
-    let tunings = specs.iter().filter(|spec| spec.name == "prefill").count();
-    assert!(tunings > 2 * formats, "prefill has {tunings} kernels for {formats} formats");
-    let cooperative = specs.iter().filter(|spec| spec.is_cooperative()).count();
-    assert!(cooperative > formats, "most formats can be read into matrices, not {cooperative} of {formats}");
+    let (prefill, cooperative): (Vec<_>, Vec<_>) =
+        specs.iter().filter(|spec| spec.name.starts_with("prefill")).partition(|spec| !spec.is_cooperative());
+    assert!(prefill.len() > formats, "prefill of {formats} formats has {} kernels", prefill.len());
+    assert!(cooperative.len() > formats / 3, "many formats are read into matrices: {} of {formats}", cooperative.len());
     for name in ["decide", "select", "carry"] {
         assert_eq!(specs.iter().filter(|spec| spec.name == name).count(), 1, "{name} knows no format");
     }

@@ -109,10 +109,9 @@ fn a_wide_group_and_a_long_context_stay_within_their_bounds_gpu() {
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn every_tuning_of_prefill_gives_the_same_attention_gpu() {
-    let texts = ["f16", "f32", "int8", "kivi2", "rot3", "fp8"];
-    let codecs = texts.map(|text| text.parse::<HiddenCodec>().expect("a codec"));
+    let codecs = ["f16", "f32", "kivi2", "rot3"].map(|text| text.parse::<HiddenCodec>().expect("a codec"));
     let device = common::device();
-    for (head_dim, group_size) in [(64, 3), (128, 4), (80, 1), (256, 8)] {
+    for (head_dim, group_size) in [(128, 3), (80, 8)] {
         let shape = shape(head_dim, group_size, 64);
         for tuning in PrefillTuning::candidates(&shape.format(HiddenCodec::F16)) {
             if matches!(tuning, PrefillTuning::Cooperative(_)) && device.tier() < Tier::Cooperative {
@@ -120,7 +119,7 @@ fn every_tuning_of_prefill_gives_the_same_attention_gpu() {
             }
             println!("head_dim {head_dim}, group {group_size}: {tuning}");
             let mut cache = PipelineCache::new(Tuning { prefill: Some(tuning), ..Tuning::default() });
-            let sequences = codecs.iter().zip([1, 64, 97, 130, 63, 200]).map(|(codec, n)| (*codec, n)).collect();
+            let sequences = codecs.iter().zip([1, 97, 130, 63]).map(|(codec, n)| (*codec, n)).collect();
             let batch = Batch { shape, sequences, max_arena: None, flip: None };
             assert_passed(&check_batch(device, &mut cache, &batch).expect("the device should run the batch"));
         }

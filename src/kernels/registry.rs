@@ -85,10 +85,23 @@ fn product_specs(product: Product, tuning: ProductTuning) -> Vec<KernelSpec> {
     std::iter::once(product.matmul(tuning.many)).chain(few).collect()
 }
 
+/// Prefill as each tier launches it. Page and group sizes are mere numbers in its text, so other launches stand for all sizes
+/// with one.
+fn prefill_specs(format: &Format) -> Vec<KernelSpec> {
+    let shape = format.shape;
+    let tunings = if shape.page_size == DEFAULT_PAGE_SIZE && shape.heads.group_size() == 4 {
+        PrefillTuning::candidates(format)
+    } else {
+        [Tier::Portable, Tier::Cooperative].map(PrefillTuning::of_tier).into()
+    };
+    let mut specs: Vec<_> = tunings.into_iter().map(|tuning| PrefillSpec::new(*format, tuning).kernel()).collect();
+    specs.dedup();
+    specs
+}
+
 /// The kernels that read pages of a format, those that make them, and those of evictions.
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
-    let candidates = PrefillTuning::candidates(format).into_iter();
-    let mut specs: Vec<_> = candidates.map(|tuning| PrefillSpec::new(*format, tuning).kernel()).collect();
+    let mut specs = prefill_specs(format);
     specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
     for tuning in DecodeTuning::candidates(format) {
         let spec = |tier| DecodeSpec { format: *format, tier, tuning }.kernel();
