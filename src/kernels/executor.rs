@@ -271,7 +271,12 @@ impl AttentionKernels {
             let parameters = Slot::Whole(&buffer);
             let decode = cache.get(
                 device,
-                &DecodeSpec { format, tier: device.tier(), tuning: cache.tuning().decode(&device.summary().kind, &format) }.kernel(),
+                &DecodeSpec {
+                    format,
+                    tier: device.tier(),
+                    tuning: cache.tuning().decode(&device.summary().kind, &format),
+                }
+                .kernel(),
             )?;
             let prefill_spec = PrefillSpec::new(format, cache.tuning().prefill(device.tier()));
             let prefill = cache.get(device, &prefill_spec.kernel())?;
