@@ -114,14 +114,18 @@ impl DecodeTuning {
         Self::Tiled(tile.ahead()).fitted(format)
     }
 
+    /// Everything that is worth trying for some format, the general kernel first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        std::iter::once(Self::General).chain(TILES.into_iter().map(Self::Tiled))
+    }
+
     /// Everything that is worth trying for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
-        let mut candidates = vec![Self::General];
-        for tile in TILES {
-            if let Some(tile) = tile.fitted(format)
-                && !candidates.contains(&Self::Tiled(tile))
-            {
-                candidates.push(Self::Tiled(tile));
+        let mut candidates = Vec::new();
+        for tuning in Self::all() {
+            let fitted = tuning.fitted(format);
+            if !candidates.contains(&fitted) {
+                candidates.push(fitted);
             }
         }
         candidates
