@@ -118,11 +118,11 @@ fn main(
       // A lane has eight neighbouring columns of a row.
       let place = row + i * 16u + lane / 2u;
       let scale = row_scale(place);
-      let source = y_rows + lane / 2u * Y_STRIDE + lane % 2u * 8u;
+      let first = y_rows + lane / 2u * Y_STRIDE + lane % 2u * 8u;
       let to = first_col + col + j * 16u + lane % 2u * 8u;
       for (var e = 0u; e < 8u; e += 2u) {
-        let a = y_tile[source + e] * scale;
-        let b = y_tile[source + e + 1u] * scale;
+        let a = y_tile[first + e] * scale;
+        let b = y_tile[first + e + 1u] * scale;
         if (ACTIVATE) {
           put(first_row + place, (to + e) / 2u, activated(a, b));
         } else {

@@ -271,7 +271,12 @@ impl AttentionKernels {
             let parameters = Slot::Whole(&buffer);
             let decode = cache.get(
                 device,
-                &DecodeSpec { format, tier: device.tier(), tuning: cache.tuning().decode(&format) }.kernel(),
+                &DecodeSpec {
+                    format,
+                    tier: device.tier(),
+                    tuning: cache.tuning().decode(&device.summary().kind, &format),
+                }
+                .kernel(),
             )?;
             let prefill_spec = PrefillSpec::new(format, cache.tuning().prefill(device.tier()));
             let prefill = cache.get(device, &prefill_spec.kernel())?;
@@ -462,7 +467,7 @@ impl AttentionKernels {
         layer_plan.prefill.iter().for_each(|d| attend(recorder, lists.prefill, 3, d, true));
         let (items, n_items) = place(lists.merge, 1, &layer_plan.merge);
         let params = MergeParams { items, n_items, o_stride: heads.q_width() };
-        recorder.dispatch(&self.merge, &self.merge_group, &params, flat_grid(n_items));
+        recorder.dispatch(&self.merge, &self.merge_group, &params, merge_states::grid(&self.shape, n_items));
     }
 }
 

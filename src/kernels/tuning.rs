@@ -23,9 +23,9 @@ pub struct Tuning {
 }
 
 impl Tuning {
-    /// How decode reads pages of a format.
-    pub fn decode(&self, format: &Format) -> DecodeTuning {
-        self.decode.unwrap_or_default().fitted(format)
+    /// How decode reads pages of a format on an adapter of a kind.
+    pub fn decode(&self, adapter_kind: &str, format: &Format) -> DecodeTuning {
+        self.decode.map_or_else(|| DecodeTuning::of_kind(adapter_kind, format), |tuning| tuning.fitted(format))
     }
 
     /// How prefill runs in a tier, where the chosen kernel serves the format.

@@ -282,7 +282,7 @@ impl KernelRun for PrefillRun {
         }
         let (items, n_items) = (lists.merge + layer.merge.start, layer.merge.end - layer.merge.start);
         let params = MergeParams { items, n_items, o_stride: heads.q_width() };
-        recorder.dispatch(&self.merge, &self.merge_group, &params, flat_grid(n_items));
+        recorder.dispatch(&self.merge, &self.merge_group, &params, merge_states::grid(&self.case.cache.shape, n_items));
     }
 
     fn poison(&mut self, device: &Device) -> Result<(), EngineError> {

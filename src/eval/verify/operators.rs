@@ -456,7 +456,7 @@ fn merge(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     let (unwritten, no_lse) = (poison(n), poison(rows as usize * 6));
     let spec = merge_states::kernel(&shape);
     let operands = [bytes(&items), bytes(&o), bytes(&ml), bytes(&unwritten), bytes(&no_lse)];
-    let results = bench.run_all(&spec, &operands, &params, flat_grid(rows * 2))?;
+    let results = bench.run_all(&spec, &operands, &params, merge_states::grid(&shape, rows * 2))?;
     let (got, lse) = (floats(&results[3]), floats(&results[4]));
     let (mut want, mut scale, mut want_lse) = (Vec::new(), Vec::new(), Vec::new());
     for head in 0..(rows * 6) as usize {
