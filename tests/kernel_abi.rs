@@ -175,6 +175,7 @@ fn shaders_read_items_as_long_as_they_are_written() {
         ("carry.wgsl", size_of::<CarryItem>()),
         ("decide.wgsl", size_of::<DecideItem>()),
         ("decode.wgsl", size_of::<DecodeItem>()),
+        ("decode_tiled.wgsl", size_of::<DecodeItem>()),
         ("gather.wgsl", size_of::<GatherItem>()),
         ("key_scores.wgsl", size_of::<KeyScoreItem>()),
         ("merge_states.wgsl", size_of::<MergeItem>()),

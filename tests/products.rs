@@ -78,8 +78,8 @@ fn a_row_does_not_depend_on_the_rows_beside_it_gpu() {
             check(&mut of_few, &sizes, &format!("few, {input:?}, {tuning}"));
             seen.push(of_few(sizes[0], 0, ROWS));
             let spec = kind.matmul(many);
-            let mut of_many = |_, first, n_rows| product(&mut cache, &spec, [many.rows, many.cols], first, n_rows);
-            check(&mut of_many, &[many.rows], &format!("many, {input:?}, {tuning}"));
+            let mut of_many = |_, first, n_rows| product(&mut cache, &spec, many.size(), first, n_rows);
+            check(&mut of_many, &[many.size()[0]], &format!("many, {input:?}, {tuning}"));
         }
     }
     // Layouts add in different orders, which bits show: the comparison can fail.

@@ -11,22 +11,22 @@
 // those of tokens into scores and weights; what is added to all numbers of a group (zero points, and the offset that codes
 // have as floats) is summed once per group.
 
+const VALUES_AHEAD = AHEAD == 1u;
 const TILE = WORKGROUP_SIZE * TOKENS;
 const BLOCK = 32u;
 const BLOCK_LANES = BLOCK / TOKENS;
-const BLOCKS = TILE / BLOCK;
 const QUADS = HEAD_DIM / 4u;
 const STRIPES = WORKGROUP_SIZE / VALUE_CELLS;
 const KEY_RAWS = KEY_CELLS / KEY_CODEC_SPAN;
 // One more than a multiple of 8, so that neighbouring rows begin in different banks.
-const FOLD_STRIDE = GROUP_SIZE * QUADS + 1u;
-const WEIGHT_STRIDE = TILE + 1u;
-const FOLD_VECS = select(0u, BLOCKS * FOLD_STRIDE, KEY_CODEC_CHANNEL_SCALES);
-const TILE_VECS = max(max(FOLD_VECS, WEIGHT_ROWS * WEIGHT_STRIDE), WORKGROUP_SIZE * 2u);
+const FOLD_ROW = GROUP_SIZE * QUADS + 1u;
+const WEIGHT_ROW = TILE + 1u;
+const FOLD_VECS = select(0u, TILE / BLOCK * FOLD_ROW, KEY_CODEC_CHANNEL_SCALES);
 
 var<workgroup> q_tile: array<vec4<f32>, GROUP_SIZE * QUADS>;  // [head][channel / 4]; at the end outputs
-// In turn: folded queries [block][head][channel / 4], weights [channel group][head vec][token], outputs [lane][2].
-var<workgroup> tile_of: array<vec4<f32>, TILE_VECS>;
+// In turn: queries folded for each block [block][head][channel / 4], weights [channel group][head vec][token], and outputs
+// [lane][2]. The less of this memory a workgroup takes, the more of them run at once.
+var<workgroup> tile_of: array<vec4<f32>, max(max(FOLD_VECS, WEIGHT_ROWS * WEIGHT_ROW), WORKGROUP_SIZE * 2u)>;
 var<workgroup> zeros: array<vec4<f32>, WORKGROUP_SIZE * HEAD_VECS>;
 
 fn place_of(block: u32, lane: u32, j: u32) -> u32 {
@@ -56,12 +56,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
   let cell = li % VALUE_CELLS;
   let stripe = li / VALUE_CELLS;
   // Queries summed over channels: what a token's zero point meets.
-  var q_sum: array<f32, GROUP_SIZE>;
+  var q_sum: array<vec4<f32>, HEAD_VECS>;
   if (KEY_CODEC_TOKEN_SCALES > 0u) {
-    for (var c = 0u; c < QUADS; c++) {
+    for (var c = li; c < QUADS; c += WORKGROUP_SIZE) {
       for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-        q_sum[g] += dot(q_tile[g * QUADS + c], vec4<f32>(1.0));
+        q_sum[g / 4u][g % 4u] += dot(q_tile[g * QUADS + c], vec4<f32>(1.0));
       }
+    }
+    for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+      q_sum[h] = lanes_sum(lanes, q_sum[h]);
     }
   }
   var m: array<vec4<f32>, HEAD_VECS>;
@@ -79,9 +82,32 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
     let page = tables[pages + first / PAGE_SIZE];
     let token = first % PAGE_SIZE + block_lane;
 
+    let last = (min(TILE, n_tokens - tile) - 1u) / VALUE_CODEC_SPAN;
+    // What does not wait for scores is asked for at once.
+    var values: array<ValueCodecRaw, VALUE_LOADS>;
+    if (VALUES_AHEAD) {
+      for (var u = 0u; u < VALUE_LOADS; u++) {  // unroll
+        values[u] = load_values(pages, tile, min(stripe + u * STRIPES, last), cell);
+      }
+    }
+    var token_scale: array<vec2<f32>, TOKENS>;
+    if (KEY_CODEC_TOKEN_SCALES > 0u) {
+      for (var j = 0u; j < TOKENS; j++) {  // unroll
+        token_scale[j] = key_codec_token_scale(page, token + j * BLOCK_LANES, 0u);
+      }
+    }
+    var value_scale: array<vec2<f32>, LANE_SCALES>;  // [token][channel group]
+    if (VALUE_CODEC_TOKEN_SCALES > 0u) {
+      for (var j = 0u; j < TOKENS; j++) {  // unroll
+        for (var r = 0u; r < WEIGHT_GROUPS; r++) {  // unroll
+          value_scale[j * WEIGHT_GROUPS + r] = value_codec_token_scale(page, token + j * BLOCK_LANES, r);
+        }
+      }
+    }
+
     var s: array<f32, SCORES>;  // [token][head]
     if (KEY_CODEC_CHANNEL_SCALES) {
-      var zero: array<f32, GROUP_SIZE>;
+      var zero: array<vec4<f32>, HEAD_VECS>;
       for (var i = 0u; i < QUADS; i += BLOCK_LANES) {
         let c = i + block_lane;
         if (c < QUADS) {
@@ -89,13 +115,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
           let offset = channels.zero - KEY_CODEC_OFFSET * channels.scale;
           for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
             let q4 = q_tile[g * QUADS + c];
-            tile_of[block * FOLD_STRIDE + g * QUADS + c] = q4 * channels.scale;
-            zero[g] += dot(q4, offset);
+            tile_of[block * FOLD_ROW + g * QUADS + c] = q4 * channels.scale;
+            zero[g / 4u][g % 4u] += dot(q4, offset);
           }
         }
       }
-      for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-        zeros[li * HEAD_VECS + g / 4u][g % 4u] = zero[g];
+      for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+        zeros[li * HEAD_VECS + h] = zero[h];
       }
       workgroupBarrier();
       var sums: array<vec4<f32>, HEAD_VECS>;
@@ -110,13 +136,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
         }
       }
     }
-    var token_scale: array<vec2<f32>, TOKENS>;
-    if (KEY_CODEC_TOKEN_SCALES > 0u) {
-      for (var j = 0u; j < TOKENS; j++) {  // unroll
-        token_scale[j] = key_codec_token_scale(page, token + j * BLOCK_LANES, 0u);
-      }
-    }
-    let q_from = select(0u, block * FOLD_STRIDE, KEY_CODEC_CHANNEL_SCALES);
+    let q_from = select(0u, block * FOLD_ROW, KEY_CODEC_CHANNEL_SCALES);
     for (var first_raw = 0u; first_raw < KEY_RAWS; first_raw += KEY_LOADS) {
       var raw: array<KeyCodecRaw, KEY_IN_FLIGHT>;
       for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
@@ -157,7 +177,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
       inside[j] = tile + place_of(block, block_lane, j) < n_tokens;
       for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
         var score = s[j * GROUP_SIZE + g];
-        if (KEY_CODEC_TOKEN_SCALES > 0u) { score = score * token_scale[j].x + q_sum[g] * token_scale[j].y; }
+        if (KEY_CODEC_TOKEN_SCALES > 0u) { score = score * token_scale[j].x + q_sum[g / 4u][g % 4u] * token_scale[j].y; }
         score = select(MASKED, score, inside[j]);
         s[j * GROUP_SIZE + g] = score;
         top[g / 4u][g % 4u] = max(top[g / 4u][g % 4u], score);
@@ -190,12 +210,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
       }
       for (var r = 0u; r < WEIGHT_GROUPS; r++) {  // unroll
         var scale = vec2<f32>(1.0, 0.0);
-        if (VALUE_CODEC_TOKEN_SCALES > 0u) {
-          // Scales of a slot that was never written may be anything.
-          scale = select(vec2<f32>(0.0), value_codec_token_scale(page, token + j * BLOCK_LANES, r), inside[j]);
-        }
+        // Scales of a slot that was never written may be anything.
+        if (VALUE_CODEC_TOKEN_SCALES > 0u) { scale = select(vec2<f32>(0.0), value_scale[j * WEIGHT_GROUPS + r], inside[j]); }
         for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
-          tile_of[(r * HEAD_VECS + h) * WEIGHT_STRIDE + place] = p[h] * scale.x;
+          tile_of[(r * HEAD_VECS + h) * WEIGHT_ROW + place] = p[h] * scale.x;
           if (VALUE_CODEC_TOKEN_SCALES > 0u) {
             added[r * HEAD_VECS + h] += p[h] * (scale.y - VALUE_CODEC_OFFSET * scale.x);
           }
@@ -204,22 +222,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
     }
     workgroupBarrier();
     // Blocks behind the last token have no weight; they read the last one, since what was never written may be NaN.
-    let last = (min(TILE, n_tokens - tile) - 1u) / VALUE_CODEC_SPAN;
-    let weights = cell * WEIGHT_GROUPS / VALUE_CELLS * HEAD_VECS * WEIGHT_STRIDE;
+    let weight_row = cell * WEIGHT_GROUPS / VALUE_CELLS * HEAD_VECS * WEIGHT_ROW;
     for (var i = stripe; i <= last; i += STRIPES * VALUE_LOADS) {
-      var raw: array<ValueCodecRaw, VALUE_LOADS>;
-      for (var u = 0u; u < VALUE_LOADS; u++) {  // unroll
-        let place = tile + min(i + u * STRIPES, last) * VALUE_CODEC_SPAN;
-        raw[u] = value_codec_load(tables[pages + place / PAGE_SIZE], place % PAGE_SIZE, cell);
+      if (!VALUES_AHEAD || i > stripe) {
+        for (var u = 0u; u < VALUE_LOADS; u++) {  // unroll
+          values[u] = load_values(pages, tile, min(i + u * STRIPES, last), cell);
+        }
       }
       for (var u = 0u; u < VALUE_LOADS; u++) {  // unroll
+        let at = weight_row + (i + u * STRIPES) * VALUE_CODEC_SPAN;
         for (var unit = 0u; unit < VALUE_UNITS; unit++) {  // unroll
-          let v = value_codec_numbers(raw[u], unit);
-          let at = weights + (i + u * STRIPES) * VALUE_CODEC_SPAN + unit;
+          let v = value_codec_numbers(values[u], unit);
+          var p: array<vec4<f32>, HEAD_VECS>;
+          for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
+            p[h] = tile_of[at + h * WEIGHT_ROW + unit];
+          }
           for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-            let p = tile_of[at + g / 4u * WEIGHT_STRIDE][g % 4u];
-            low[g] = fma(v.low, vec4<f32>(p), low[g]);
-            high[g] = fma(v.high, vec4<f32>(p), high[g]);
+            low[g] = fma(v.low, vec4<f32>(p[g / 4u][g % 4u]), low[g]);
+            high[g] = fma(v.high, vec4<f32>(p[g / 4u][g % 4u]), high[g]);
           }
         }
       }
@@ -255,10 +275,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
   }
   for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
     let total = lanes_sum(lanes, l[h]);
+    // An array that is indexed by a lane does not stay in registers; a value may be.
+    let top = m[h];
     if (li < 4u && h * 4u + li < GROUP_SIZE) {
-      state_ml[slot + h * 4u + li] = vec2<f32>(m[h][li], total[li]);
+      state_ml[slot + h * 4u + li] = vec2<f32>(top[li], total[li]);
     }
   }
+}
+
+// 16 bytes of values of the block at a place in the tile.
+fn load_values(pages: u32, tile: u32, block: u32, cell: u32) -> ValueCodecRaw {
+  let token = tile + block * VALUE_CODEC_SPAN;
+  return value_codec_load(tables[pages + token / PAGE_SIZE], token % PAGE_SIZE, cell);
 }
 
 // A cell of keys against eight query values, each product added to the last: one operation a product.

@@ -8,10 +8,12 @@ struct Lanes {
   @builtin(num_subgroups) subgroups: u32,
 }
 
-var<workgroup> lanes_folded: array<vec4<f32>, WORKGROUP_SIZE>;
+// No adapter has subgroups of fewer than four lanes.
+var<workgroup> lanes_folded: array<vec4<f32>, (WORKGROUP_SIZE + 3u) / 4u>;
 
 fn lanes_max(lanes: Lanes, value: vec4<f32>) -> vec4<f32> {
   let part = subgroupMax(value);
+  if (lanes.subgroups == 1u) { return part; }
   // A slower lane may still be reading the result of the call before this one.
   workgroupBarrier();
   if (lanes.lane == 0u) { lanes_folded[lanes.subgroup] = part; }
@@ -23,6 +25,7 @@ fn lanes_max(lanes: Lanes, value: vec4<f32>) -> vec4<f32> {
 
 fn lanes_sum(lanes: Lanes, value: vec4<f32>) -> vec4<f32> {
   let part = subgroupAdd(value);
+  if (lanes.subgroups == 1u) { return part; }
   workgroupBarrier();
   if (lanes.lane == 0u) { lanes_folded[lanes.subgroup] = part; }
   workgroupBarrier();

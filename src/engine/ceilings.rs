@@ -27,7 +27,6 @@ use crate::geometry::{Bytes, CELL_BYTES, F16_BYTES, WORD_BYTES};
 use crate::kernels::abi::{MatmulParams, StreamParams};
 use crate::kernels::matmul::{self, Input, NO_LIST, Output};
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
-use crate::kernels::product_tuning::ManyRows;
 use crate::kernels::{KernelSpec, Recorder, Slot, stream};
 use crate::reference::compare::Tolerance;
 use crate::weights::Matrix;
@@ -134,7 +133,7 @@ struct Link {
 #[derive(Debug)]
 struct Product {
     kernel: Kernel,
-    tile: ManyRows,
+    tile: [u32; 2],
     params: MatmulParams,
     x: Vec<f32>,
     matrix: Matrix,
@@ -194,7 +193,7 @@ impl<'d> Ceilings<'d> {
             Ceiling::Read => memory.read.timed(device, timer, &all, tiles, 1),
             Ceiling::Copy => memory.copy.timed(device, timer, &all, tiles, 1),
             Ceiling::Flop => {
-                let grid = matmul::grid(&product.params, product.tile.rows, product.tile.cols);
+                let grid = matmul::grid(&product.params, product.tile[0], product.tile[1]);
                 product.kernel.timed(device, timer, &product.params, grid, 1)
             }
             Ceiling::Dispatch => memory.copy.timed(device, timer, &nothing, stream::grid(0), DISPATCHES),
@@ -370,12 +369,12 @@ impl Product {
         uploader.upload(device, bytemuck::cast_slice(&x), &there[0], 0)?;
         uploader.upload(device, bytemuck::cast_slice(&packed), &there[1], 0)?;
         let y = device.storage("product y", bytes(rows * cols, WORD_BYTES))?;
-        let tile = cache.tuning().product(&device.summary().kind).many;
+        let many = cache.tuning().product(&device.summary().kind).many;
         let product = matmul::Product { input: Input::Plain, output: Output::Replace };
-        let kernel = Kernel::new(device, cache, &product.matmul(tile), &[&there[0], &there[1], &y])?;
+        let kernel = Kernel::new(device, cache, &product.matmul(many), &[&there[0], &there[1], &y])?;
         let (cells, list) = (k / 8, NO_LIST);
         let params = MatmulParams { x_row: 0, y_row: 0, n_rows: rows, cols, cells, first_col: 0, list, eps: 0.0 };
-        Ok(Self { kernel, tile, params, x, matrix, y })
+        Ok(Self { kernel, tile: many.size(), params, x, matrix, y })
     }
 
     /// Some entries against the same sums in f64; the first entry is always among them.

@@ -90,8 +90,8 @@ impl Linear {
     /// Outputs from `first_col` on.
     fn many(&self, recorder: &mut Recorder<'_>, span: Span, first_col: u32) {
         let params = self.params(span, first_col);
-        let tile = self.tuning.many;
-        self.many.dispatch(recorder, &params, matmul::grid(&params, tile.rows, tile.cols));
+        let [rows, cols] = self.tuning.many.size();
+        self.many.dispatch(recorder, &params, matmul::grid(&params, rows, cols));
     }
 
     /// Decode rows through `matvec`, prompt rows through `matmul`, whatever else is in the step.

@@ -63,14 +63,17 @@ pub struct DecodeTile {
     pub key_loads: u32,
     /// Loads of 16 bytes of values in flight.
     pub value_loads: u32,
+    /// Whether the first of these are asked for before scores are computed.
+    pub ahead: bool,
 }
 
 impl fmt::Display for DecodeTuning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::General => f.pad("general"),
-            Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }) => {
-                f.pad(&format!("tiled:{lanes}:{tokens}:{key_loads}:{value_loads}"))
+            Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads, ahead }) => {
+                let ahead = if *ahead { ":ahead" } else { "" };
+                f.pad(&format!("tiled:{lanes}:{tokens}:{key_loads}:{value_loads}{ahead}"))
             }
         }
     }
@@ -83,15 +86,14 @@ impl FromStr for DecodeTuning {
         if text == "general" {
             return Ok(Self::General);
         }
-        let numbers = text.strip_prefix("tiled:").map(|rest| rest.split(':').map(str::parse).collect());
-        let Some(Ok([lanes, tokens, key_loads, value_loads])) =
-            numbers.map(|n: Result<Vec<u32>, _>| n.map_err(drop).and_then(|n| <[u32; 4]>::try_from(n).map_err(drop)))
-        else {
-            return Err(format!(
-                "'{text}' is no tuning of decode: general, or tiled:LANES:TOKENS:KEY_LOADS:VALUE_LOADS"
-            ));
-        };
-        Ok(Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads }))
+        let tile = text.strip_prefix("tiled:").and_then(|rest| {
+            let numbers = rest.strip_suffix(":ahead").unwrap_or(rest).split(':').map(|n| n.parse().ok());
+            let [lanes, tokens, key_loads, value_loads] = numbers.collect::<Option<Vec<u32>>>()?.try_into().ok()?;
+            Some(DecodeTile { lanes, tokens, key_loads, value_loads, ahead: rest.ends_with(":ahead") })
+        });
+        tile.map(Self::Tiled).ok_or_else(|| {
+            format!("'{text}' is no tuning of decode: general, or tiled:LANES:TOKENS:KEY_LOADS:VALUE_LOADS[:ahead]")
+        })
     }
 }
 
@@ -119,29 +121,31 @@ impl DecodeTuning {
 }
 
 /// Tiles that are worth trying: many lanes with few tokens each, and the other way round; from four to sixteen loads in flight.
-const TILES: [DecodeTile; 12] = [
+const TILES: [DecodeTile; 10] = [
+    DecodeTile::new(128, 1, 8, 8).ahead(),
     DecodeTile::new(128, 1, 8, 8),
-    DecodeTile::new(64, 1, 8, 8),
-    DecodeTile::new(32, 1, 8, 8),
-    DecodeTile::new(128, 2, 4, 8),
-    DecodeTile::new(64, 2, 4, 8),
-    DecodeTile::new(64, 2, 2, 4),
-    DecodeTile::new(32, 2, 4, 8),
-    DecodeTile::new(64, 4, 2, 8),
-    DecodeTile::new(64, 4, 1, 4),
-    DecodeTile::new(32, 4, 4, 8),
-    DecodeTile::new(32, 4, 2, 4),
-    DecodeTile::new(32, 4, 1, 4),
+    DecodeTile::new(64, 1, 8, 8).ahead(),
+    DecodeTile::new(32, 1, 8, 8).ahead(),
+    DecodeTile::new(128, 1, 4, 4).ahead(),
+    DecodeTile::new(64, 1, 2, 4).ahead(),
+    DecodeTile::new(128, 2, 4, 8).ahead(),
+    DecodeTile::new(64, 2, 4, 8).ahead(),
+    DecodeTile::new(64, 2, 1, 4).ahead(),
+    DecodeTile::new(64, 4, 1, 4).ahead(),
 ];
 
 impl DecodeTile {
     const fn new(lanes: u32, tokens: u32, key_loads: u32, value_loads: u32) -> Self {
-        Self { lanes, tokens, key_loads, value_loads }
+        Self { lanes, tokens, key_loads, value_loads, ahead: false }
+    }
+
+    const fn ahead(self) -> Self {
+        Self { ahead: true, ..self }
     }
 
     /// The tile with no more loads in flight than the format has; `None` where it can not read pages of the format.
     fn fitted(&self, format: &Format) -> Option<Self> {
-        let Self { lanes, tokens, key_loads, value_loads } = *self;
+        let Self { lanes, tokens, key_loads, value_loads, .. } = *self;
         let heads = format.shape.heads;
         let cells = heads.head_dim / 8;
         let codec = format.codec;
@@ -173,25 +177,28 @@ impl DecodeTile {
         let tile = self.lanes * self.tokens;
         let folded = if channel_scales(format) { tile / BLOCK * (queries + 1) } else { 0 };
         let weights = weight_groups(format) * head_vecs * (tile + 1);
-        // Beside them the zero points, and at most as much for reductions.
-        let cells = queries + folded.max(weights).max(2 * self.lanes) + (head_vecs + 1) * self.lanes + 8;
+        // Beside them zero points, and at most as much as a lane's vec4 for reductions.
+        let cells = queries + folded.max(weights).max(2 * self.lanes) + (head_vecs + 2) * self.lanes + 8;
         u64::from(cells) * CELL_BYTES
     }
 
     fn constants(&self, format: &Format) -> Vec<(&'static str, u32)> {
+        let Self { lanes, tokens, key_loads, value_loads, ahead } = *self;
         let group = format.shape.heads.group_size();
         let (head_vecs, weight_groups) = (group.div_ceil(4), weight_groups(format));
         let span = |side| span(format.codec.side(side).quantizer);
         vec![
-            ("WORKGROUP_SIZE", self.lanes),
-            ("TOKENS", self.tokens),
-            ("KEY_LOADS", self.key_loads),
-            ("VALUE_LOADS", self.value_loads),
-            ("KEY_IN_FLIGHT", self.key_loads * self.tokens),
+            ("WORKGROUP_SIZE", lanes),
+            ("TOKENS", tokens),
+            ("KEY_LOADS", key_loads),
+            ("VALUE_LOADS", value_loads),
+            ("KEY_IN_FLIGHT", key_loads * tokens),
+            ("LANE_SCALES", tokens * weight_groups),
+            ("AHEAD", u32::from(ahead)),
             ("KEY_UNITS", span(Side::Key)),
             ("VALUE_UNITS", span(Side::Value)),
             ("HEAD_VECS", head_vecs),
-            ("SCORES", group * self.tokens),
+            ("SCORES", group * tokens),
             ("WEIGHT_GROUPS", weight_groups),
             ("WEIGHT_ROWS", weight_groups * head_vecs),
             ("ROTATED_ROWS", group),
@@ -268,10 +275,10 @@ mod tests {
 
     #[test]
     fn a_tuning_reads_back_and_bad_ones_are_refused() {
-        for text in ["general", "tiled:64:4:2:8"] {
+        for text in ["general", "tiled:64:4:2:8", "tiled:32:2:4:8:ahead"] {
             assert_eq!(text.parse::<DecodeTuning>().map(|t| t.to_string()).as_deref(), Ok(text), "round trip");
         }
-        for bad in ["", "tiled", "tiled:64:4:2", "tiled:64:4:2:x", "tiled:1:2:3:4:5", "General"] {
+        for bad in ["", "tiled", "tiled:64:4:2", "tiled:64:4:2:x", "tiled:64:4:2:ahead", "tiled:1:2:3:4:5", "General"] {
             assert!(bad.parse::<DecodeTuning>().is_err(), "'{bad}'");
         }
     }

@@ -17,7 +17,7 @@
 //!
 //! **Mapping.** `matvec`: a workgroup has all rows, 1 to 16, so that weights are read once; lanes beside each other own columns, and
 //! the others slices of k, added as a tree. `matmul`: tiles of 64 or 128 rows and columns staged through workgroup
-//! memory, 8 x 8 outputs in a lane's registers. In both, the order in which products are added depends on neither
+//! memory, 8 x 8 outputs in a lane's registers; `matmul_direct` the same without staging, which is faster on software Vulkan. In all, the order in which products are added depends on neither
 //! the number of rows nor the row's place, which is what batch invariance needs; decode rows always go through
 //! `matvec` and prefill rows always through `matmul`. Sizes are those of a [`ProductTuning`](super::product_tuning::ProductTuning).
 //!
@@ -26,7 +26,7 @@
 use half::f16;
 
 use super::abi::{Immediates as _, MatmulParams};
-use super::product_tuning::{FewRows, ManyRows};
+use super::product_tuning::{FewRows, ManyRows, Tile};
 use super::{Access, Binding, Constant, KernelSpec, Module, modules};
 use crate::weights::Matrix;
 
@@ -99,8 +99,10 @@ impl Product {
 
     /// The product for many rows.
     pub fn matmul(self, tuning: ManyRows) -> KernelSpec {
-        let ManyRows { rows, cols, depth, buffers } = tuning;
-        let lanes = tuning.lanes();
+        let ManyRows::Tiled(tile) = tuning else {
+            return self.kernel("matmul_direct", &modules::MATMUL_DIRECT, &[]);
+        };
+        let (Tile { rows, cols, depth, buffers }, lanes) = (tile, tile.lanes());
         let numbers = [
             ("TILE_ROWS", rows),
             ("TILE_COLS", cols),

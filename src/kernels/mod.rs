@@ -165,6 +165,8 @@ pub mod modules {
         ROWS_NORMED = "model/rows_normed.wgsl";
         /// Matrix product for many rows.
         MATMUL = "model/matmul.wgsl";
+        /// The same without staging.
+        MATMUL_DIRECT = "model/matmul_direct.wgsl";
         /// Matrix product for few rows.
         MATVEC = "model/matvec.wgsl";
         /// Sampling.

@@ -23,9 +23,18 @@ pub struct FewRows {
     pub max_rows: u32,
 }
 
-/// `matmul`: a product of many rows.
+/// A product of many rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ManyRows {
+pub enum ManyRows {
+    /// `matmul_direct`: 64 rows by 64 columns straight from storage, for adapters whose workgroup memory is no faster.
+    Direct,
+    /// `matmul`: staged through workgroup memory.
+    Tiled(Tile),
+}
+
+/// How `matmul` stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
     /// Rows of a workgroup.
     pub rows: u32,
     /// Columns of a workgroup.
@@ -104,6 +113,16 @@ impl FewRows {
 }
 
 impl ManyRows {
+    /// Rows and columns of a workgroup.
+    pub const fn size(&self) -> [u32; 2] {
+        match self {
+            Self::Direct => [64, 64],
+            Self::Tiled(tile) => [tile.rows, tile.cols],
+        }
+    }
+}
+
+impl Tile {
     /// Lanes of a workgroup, 8 rows by 8 columns each.
     pub const fn lanes(&self) -> u32 {
         self.rows / 8 * (self.cols / 8)
@@ -124,14 +143,14 @@ const fn few(cols: u32, column_lanes: u32, slices: u32, loads: u32, max_rows: u3
 }
 
 const fn many(rows: u32, cols: u32, depth: u32, buffers: u32) -> ManyRows {
-    ManyRows { rows, cols, depth, buffers }
+    ManyRows::Tiled(Tile { rows, cols, depth, buffers })
 }
 
 impl ProductTuning {
     /// For GPUs.
     pub const GPU: Self = Self { few: few(4, 8, 32, 8, 16), many: many(128, 128, 8, 2) };
     /// For software Vulkan, where compiling a large kernel costs more than reading weights again from a cache.
-    pub const CPU: Self = Self { few: few(4, 16, 4, 4, 4), many: many(64, 64, 8, 1) };
+    pub const CPU: Self = Self { few: few(4, 16, 4, 4, 4), many: ManyRows::Direct };
 
     /// What an adapter of a kind, as `concertina devices` names them, gets where nothing is chosen.
     pub fn of_kind(adapter_kind: &str) -> Self {
@@ -157,7 +176,7 @@ impl ProductTuning {
             many(64, 128, 16, 1),
             many(128, 64, 8, 2),
             many(64, 64, 16, 1),
-            many(64, 64, 8, 2),
+            many(64, 64, 8, 1),
             Self::CPU.many,
         ];
         fews.into_iter().zip(manys).map(|(few, many)| Self { few, many }).collect()
@@ -166,11 +185,16 @@ impl ProductTuning {
 
 impl fmt::Display for ProductTuning {
     /// `few4x8x32:8:16,many128x128x8:2`: columns of a lane, lanes, slices, loads, rows; rows, columns, depth, buffers.
+    /// `direct` in place of the latter where nothing is staged.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let FewRows { cols, column_lanes, slices, loads, max_rows } = self.few;
         write!(f, "few{cols}x{column_lanes}x{slices}:{loads}:{max_rows},")?;
-        let ManyRows { rows, cols, depth, buffers } = self.many;
-        write!(f, "many{rows}x{cols}x{depth}:{buffers}")
+        match self.many {
+            ManyRows::Direct => f.write_str("direct"),
+            ManyRows::Tiled(Tile { rows, cols, depth, buffers }) => {
+                write!(f, "many{rows}x{cols}x{depth}:{buffers}")
+            }
+        }
     }
 }
 
@@ -184,14 +208,19 @@ impl FromStr for ProductTuning {
             part.strip_prefix(name)?.split(['x', ':']).map(|n| n.parse().ok()).collect()
         };
         let (a, b) = text.split_once(',').ok_or_else(wrong)?;
-        let (a, b) = (numbers(a, "few").ok_or_else(wrong)?, numbers(b, "many").ok_or_else(wrong)?);
-        let ([cols, lanes, slices, loads, max], [rows, width, depth, buffers]) = (&a[..], &b[..]) else {
-            return Err(wrong());
+        let a = numbers(a, "few").ok_or_else(wrong)?;
+        let [cols, column_lanes, slices, loads, max_rows] = a[..] else { return Err(wrong()) };
+        let few = FewRows { cols, column_lanes, slices, loads, max_rows };
+        let (many, sound) = if b == "direct" {
+            (ManyRows::Direct, true)
+        } else {
+            let b = numbers(b, "many").ok_or_else(wrong)?;
+            let [rows, cols, depth, buffers] = b[..] else { return Err(wrong()) };
+            let tile = Tile { rows, cols, depth, buffers };
+            (ManyRows::Tiled(tile), tile.is_sound())
         };
-        let tuning =
-            Self { few: few(*cols, *lanes, *slices, *loads, *max), many: many(*rows, *width, *depth, *buffers) };
-        if tuning.few.is_sound() && tuning.many.is_sound() {
-            Ok(tuning)
+        if few.is_sound() && sound {
+            Ok(Self { few, many })
         } else {
             Err(format!("no product is written for '{text}'; some that are: {}", Self::list()))
         }

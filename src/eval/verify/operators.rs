@@ -365,9 +365,8 @@ fn products(bench: &mut Bench<'_>, tuning: ProductTuning, each: &mut dyn FnMut(C
     let layout = tuning.to_string();
     for product in kinds(tuning) {
         for rows in MANY_ROWS {
-            let tile = tuning.many;
             let case = ProductCase::new(bench, product, rows);
-            each(case.run(bench, &product.matmul(tile), [tile.rows, tile.cols], &layout)?);
+            each(case.run(bench, &product.matmul(tuning.many), tuning.many.size(), &layout)?);
         }
         for rows in FEW_ROWS {
             let few = tuning.few;
