@@ -168,6 +168,11 @@ fn is_software(device: &Device) -> bool {
     device.summary().kind == "cpu"
 }
 
+/// How large the work is that a device's ceilings are measured with.
+pub fn ceiling_sizes(device: &Device) -> CeilingSizes {
+    if is_software(device) { CeilingSizes::SOFTWARE } else { CeilingSizes::FULL }
+}
+
 impl KernelPlan {
     /// Full sizes on a GPU. On processors small ones, which take no turns: what one reads there is beyond their caches or near
     /// enough, and figures say little anyway.
@@ -189,8 +194,7 @@ impl Roof {
     /// # Errors
     /// As [`ceilings::ceiling`].
     pub fn measure(device: &Device) -> Result<Self, EngineError> {
-        let sizes = if is_software(device) { CeilingSizes::SOFTWARE } else { CeilingSizes::FULL };
-        let mut made = Ceilings::new(device, sizes)?;
+        let mut made = Ceilings::new(device, ceiling_sizes(device))?;
         let mut of = |ceiling| ceilings::ceiling(&mut made, ceiling, WARM_UP, CEILING_REPEATS);
         let (read, copy, flop) = (of(Ceiling::Read)?, of(Ceiling::Copy)?, of(Ceiling::Flop)?);
         Ok(Self {
