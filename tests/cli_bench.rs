@@ -164,12 +164,12 @@ fn steps_of_a_model_are_measured_against_their_floor_gpu() {
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn a_load_that_does_not_fit_loses_no_other_gpu() {
     let model = reference_model_path().display().to_string();
-    let loads = ["bench", "step", "--model", &model, "--context", "512", "--batch", "1", "8", "--steps", "1"];
+    let loads = ["bench", "step", "--model", &model, "--context", "256", "--batch", "1", "16", "--steps", "1"];
     let output = concertina(&[&loads[..], &["--kv-budget", "96MiB"]].concat());
     assert_eq!(output.status.code(), Some(1), "one has no figures");
     let (tables, errors) = (text(&output.stdout), text(&output.stderr));
     assert!(errors.contains("1 of 2 loads have no figures"), "{errors}");
-    assert!(tables.contains("tokens/s") && tables.contains("step/8x512/full: "), "both are named: {tables}");
+    assert!(tables.contains("tokens/s") && tables.contains("step/16x256/full: "), "both are named: {tables}");
 }
 
 #[test]

@@ -210,7 +210,9 @@ struct Measured {
 impl Run<'_, '_, '_> {
     fn all(&mut self) -> Result<Measured, EngineError> {
         let n = self.load.batch;
-        let probes = (0..n).map(|session| self.read(session)).collect::<Result<Vec<_>, _>>()?;
+        // All have their room before any reads its context: what does not fit is known at once.
+        let probes = (0..n).map(|_| self.admit()).collect::<Result<Vec<_>, _>>()?;
+        (0..n).zip(&probes).try_for_each(|(session, probe)| self.read(session, *probe))?;
         self.warm_up()?;
         // What the last session is fed, to be repeated without company.
         let mut fed = Vec::new();
@@ -240,14 +242,16 @@ impl Run<'_, '_, '_> {
         self.load.text[(session * 97 + at) % self.load.text.len()]
     }
 
-    /// A session behind its context, compressed.
-    fn read(&mut self, session: usize) -> Result<Probe, EngineError> {
+    fn admit(&mut self) -> Result<Probe, EngineError> {
         let n = self.load.context;
-        let tokens: Vec<u32> = (0..n).map(|at| self.token(session, at)).collect();
-        let probe = self.driver.admit(self.load.compression, n, n + self.settings.room())?;
+        self.driver.admit(self.load.compression, n, n + self.settings.room())
+    }
+
+    /// A session's context, and its compression.
+    fn read(&mut self, session: usize, probe: Probe) -> Result<(), EngineError> {
+        let tokens: Vec<u32> = (0..self.load.context).map(|at| self.token(session, at)).collect();
         self.driver.prefill(probe, &tokens, 0..0, self.settings.chunk, &mut |_, _| ())?;
-        self.driver.evict_due(probe)?;
-        Ok(probe)
+        self.driver.evict_due(probe)
     }
 
     /// Keeps the device busy with short prompts.
@@ -266,7 +270,8 @@ impl Run<'_, '_, '_> {
     /// Logits of the last session once more, from its context on, with nobody beside it. The others make room.
     fn alone(&mut self, probes: &[Probe], fed: &[u32]) -> Result<Vec<f32>, EngineError> {
         probes.iter().try_for_each(|probe| self.driver.release(*probe))?;
-        let probe = self.read(self.load.batch - 1)?;
+        let probe = self.admit()?;
+        self.read(self.load.batch - 1, probe)?;
         let (last, before) = fed.split_last().expect("at least one token was fed");
         for token in before {
             self.driver.sample(&[(probe, *token)])?;

@@ -135,7 +135,7 @@ impl fmt::Display for KernelsReport {
             ("timed by", format!("{clock}; {settled}")),
             ("pages", pages.to_owned()),
             ("checked", "outputs are poisoned, then compared with f64 before and after timing".to_owned()),
-            ("Gtok/s", "billions of (token, KV head) pairs that attention reads per second".to_owned()),
+            ("Gtok/s", "billions of (token, KV head) pairs that are read per second".to_owned()),
         ];
         f.write_str(&block("kernels", &lines))?;
         let above = |row: &KernelRow| matches!(&row.outcome, Outcome::Measured(figures) if figures.memory().1 > 1.0);

@@ -44,7 +44,7 @@ pub struct Work {
     pub bytes: f64,
     /// Multiplications and additions.
     pub flop: f64,
-    /// (token, KV head) pairs that attention reads, so that codecs can be compared; `None` where nothing reads tokens.
+    /// (token, KV head) pairs that are read, so that codecs can be compared; `None` where that says nothing.
     pub pairs: Option<f64>,
 }
 
