@@ -8,8 +8,9 @@ use concertina::engine::bench::append::{AppendRun, AppendSpec};
 use concertina::engine::bench::cache::CacheSpec;
 use concertina::engine::bench::decode::DecodeRun;
 use concertina::engine::bench::gather::GatherRun;
-use concertina::engine::bench::matvec::{MatvecRun, MatvecSpec};
 use concertina::engine::bench::merge::{MergeRun, MergeSpec};
+use concertina::engine::bench::prefill::{PrefillCase, PrefillRun};
+use concertina::engine::bench::product::{ProductRun, ProductSpec};
 use concertina::engine::bench::score::{ScoreRun, ScoreSpec};
 use concertina::engine::bench::seal::{SealRun, SealSpec};
 use concertina::engine::bench::select::{SelectRun, SelectSpec};
@@ -112,6 +113,50 @@ fn runs_take_turns_over_copies_and_pages_spill_over_arenas_gpu() {
 
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn every_launch_of_prefill_is_right_and_spoiled_pages_are_found_gpu() {
+    let device = common::device();
+    // A whole prompt in f16, and the open page of sequences whose other pages are sealed.
+    let cases =
+        [("f16", vec![150], 150), ("f16", vec![300, 90], 70), ("kivi4", vec![256, 128], 64), ("int8", vec![200], 8)];
+    for (text, contexts, rows) in cases {
+        let case = PrefillCase { cache: CacheSpec { shape: shape(64), codec: codec(text), contexts }, rows };
+        let mut pipelines = PipelineCache::default();
+        let mut run = PrefillRun::new(device, &mut pipelines, &case, &HOT).expect("a small cache fits");
+        assert!(run.candidates().len() > 4, "{text}: {:?}", run.candidates());
+        for candidate in 0..run.candidates().len() {
+            run.choose(device, &mut pipelines, candidate).expect("it compiles");
+            run.poison(device).expect("it is written");
+            once(device, &run, 0);
+            let checked = run.check(device, 0).expect("it is read");
+            let right = checked.missing == 0 && checked.compared > 0 && checked.error_over_bound <= 1.0;
+            assert!(right, "{text}, {rows} rows, {}: {checked:?}", run.candidates()[candidate]);
+        }
+        run.spoil(device, 0).expect("a page is overwritten");
+        assert!(matches!(outcome(device, &mut run), Outcome::Wrong(_)), "{text}: a spoiled page should be found");
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn every_layout_of_a_product_is_right_and_spoiled_weights_are_found_gpu() {
+    let device = common::device();
+    let mut pipelines = PipelineCache::default();
+    let spec = ProductSpec { rows: 136, k: 72, cols: 200, decode: false };
+    let mut run = ProductRun::new(device, &mut pipelines, &spec, &HOT).expect("a small product fits");
+    for candidate in 0..run.candidates().len() {
+        run.choose(device, &mut pipelines, candidate).expect("it compiles");
+        run.poison(device).expect("it is written");
+        once(device, &run, 0);
+        let checked = run.check(device, 0).expect("it is read");
+        let right = checked.missing == 0 && checked.compared > 4000 && checked.error_over_bound <= 1.0;
+        assert!(right, "{}: {checked:?}", run.candidates()[candidate]);
+    }
+    run.spoil(device, 0).expect("weights are overwritten");
+    assert!(matches!(outcome(device, &mut run), Outcome::Wrong(_)), "spoiled weights should be found");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn merging_alone_is_right_and_a_spoiled_state_is_found_gpu() {
     let device = common::device();
     let spec = MergeSpec { shape: shape(64), rows: 5, states: 9 };
@@ -155,14 +200,14 @@ fn products_of_few_rows_are_right_and_spoiled_weights_are_found_gpu() {
     let device = common::device();
     let mut pipelines = PipelineCache::default();
     for rows in [1, 3, 21] {
-        let spec = MatvecSpec { rows, k: 264, cols: 200 };
-        let mut run = MatvecRun::new(device, &mut pipelines, &spec, &twice(264 * 200 * 2)).expect("it fits");
+        let spec = ProductSpec { rows, k: 264, cols: 200, decode: true };
+        let mut run = ProductRun::new(device, &mut pipelines, &spec, &twice(264 * 200 * 2)).expect("it fits");
         let figures = right_until_spoiled(device, &mut run, &format!("{rows} rows"));
         assert_eq!(figures.flop, f64::from(2 * rows * 264 * 200), "two of every weight");
     }
     // Every layout of the tuning gives the same result.
-    let spec = MatvecSpec { rows: 4, k: 264, cols: 200 };
-    let mut run = MatvecRun::new(device, &mut pipelines, &spec, &HOT).expect("it fits");
+    let spec = ProductSpec { rows: 4, k: 264, cols: 200, decode: true };
+    let mut run = ProductRun::new(device, &mut pipelines, &spec, &HOT).expect("it fits");
     let labels = run.candidates();
     assert!(labels.len() > 4, "{labels:?}");
     for (candidate, label) in labels.iter().enumerate() {

@@ -11,6 +11,8 @@ use rayon::prelude::*;
 
 /// What Metal, DX12 and software Vulkan all grant; the WebGPU default would be half of it.
 const WORKGROUP_MEMORY: u32 = 32 * 1024;
+/// What adapters with cooperative matrices of 16 grant.
+const COOPERATIVE_WORKGROUP_MEMORY: u32 = 48 * 1024;
 
 #[test]
 fn every_spec_links_validates_and_declares_its_bindings() {
@@ -18,11 +20,15 @@ fn every_spec_links_validates_and_declares_its_bindings() {
     assert!(specs.len() > 5000, "the registry should be complete, it has {}", specs.len());
     let sealing = specs.iter().filter(|spec| spec.name.starts_with("seal_")).count();
     assert!(sealing > 2000, "every codec should have kernels that seal pages, not {sealing}");
-    let formats = specs.iter().filter(|spec| spec.name == "prefill").count();
-    for name in ["score", "key_scores", "gather"] {
+    let formats = specs.iter().filter(|spec| spec.name == "score").count();
+    for name in ["key_scores", "gather"] {
         let found = specs.iter().filter(|spec| spec.name == name).count();
         assert_eq!(found, formats, "{name} reads every format that attention reads");
     }
+    let (prefill, cooperative): (Vec<_>, Vec<_>) =
+        specs.iter().filter(|spec| spec.name.starts_with("prefill")).partition(|spec| !spec.is_cooperative());
+    assert!(prefill.len() > formats, "prefill of {formats} formats has {} kernels", prefill.len());
+    assert!(cooperative.len() > formats / 3, "many formats are read into matrices: {} of {formats}", cooperative.len());
     for name in ["decide", "select", "carry"] {
         assert_eq!(specs.iter().filter(|spec| spec.name == name).count(), 1, "{name} knows no format");
     }
@@ -47,7 +53,7 @@ fn every_admitted_head_shape_has_kernels_within_the_limits() {
                 specs.extend([merge_states::kernel(&shape), moments::kernel(&shape)]);
                 specs
                     .extend([Positions::Applied, Positions::Rotary].map(|positions| append::kernel(&shape, positions)));
-                assert!(PrefillSpec::tile_positions(&shape) > 0, "a tile of {heads:?} holds a position");
+                assert!(PrefillSpec::item_positions(&shape) > 0, "an item of {heads:?} holds a position");
                 // Narrowest and widest groups of every head, and some between.
                 let widest = HeadGeometry { num_qo_heads: group_size + 1, ..heads }.check().is_err();
                 let some = widest || group_size == 1 || (head_dim % 40 == 0 && [3, 8, 12].contains(&group_size));
@@ -89,7 +95,8 @@ fn check(specs: &[KernelSpec]) {
         let expected: Vec<_> = spec.bindings.iter().map(|(n, a)| Some(((*n).to_owned(), *a))).collect();
         assert_eq!(declared, expected, "{}", spec.name);
         assert_eq!(immediate, spec.immediate_bytes, "{}: immediate data", spec.name);
-        assert!(workgroup <= WORKGROUP_MEMORY, "{} {:?}: {workgroup} B", spec.name, spec.constants);
+        let memory = if spec.is_cooperative() { COOPERATIVE_WORKGROUP_MEMORY } else { WORKGROUP_MEMORY };
+        assert!(workgroup <= memory, "{} {:?}: {workgroup} B", spec.name, spec.constants);
         assert!(spec.bindings.len() <= 8, "{}: eight storage bindings are the portable limit", spec.name);
     });
     println!("{} kernels validated", specs.len());

@@ -1,4 +1,4 @@
-// Parameters and bindings of decode and prefill.
+// Parameters and bindings of decode and prefill. Each declares `state_o`, binding 4, in the units that it writes.
 
 struct AttentionParams {
   items: u32,       // first vec4 of the work list in `step`
@@ -14,6 +14,5 @@ var<immediate> par: AttentionParams;
 @group(0) @binding(1) var<storage, read> tables: array<u32>;
 @group(0) @binding(2) var<storage, read> arena: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read> q: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
 @group(0) @binding(5) var<storage, read_write> state_ml: array<vec2<f32>>;
 @group(0) @binding(6) var<storage, read> parameters: array<vec4<f32>>;

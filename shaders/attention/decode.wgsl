@@ -11,6 +11,8 @@ const HEAD_VECS = (GROUP_SIZE + 3u) / 4u;
 const TILE = WORKGROUP_SIZE * TOKENS_PER_LANE;
 const STRIPES = WORKGROUP_SIZE / VALUE_CELLS;
 
+@group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
+
 var<workgroup> q_tile: array<vec4<f32>, HEAD_DIM * HEAD_VECS>;  // [channel][head vec]; at the end [channel]
 var<workgroup> p_tile: array<vec4<f32>, TILE * HEAD_VECS>;      // [token][head vec]
 var<workgroup> o_tile: array<vec4<f32>, WORKGROUP_SIZE * 8u>;   // [lane][channel]

@@ -23,6 +23,8 @@ const FOLD_ROW = GROUP_SIZE * QUADS + 1u;
 const WEIGHT_ROW = TILE + 1u;
 const FOLD_VECS = select(0u, TILE / BLOCK * FOLD_ROW, KEY_CODEC_CHANNEL_SCALES);
 
+@group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
+
 var<workgroup> q_tile: array<vec4<f32>, GROUP_SIZE * QUADS>;  // [head][channel / 4]; at the end outputs
 // In turn: queries folded for each block [block][head][channel / 4], weights [channel group][head vec][token], and outputs
 // [lane][2]. The less of this memory a workgroup takes, the more of them run at once.
@@ -31,6 +33,14 @@ var<workgroup> zeros: array<vec4<f32>, WORKGROUP_SIZE * HEAD_VECS>;
 
 fn place_of(block: u32, lane: u32, j: u32) -> u32 {
   return block * BLOCK + lane + j * BLOCK_LANES;
+}
+
+fn row_vec(i: u32) -> vec4<f32> {
+  return q_tile[i];
+}
+
+fn put_row_vec(i: u32, value: vec4<f32>) {
+  q_tile[i] = value;
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)

@@ -1,251 +1,180 @@
-// Chunked causal prefill: a tile of query rows against a run of cached tokens of one KV head.
+// Chunked causal prefill by outer products: a tile of query rows against a run of cached tokens of one KV head.
 // Specification: src/kernels/prefill.rs.
 //
-// Workgroup = one work item = (tile of query positions, KV head, run of tokens). The tile's rows are (position, query
-// head of the group) pairs, at most TILE_ROWS of them, so that one load of K or V serves the whole group. In QK a
-// lane owns a register tile of 4 rows by 8 tokens; in PV a cell of 8 channels and some quads of rows.
+// Lanes are ROW_GROUPS groups of ACROSS. A group owns 8 rows throughout; in QK a lane of it owns LANE_TOKENS tokens, in PV
+// LANE_VECS times four channels, ACROSS apart. Queries, keys and values pass through workgroup memory, decoded once for all rows.
 
-const TILE_TOKENS = 64u;
 const QUADS = TILE_ROWS / 4u;
-const TOKEN_LANES = WORKGROUP_SIZE / QUADS;
-const LANE_TOKENS = TILE_TOKENS / TOKEN_LANES;
-const QUAD_GROUPS = WORKGROUP_SIZE / VALUE_CELLS;
-const LANE_QUADS = (QUADS + QUAD_GROUPS - 1u) / QUAD_GROUPS;
+const CHUNK_VECS = CHUNK_CELLS * 2u;
+// Parts that a row's maximum is found in.
+const FOLDS = 4u;
+const ROTATED_ROWS = min(TILE_TOKENS * (QUADS + 1u) / ROW_VECS, 8u);
 
-var<workgroup> q_tile: array<vec4<f32>, TILE_ROWS * HEAD_DIM / 4u>;  // [row][channel / 4]
-var<workgroup> p_tile: array<vec4<f32>, QUADS * TILE_TOKENS>;        // [quad][token], four rows each
-var<workgroup> part: array<vec4<f32>, WORKGROUP_SIZE>;               // [quad][token lane]
-var<workgroup> fade: array<vec4<f32>, QUADS>;
+var<workgroup> q_tile: array<array<array<vec4<f32>, 8>, ROW_GROUPS>, CHUNK_VECS>;        // four channels each
+var<workgroup> k_tile: array<array<array<vec4<f32>, ACROSS>, LANE_TOKENS>, CHUNK_VECS>;  // four channels each
+var<workgroup> v_tile: array<array<array<vec4<f32>, ACROSS>, LANE_VECS>, VALUE_TOKENS>;  // four channels each
+// Four rows each. One more than there are, so that neighbouring tokens lie in different banks.
+var<workgroup> p_tile: array<array<vec4<f32>, QUADS + 1u>, TILE_TOKENS>;
+var<workgroup> folded: array<array<vec4<f32>, FOLDS>, QUADS>;
 
-// Four rows of a quad against one cell of one token.
-fn score(quad: u32, page: u32, cell: u32, k: Cell) -> vec4<f32> {
-  if (KEY_PICKS) {
-    let slots = key_slots(page, cell);
-    var sum = vec4<f32>(0.0);
-    for (var j = 0u; j < 4u; j++) {
-      let at = (quad * 4u + j) * (HEAD_DIM / 4u);
-      let low = vec4<f32>(
-        picked(at, slots.low.x), picked(at, slots.low.y), picked(at, slots.low.z), picked(at, slots.low.w));
-      let high = vec4<f32>(
-        picked(at, slots.high.x), picked(at, slots.high.y), picked(at, slots.high.z), picked(at, slots.high.w));
-      sum[j] = dot(k.low, low) + dot(k.high, high);
-    }
-    return sum;
-  }
-  let at = quad * HEAD_DIM + cell * 2u;
-  return vec4<f32>(
-    dot(k.low, q_tile[at]) + dot(k.high, q_tile[at + 1u]),
-    dot(k.low, q_tile[at + HEAD_DIM / 4u]) + dot(k.high, q_tile[at + HEAD_DIM / 4u + 1u]),
-    dot(k.low, q_tile[at + HEAD_DIM / 2u]) + dot(k.high, q_tile[at + HEAD_DIM / 2u + 1u]),
-    dot(k.low, q_tile[at + HEAD_DIM / 4u * 3u]) + dot(k.high, q_tile[at + HEAD_DIM / 4u * 3u + 1u]));
+fn row_vec(i: u32) -> vec4<f32> {
+  return p_tile[i / (QUADS + 1u)][i % (QUADS + 1u)];
 }
 
-fn picked(row_at: u32, channel: u32) -> f32 {
-  return q_tile[row_at + channel / 4u][channel % 4u];
+fn put_row_vec(i: u32, value: vec4<f32>) {
+  p_tile[i / (QUADS + 1u)][i % (QUADS + 1u)] = value;
 }
 
-// Hadamard transform of SPAN channels of every row of the tile. The first two strides lie inside a vec4.
-fn hadamard(li: u32, first: u32) {
-  const VECS = max(SPAN / 4u, 1u);
-  for (var i = li; i < TILE_ROWS * VECS; i += WORKGROUP_SIZE) {
-    let at = i / VECS * (HEAD_DIM / 4u) + first / 4u + i % VECS;
-    let x = q_tile[at];
-    let y = vec4<f32>(x.x + x.y, x.x - x.y, x.z + x.w, x.z - x.w);
-    q_tile[at] = vec4<f32>(y.x + y.z, y.y + y.w, y.x - y.z, y.y - y.w);
-  }
-  workgroupBarrier();
-  for (var stride = 1u; stride < VECS; stride *= 2u) {
-    for (var i = li; i < TILE_ROWS * (VECS / 2u); i += WORKGROUP_SIZE) {
-      let pair = i % (VECS / 2u);
-      let low = i / (VECS / 2u) * (HEAD_DIM / 4u) + first / 4u + pair / stride * 2u * stride + pair % stride;
-      let a = q_tile[low];
-      let b = q_tile[low + stride];
-      q_tile[low] = a + b;
-      q_tile[low + stride] = a - b;
-    }
-    workgroupBarrier();
-  }
-  for (var i = li; i < TILE_ROWS * VECS; i += WORKGROUP_SIZE) {
-    q_tile[i / VECS * (HEAD_DIM / 4u) + first / 4u + i % VECS] *= NORMALISATION;
-  }
-  workgroupBarrier();
+fn chain(q: vec4<f32>, k: vec4<f32>, sum: f32) -> f32 {
+  return fma(q.w, k.w, fma(q.z, k.z, fma(q.y, k.y, fma(q.x, k.x, sum))));
 }
 
-fn turn_signs(li: u32) {
-  for (var i = li; i < TILE_ROWS * HEAD_DIM / 4u; i += WORKGROUP_SIZE) {
-    let c = i % (HEAD_DIM / 4u) * 4u;
-    q_tile[i] *= vec4<f32>(rotation_sign(c), rotation_sign(c + 1u), rotation_sign(c + 2u), rotation_sign(c + 3u));
+fn stage_queries(li: u32, tile: Tile, first: u32) {
+  for (var i = li; i < TILE_ROWS * CHUNK_VECS; i += WORKGROUP_SIZE) {
+    let r = i / CHUNK_VECS;
+    let v = i % CHUNK_VECS;
+    q_tile[v][r / 8u][r % 8u] = query(tile, r, min(first + v, ROW_VECS - 1u));
   }
-  workgroupBarrier();
 }
 
-fn rotate(li: u32) {
-  turn_signs(li);
-  hadamard(li, 0u);
-  if (SPAN < HEAD_DIM) { hadamard(li, HEAD_DIM - SPAN); }
+fn put_key(place: u32, vec: u32, value: vec4<f32>) {
+  k_tile[vec][place / ACROSS][place % ACROSS] = value;
 }
 
-fn rotate_back(li: u32) {
-  if (SPAN < HEAD_DIM) { hadamard(li, HEAD_DIM - SPAN); }
-  hadamard(li, 0u);
-  turn_signs(li);
+fn put_value(place: u32, vec: u32, value: vec4<f32>) {
+  v_tile[place][vec / ACROSS][vec % ACROSS] = value;
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)
-fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) li: u32) {
-  let item = group.y * GRID_WIDTH + group.x;
-  if (item >= par.n_items) { return; }
-  let a = step[par.items + item * 3u];
-  let b = step[par.items + item * 3u + 1u];
-  let first_row = a.x;
-  let n_rows = a.y * GROUP_SIZE;
-  let kv_head = a.z;
-  let c = step[par.items + item * 3u + 2u];
-  let pages = a.w + par.layer * c.x;
-  let n_tokens = b.x;
-  let first_token = b.y;   // position of the run's first token, or one that it does not exceed
-  let first_index = b.z;   // position of the first query row
-  let slot = b.w;
+fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) li: u32) {
+  let tile = read_tile(workgroup.y * GRID_WIDTH + workgroup.x);
+  if (tile.n_rows == 0u) { return; }
+  if (KEY_ROTATES) { turn_queries(li, tile); }
 
-  for (var i = li; i < TILE_ROWS * HEAD_DIM / 4u; i += WORKGROUP_SIZE) {
-    let r = i / (HEAD_DIM / 4u);
-    var value = vec4<f32>(0.0);
-    if (r < n_rows) {
-      let head = kv_head * GROUP_SIZE + r % GROUP_SIZE;
-      let at = (first_row + r / GROUP_SIZE) * (par.q_stride / 4u) + head * (HEAD_DIM / 4u) + i % (HEAD_DIM / 4u);
-      value = q[at] * par.scale_log2;
-    }
-    q_tile[i] = value;
-  }
-  workgroupBarrier();
-  if (KEY_ROTATES) { rotate(li); }
-  let basis = head_parameters(c.y);
+  let rows = li / ACROSS;   // the lane's group of rows
+  let x = li % ACROSS;      // its place in it
+  let low_seen = vec4<u32>(
+    last_seen(tile, rows * 8u), last_seen(tile, rows * 8u + 1u),
+    last_seen(tile, rows * 8u + 2u), last_seen(tile, rows * 8u + 3u));
+  let high_seen = vec4<u32>(
+    last_seen(tile, rows * 8u + 4u), last_seen(tile, rows * 8u + 5u),
+    last_seen(tile, rows * 8u + 6u), last_seen(tile, rows * 8u + 7u));
+  // Maxima and sums of the eight rows; a sum is over the lane's own tokens until the end.
+  var low_m = vec4<f32>(MASKED);
+  var high_m = vec4<f32>(MASKED);
+  var low_l = vec4<f32>(0.0);
+  var high_l = vec4<f32>(0.0);
+  var acc: array<vec4<f32>, 8u * LANE_VECS>;  // [vec][row]
 
-  let quad = li / TOKEN_LANES;
-  let token_lane = li % TOKEN_LANES;
-  // A row sees the cache up to its own index. Rows past the tile's end see one token and are never written.
-  let rows = vec4<u32>(quad * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-  let last_seen = vec4<u32>(first_index) + rows / GROUP_SIZE;
-  var m = vec4<f32>(MASKED);
-  var l = vec4<f32>(0.0);
-  var acc: array<Channels, LANE_QUADS>;
-  let cell = li % VALUE_CELLS;
-  let quad_group = li / VALUE_CELLS;
-
-  for (var tile = 0u; tile < n_tokens; tile += TILE_TOKENS) {
-    var s: array<vec4<f32>, LANE_TOKENS>;
-    var page_of: array<u32, LANE_TOKENS>;
-    for (var i = 0u; i < LANE_TOKENS; i++) {
-      page_of[i] = tables[pages + min(tile + i * TOKEN_LANES + token_lane, n_tokens - 1u) / PAGE_SIZE];
-    }
-    if (KEY_LIFTS) {
-      for (var i = 0u; i < LANE_TOKENS; i++) {
-        let token = min(tile + i * TOKEN_LANES + token_lane, n_tokens - 1u);
-        var latents = load_latents(page_of[i], token % PAGE_SIZE);
-        let position = key_position(page_of[i], token % PAGE_SIZE);
-        for (var c = 0u; c < KEY_CELLS; c++) {
-          s[i] += score(quad, page_of[i], c, lifted_cell(&latents, basis, position, c));
+  for (var start = 0u; start < tile.n_tokens; start += TILE_TOKENS) {
+    var s: array<vec4<f32>, 2u * LANE_TOKENS>;  // [token][quad of rows]
+    for (var first = 0u; first < ROW_VECS; first += CHUNK_VECS) {
+      stage_queries(li, tile, first);
+      stage_keys(li, tile, start, first / 2u);
+      workgroupBarrier();
+      for (var v = 0u; v < min(CHUNK_VECS, ROW_VECS - first); v++) {
+        let q0 = q_tile[v][rows][0]; let q1 = q_tile[v][rows][1]; let q2 = q_tile[v][rows][2];
+        let q3 = q_tile[v][rows][3]; let q4 = q_tile[v][rows][4]; let q5 = q_tile[v][rows][5];
+        let q6 = q_tile[v][rows][6]; let q7 = q_tile[v][rows][7];
+        for (var j = 0u; j < LANE_TOKENS; j++) {  // unroll
+          let k = k_tile[v][j][x];
+          let a = s[2u * j];
+          let b = s[2u * j + 1u];
+          s[2u * j] = vec4<f32>(chain(q0, k, a.x), chain(q1, k, a.y), chain(q2, k, a.z), chain(q3, k, a.w));
+          s[2u * j + 1u] = vec4<f32>(chain(q4, k, b.x), chain(q5, k, b.y), chain(q6, k, b.z), chain(q7, k, b.w));
         }
       }
-    } else {
-      var key_rows: array<KeyCodecRow, LANE_TOKENS>;
-      for (var i = 0u; i < LANE_TOKENS; i++) {
-        let token = min(tile + i * TOKEN_LANES + token_lane, n_tokens - 1u);
-        key_rows[i] = key_codec_row(page_of[i], token % PAGE_SIZE, 0u);
-      }
-      for (var first = 0u; first < KEY_CELLS; first += KEY_CODEC_SPAN) {
-        for (var i = 0u; i < LANE_TOKENS; i++) {
-          let token = min(tile + i * TOKEN_LANES + token_lane, n_tokens - 1u) % PAGE_SIZE;
-          let raw = key_codec_load(page_of[i], token, first);
-          for (var c = first; c < min(first + KEY_CODEC_SPAN, KEY_CELLS); c++) {
-            s[i] += score(quad, page_of[i], c, key_codec_cell(page_of[i], token, c, key_rows[i], raw));
-          }
-        }
-      }
+      workgroupBarrier();
     }
-    var top = vec4<f32>(MASKED);
-    for (var i = 0u; i < LANE_TOKENS; i++) {
-      let place = tile + i * TOKEN_LANES + token_lane;
-      if (PAIRED) { s[i] *= merged_length(page_of[i], min(place, n_tokens - 1u) % PAGE_SIZE, 0u, c.z); }
-      let seen = vec4<u32>(first_token + place) <= last_seen & vec4<bool>(place < n_tokens);
-      s[i] = select(vec4<f32>(MASKED), s[i], seen);
-      top = max(top, s[i]);
+    // Maxima of the rows: each lane's, of parts of the lanes, of the parts.
+    var low_top = vec4<f32>(MASKED);
+    var high_top = vec4<f32>(MASKED);
+    for (var j = 0u; j < LANE_TOKENS; j++) {  // unroll
+      let token = start + j * ACROSS + x;
+      let here = vec4<bool>(token < tile.n_tokens);
+      let position = vec4<u32>(tile.first_token + token);
+      s[2u * j] = select(vec4<f32>(MASKED), s[2u * j], position <= low_seen & here);
+      s[2u * j + 1u] = select(vec4<f32>(MASKED), s[2u * j + 1u], position <= high_seen & here);
+      low_top = max(low_top, s[2u * j]);
+      high_top = max(high_top, s[2u * j + 1u]);
     }
-    part[li] = top;
+    p_tile[x][rows * 2u] = low_top;
+    p_tile[x][rows * 2u + 1u] = high_top;
     workgroupBarrier();
-    var higher = m;
-    for (var i = 0u; i < TOKEN_LANES; i++) { higher = max(higher, part[quad * TOKEN_LANES + i]); }
-    let shrink = exp2(m - higher);
-    m = higher;
-    l *= shrink;
-    for (var i = 0u; i < LANE_TOKENS; i++) {
-      let p = select(vec4<f32>(0.0), exp2(s[i] - higher), s[i] > vec4<f32>(MASKED));
-      p_tile[quad * TILE_TOKENS + i * TOKEN_LANES + token_lane] = p;
-      l += p;
-    }
-    if (token_lane == 0u) { fade[quad] = shrink; }
-    workgroupBarrier();
-    // Stops at the last token: an unused slot may hold anything, and zero times NaN is NaN. Runs of sealed pages are
-    // whole pages, so a block of several tokens is never cut.
-    let end = min(TILE_TOKENS, n_tokens - tile);
-    if (quad_group < QUAD_GROUPS) {
-      for (var i = 0u; i < LANE_QUADS; i++) {
-        acc[i] = faded(acc[i], fade[min(quad_group + i * QUAD_GROUPS, QUADS - 1u)]);
+    for (var i = li; i < QUADS * FOLDS; i += WORKGROUP_SIZE) {
+      var top = vec4<f32>(MASKED);
+      for (var j = 0u; j < ACROSS / FOLDS; j++) {
+        top = max(top, p_tile[i / QUADS * (ACROSS / FOLDS) + j][i % QUADS]);
       }
-      for (var block = 0u; block < end; block += VALUE_CODEC_SPAN) {
-        let page = tables[pages + (tile + block) / PAGE_SIZE];
-        let first = (tile + block) % PAGE_SIZE;
-        let raw = value_codec_load(page, first, cell);
-        for (var u = 0u; u < VALUE_CODEC_SPAN; u++) {
-          var v = value_codec_cell(page, first + u, cell, value_codec_row(page, first + u, cell), raw);
-          if (PAIRED) {
-            let length = merged_length(page, first + u, 1u, c.z);
-            v = Cell(v.low * length, v.high * length);
-          }
-          for (var i = 0u; i < LANE_QUADS; i++) {
-            let quad_here = min(quad_group + i * QUAD_GROUPS, QUADS - 1u);
-            acc[i] = weighted(acc[i], p_tile[quad_here * TILE_TOKENS + block + u], v);
-          }
-        }
-      }
+      folded[i % QUADS][i / QUADS] = top;
     }
     workgroupBarrier();
-  }
-
-  part[li] = l;
-  workgroupBarrier();
-  if (token_lane == 0u) {
-    var total = vec4<f32>(0.0);
-    for (var i = 0u; i < TOKEN_LANES; i++) { total += part[quad * TOKEN_LANES + i]; }
-    for (var j = 0u; j < 4u; j++) {
-      if (quad * 4u + j < n_rows) { state_ml[slot + quad * 4u + j] = vec2<f32>(m[j], total[j]); }
+    low_top = low_m;
+    high_top = high_m;
+    for (var j = 0u; j < FOLDS; j++) {
+      low_top = max(low_top, folded[rows * 2u][j]);
+      high_top = max(high_top, folded[rows * 2u + 1u][j]);
     }
-  }
-  // Queries are done with: their tile takes the outputs, `[row][channel]`, so that rows are whole again.
-  if (quad_group < QUAD_GROUPS) {
-    for (var i = 0u; i < LANE_QUADS; i++) {
-      let first = (quad_group + i * QUAD_GROUPS) * 4u;
-      for (var j = 0u; j < 4u; j++) {
-        if (first + j < TILE_ROWS) {
-          let to = (first + j) * (HEAD_DIM / 4u) + cell * 2u;
-          q_tile[to] = vec4<f32>(acc[i].c0[j], acc[i].c1[j], acc[i].c2[j], acc[i].c3[j]);
-          q_tile[to + 1u] = vec4<f32>(acc[i].c4[j], acc[i].c5[j], acc[i].c6[j], acc[i].c7[j]);
+    let low_fade = exp2(low_m - low_top);
+    let high_fade = exp2(high_m - high_top);
+    low_m = low_top;
+    high_m = high_top;
+    low_l *= low_fade;
+    high_l *= high_fade;
+    for (var j = 0u; j < LANE_TOKENS; j++) {  // unroll
+      let a = select(vec4<f32>(0.0), exp2(s[2u * j] - low_m), s[2u * j] > vec4<f32>(MASKED));
+      let b = select(vec4<f32>(0.0), exp2(s[2u * j + 1u] - high_m), s[2u * j + 1u] > vec4<f32>(MASKED));
+      p_tile[j * ACROSS + x][rows * 2u] = a;
+      p_tile[j * ACROSS + x][rows * 2u + 1u] = b;
+      low_l += a;
+      high_l += b;
+    }
+    for (var j = 0u; j < LANE_VECS; j++) {  // unroll
+      acc[j * 8u] *= low_fade.x; acc[j * 8u + 1u] *= low_fade.y;
+      acc[j * 8u + 2u] *= low_fade.z; acc[j * 8u + 3u] *= low_fade.w;
+      acc[j * 8u + 4u] *= high_fade.x; acc[j * 8u + 5u] *= high_fade.y;
+      acc[j * 8u + 6u] *= high_fade.z; acc[j * 8u + 7u] *= high_fade.w;
+    }
+    for (var first = 0u; first < min(TILE_TOKENS, tile.n_tokens - start); first += VALUE_TOKENS) {
+      stage_values(li, tile, start + first);
+      workgroupBarrier();
+      for (var t = 0u; t < VALUE_TOKENS; t++) {
+        let a = p_tile[first + t][rows * 2u];
+        let b = p_tile[first + t][rows * 2u + 1u];
+        for (var j = 0u; j < LANE_VECS; j++) {  // unroll
+          let v = v_tile[t][j][x];
+          acc[j * 8u] = fma(vec4<f32>(a.x), v, acc[j * 8u]);
+          acc[j * 8u + 1u] = fma(vec4<f32>(a.y), v, acc[j * 8u + 1u]);
+          acc[j * 8u + 2u] = fma(vec4<f32>(a.z), v, acc[j * 8u + 2u]);
+          acc[j * 8u + 3u] = fma(vec4<f32>(a.w), v, acc[j * 8u + 3u]);
+          acc[j * 8u + 4u] = fma(vec4<f32>(b.x), v, acc[j * 8u + 4u]);
+          acc[j * 8u + 5u] = fma(vec4<f32>(b.y), v, acc[j * 8u + 5u]);
+          acc[j * 8u + 6u] = fma(vec4<f32>(b.z), v, acc[j * 8u + 6u]);
+          acc[j * 8u + 7u] = fma(vec4<f32>(b.w), v, acc[j * 8u + 7u]);
         }
       }
+      workgroupBarrier();
     }
   }
+
+  p_tile[x][rows * 2u] = low_l;
+  p_tile[x][rows * 2u + 1u] = high_l;
   workgroupBarrier();
-  if (VALUE_ROTATES) { rotate_back(li); }
-  for (var i = li; i < n_rows * HEAD_DIM; i += WORKGROUP_SIZE) {
-    let r = i / HEAD_DIM;
-    let channel = i % HEAD_DIM;
-    var o = q_tile[i / 4u][i % 4u];
-    if (VALUE_LIFTS) {
-      o = 0.0;
-      for (var z = 0u; z < VALUE_WIDTH / 4u; z++) {
-        o += dot(q_tile[r * (HEAD_DIM / 4u) + z], parameters[basis + VALUE_BASIS + channel * (VALUE_WIDTH / 4u) + z]);
-      }
+  if (x < 2u) {
+    let m = select(low_m, high_m, x == 1u);
+    var l = vec4<f32>(0.0);
+    for (var i = 0u; i < ACROSS; i++) { l += p_tile[i][rows * 2u + x]; }
+    for (var r = 0u; r < 4u; r++) {
+      let row = rows * 8u + x * 4u + r;
+      if (row < tile.n_rows) { state_ml[tile.slot + row] = vec2<f32>(m[r], l[r]); }
     }
-    state_o[slot * HEAD_DIM + i] = o;
   }
+  for (var j = 0u; j < LANE_VECS; j++) {  // unroll
+    let vec = j * ACROSS + x;
+    for (var r = 0u; r < 8u; r++) {  // unroll
+      let row = rows * 8u + r;
+      if (row < tile.n_rows && vec < ROW_VECS) { state_o[(tile.slot + row) * ROW_VECS + vec] = acc[j * 8u + r]; }
+    }
+  }
+  if (VALUE_ROTATES) { turn_outputs(li, tile); }
 }

@@ -3,6 +3,8 @@
 // Workgroup = one work item, lane = a cell of 8 channels. A score is a sum over lanes, and every token moves the running
 // maximum, so each token waits for the one before it, and a page is read again for every head of the group.
 
+@group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
+
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
   let item = group.y * GRID_WIDTH + group.x;

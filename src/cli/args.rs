@@ -75,6 +75,8 @@ enum TierArg {
     Portable,
     /// Subgroup operations.
     Subgroup,
+    /// Cooperative matrices of f16 for prompts, after a self-test.
+    Cooperative,
 }
 
 impl Global {
@@ -92,6 +94,7 @@ impl Global {
         let tier = self.tier.map(|tier| match tier {
             TierArg::Portable => Tier::Portable,
             TierArg::Subgroup => Tier::Subgroup,
+            TierArg::Cooperative => Tier::Cooperative,
         });
         Ok(AdapterRequest { choice, backend: self.backend(), tier })
     }

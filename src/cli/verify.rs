@@ -40,7 +40,7 @@ pub(super) fn run(args: &VerifyArgs, global: &Global) -> Result<ExitCode> {
     output.text(&format!("device  {device_report}\n\n"))?;
     let extent = if args.quick { Extent::Quick } else { Extent::Full };
     let started = Instant::now();
-    let bar = progress::counter("checks", verify::count(extent) as u64);
+    let bar = progress::counter("checks", verify::count(device.tier(), extent) as u64);
     let result = verify::run(&device, extent, &mut |check: &Check| {
         bar.set_message(format!("{} {}", check.kernel, check.case));
         bar.inc(1);

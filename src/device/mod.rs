@@ -3,7 +3,8 @@
 //! * [`AdapterRequest`] chooses an adapter by index, name or automatically, and [`Device::open`] asks for the
 //!   adapter's real limits, because the portable defaults are small.
 //! * [`Tier`] is chosen once, when the device is opened: *portable* uses nothing beyond core WGSL and immediates,
-//!   *subgroup* replaces workgroup-memory reductions with subgroup operations. Both pass the same tests.
+//!   *subgroup* replaces workgroup-memory reductions with subgroup operations, *cooperative* multiplies on cooperative matrices,
+//!   which an adapter must offer, a user ask for, and a self-test pass. All pass the same tests.
 //! * Every allocation goes through [`Device::allocate`], inside an out-of-memory error scope, so that a device that
 //!   is full is an error with the numbers.
 //! * Bulk bytes travel through persistent mapped buffers ([`staging`]); `Queue::write_buffer` is never used for them,
@@ -57,6 +58,16 @@ pub enum DeviceError {
         /// Name of the missing feature.
         feature: &'static str,
     },
+    /// The adapter lacks something that a tier needs.
+    #[error("adapter '{adapter}' can not run the {tier} tier: it lacks {feature}; choose a lower tier, or none")]
+    TierMissing {
+        /// Name of the adapter.
+        adapter: String,
+        /// The tier that was asked for.
+        tier: Tier,
+        /// What is missing.
+        feature: &'static str,
+    },
     /// The driver refused to open the device.
     #[error("adapter '{adapter}' could not be opened: {reason}")]
     Open {
@@ -98,6 +109,9 @@ pub enum Tier {
     Portable,
     /// Reductions use subgroup operations.
     Subgroup,
+    /// Products of many rows, and prefill, are computed on cooperative matrices of f16. Only on request, and only after a
+    /// self-test.
+    Cooperative,
 }
 
 impl std::fmt::Display for Tier {
@@ -105,6 +119,7 @@ impl std::fmt::Display for Tier {
         f.pad(match self {
             Self::Portable => "portable",
             Self::Subgroup => "subgroup",
+            Self::Cooperative => "cooperative",
         })
     }
 }
@@ -122,6 +137,17 @@ impl ShaderChecks {
     /// [`Self::Full`] where debug assertions are compiled in, [`Self::BoundsOnly`] otherwise.
     pub const fn by_build() -> Self {
         if cfg!(debug_assertions) { Self::Full } else { Self::BoundsOnly }
+    }
+}
+
+#[expect(unsafe_code, reason = "wgpu's way to admit features that may still have bugs; see the SAFETY comment")]
+fn experimental(tier: Tier) -> wgpu::ExperimentalFeatures {
+    match tier {
+        Tier::Portable | Tier::Subgroup => wgpu::ExperimentalFeatures::disabled(),
+        // SAFETY: wgpu asks callers to know that experimental features may be undefined behaviour through its own bugs. Of these
+        // cooperative matrices alone are used, in texts of this crate that passed validation, on request of the user, and
+        // no kernel with them is compiled for use before `kernels::self_test` has run it against the portable one.
+        Tier::Cooperative => unsafe { wgpu::ExperimentalFeatures::enabled() },
     }
 }
 
@@ -167,17 +193,27 @@ impl Device {
             return Err(DeviceError::MissingFeature { adapter: summary.name, feature: "immediates (push constants)" });
         }
         let tier = tier.unwrap_or(summary.tier);
-        if tier > summary.tier {
-            return Err(DeviceError::MissingFeature { adapter: summary.name, feature: "subgroup operations" });
+        let lacks = |feature| Err(DeviceError::TierMissing { adapter: summary.name.clone(), tier, feature });
+        if tier >= Tier::Subgroup && summary.tier < Tier::Subgroup {
+            return lacks("subgroup operations");
         }
-        let mut features = wgpu::Features::IMMEDIATES | (available & wgpu::Features::TIMESTAMP_QUERY);
-        if tier == Tier::Subgroup {
-            features |= wgpu::Features::SUBGROUP;
+        if tier == Tier::Cooperative && !summary.cooperative {
+            return lacks(
+                "16 x 16 x 16 cooperative matrices of f16 with f32 sums, 32 lanes to a subgroup and 48 KiB to a workgroup",
+            );
         }
+        let features = wgpu::Features::IMMEDIATES
+            | (available & wgpu::Features::TIMESTAMP_QUERY)
+            | match tier {
+                Tier::Portable => wgpu::Features::empty(),
+                Tier::Subgroup => wgpu::Features::SUBGROUP,
+                Tier::Cooperative => wgpu::Features::SUBGROUP | select::COOPERATIVE_FEATURES,
+            };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("concertina"),
             required_features: features,
             required_limits: adapter.limits(),
+            experimental_features: experimental(tier),
             ..Default::default()
         };
         let (raw, queue) = pollster::block_on(adapter.request_device(&descriptor))

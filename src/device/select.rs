@@ -58,6 +58,8 @@ pub struct AdapterSummary {
     /// Best tier that the adapter can run.
     #[serde(serialize_with = "as_text")]
     pub tier: Tier,
+    /// Whether the cooperative tier can be asked for.
+    pub cooperative: bool,
     /// Smallest and largest subgroup.
     pub subgroup_sizes: (u32, u32),
     /// Largest buffer one binding can show.
@@ -92,12 +94,31 @@ fn summarize(index: usize, adapter: &wgpu::Adapter) -> AdapterSummary {
         kind: kind.to_owned(),
         driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
         tier: if features.contains(wgpu::Features::SUBGROUP) { Tier::Subgroup } else { Tier::Portable },
+        cooperative: is_cooperative(adapter),
         subgroup_sizes: (info.subgroup_min_size, info.subgroup_max_size),
         max_binding: Bytes(limits.max_storage_buffer_binding_size),
         max_buffer: Bytes(limits.max_buffer_size),
         workgroup_memory: Bytes(u64::from(limits.max_compute_workgroup_storage_size)),
         timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
     }
+}
+
+/// Features of the cooperative tier.
+pub(super) const COOPERATIVE_FEATURES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16);
+
+/// Workgroup memory of its largest kernel, rounded up to what such adapters grant.
+const COOPERATIVE_WORKGROUP_MEMORY: u32 = 48 * 1024;
+
+/// Whether the adapter has matrices as the kernels are written: square ones of 16, and four subgroups to 128 lanes.
+fn is_cooperative(adapter: &wgpu::Adapter) -> bool {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let info = adapter.get_info();
+    let size = |m: &wgpu::CooperativeMatrixProperties| (m.m_size, m.n_size, m.k_size) == (16, 16, 16);
+    adapter.features().contains(COOPERATIVE_FEATURES | wgpu::Features::SUBGROUP)
+        && adapter.limits().max_compute_workgroup_storage_size >= COOPERATIVE_WORKGROUP_MEMORY
+        && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
+        && adapter.cooperative_matrix_properties().iter().any(|m| size(m) && (m.ab_type, m.cr_type) == (F16, F32))
 }
 
 fn backends(name: Option<&str>) -> Result<wgpu::Backends, DeviceError> {

@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::geometry::ModelGeometry;
 use crate::kernels::abi::{EmbedParams, MatmulParams, SampleParams};
 use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product};
-use crate::kernels::product_tuning::ProductTuning;
+use crate::kernels::product_tuning::{CooperativeRows, ProductTuning};
 use crate::kernels::{KernelError, Pipeline, PipelineCache, Recorder, Slot, embed, flat_grid, sample};
 
 /// A kernel with its buffers.
@@ -51,6 +51,8 @@ struct Linear {
     /// By rows, ascending.
     few: Vec<Few>,
     many: Bound,
+    /// Rows and columns of its workgroups.
+    many_tile: [u32; 2],
     tuning: ProductTuning,
     cols: u32,
     cells: u32,
@@ -90,7 +92,7 @@ impl Linear {
     /// Outputs from `first_col` on.
     fn many(&self, recorder: &mut Recorder<'_>, span: Span, first_col: u32) {
         let params = self.params(span, first_col);
-        let [rows, cols] = self.tuning.many.size();
+        let [rows, cols] = self.many_tile;
         self.many.dispatch(recorder, &params, matmul::grid(&params, rows, cols));
     }
 
@@ -123,6 +125,8 @@ struct Builder<'a> {
     device: &'a Device,
     cache: &'a mut PipelineCache,
     tuning: ProductTuning,
+    /// Where many rows are multiplied on cooperative matrices.
+    cooperative: Option<CooperativeRows>,
     /// Decode rows of a step at most.
     most: u32,
     eps: f32,
@@ -151,8 +155,12 @@ impl Builder<'_> {
         for rows in tuning.few.rows(most) {
             few.push(Few { rows, bound: bound(product.matvec(rows, tuning.few))? });
         }
-        let many = bound(product.matmul(tuning.many))?;
-        Ok(Linear { few, many, tuning, cols: w.rows, cells: w.cols / 8, eps: self.eps })
+        let (spec, many_tile) = match self.cooperative {
+            Some(tile) => (product.matmul_coop(tile), [tile.rows, tile.cols]),
+            None => (product.matmul(tuning.many), tuning.many.size()),
+        };
+        let many = bound(spec)?;
+        Ok(Linear { few, many, many_tile, tuning, cols: w.rows, cells: w.cols / 8, eps: self.eps })
     }
 }
 
@@ -169,7 +177,8 @@ impl Layers {
         let embed = cache.get(device, &embed::kernel())?;
         let sample = cache.get(device, &sample::kernel(device.tier()))?;
         let (tuning, eps) = (cache.tuning().product(&device.summary().kind), geometry.rms_norm_eps);
-        let mut build = Builder { device, cache, tuning, most, eps, step: &s.step };
+        let cooperative = cache.tuning().cooperative_product(device.tier());
+        let mut build = Builder { device, cache, tuning, cooperative, most, eps, step: &s.step };
         let mut layers = Vec::with_capacity(weights.layers.len());
         for w in &weights.layers {
             layers.push(Layer {

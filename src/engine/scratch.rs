@@ -86,7 +86,7 @@ fn step_bytes(
     let (runs, changes) = (u64::from(splits + changes), u64::from(changes));
     let pages = rows / u64::from(shape.page_size) + 2 * sessions;
     // Tiles of sealed sequences end at pages.
-    let tiles = rows / u64::from(PrefillSpec::tile_positions(shape)) + sessions + pages;
+    let tiles = rows / u64::from(PrefillSpec::item_positions(shape)) + sessions + pages;
     let append_and_seal = pages * (8 + 8);
     let lists = append_and_seal + sessions * runs * 8 + tiles * (1 + changes) * 12 + rows * 4;
     // Lists of different lengths are planned layer by layer.

@@ -183,6 +183,6 @@ pub(super) const fn codec_module(quantizer: Quantizer) -> &'static Module {
 pub(crate) const fn lanes_module(tier: Tier) -> &'static Module {
     match tier {
         Tier::Portable => &modules::LANES_PORTABLE,
-        Tier::Subgroup => &modules::LANES_SUBGROUP,
+        Tier::Subgroup | Tier::Cooperative => &modules::LANES_SUBGROUP,
     }
 }

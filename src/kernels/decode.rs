@@ -98,6 +98,22 @@ impl FromStr for DecodeTuning {
 }
 
 impl DecodeTuning {
+    /// What is used where nothing was measured: on GPUs the fastest of an H100 and an H200 for formats of this kind; on
+    /// processors that pretend to be one the general kernel, since compilers there take seconds over long texts.
+    pub fn of_kind(adapter_kind: &str, format: &Format) -> Self {
+        if adapter_kind == "cpu" {
+            return Self::General;
+        }
+        let one_head = format.shape.heads.group_size() == 1;
+        let tile = match format.codec.k.quantizer {
+            Quantizer::F32 | Quantizer::F16 => DecodeTile::new(128, 1, 8, 8),
+            Quantizer::Fp8 | Quantizer::Int8 => DecodeTile::new(64, 2, 1, 4),
+            Quantizer::Kivi { .. } | Quantizer::Gaussian { .. } if one_head => DecodeTile::new(32, 1, 8, 8),
+            Quantizer::Kivi { .. } | Quantizer::Gaussian { .. } => DecodeTile::new(64, 2, 4, 8),
+        };
+        Self::Tiled(tile.ahead()).fitted(format)
+    }
+
     /// Everything that is worth trying for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
         let mut candidates = vec![Self::General];

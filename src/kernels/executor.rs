@@ -120,6 +120,8 @@ struct FormatKernels {
     codec: HiddenCodec,
     decode: Arc<Pipeline>,
     prefill: Arc<Pipeline>,
+    /// Workgroups of a prefill item.
+    prefill_tiles: u32,
     /// Keys, values; none for pages that are never sealed.
     seal: Option<[Arc<Pipeline>; 2]>,
     /// One bind group per arena, the window last.
@@ -269,9 +271,15 @@ impl AttentionKernels {
             let parameters = Slot::Whole(&buffer);
             let decode = cache.get(
                 device,
-                &DecodeSpec { format, tier: device.tier(), tuning: cache.tuning().decode(&format) }.kernel(),
+                &DecodeSpec {
+                    format,
+                    tier: device.tier(),
+                    tuning: cache.tuning().decode(&device.summary().kind, &format),
+                }
+                .kernel(),
             )?;
-            let prefill = cache.get(device, &PrefillSpec { format }.kernel())?;
+            let prefill_spec = PrefillSpec::new(format, cache.tuning().prefill(device.tier()));
+            let prefill = cache.get(device, &prefill_spec.kernel())?;
             let seal = if format.codec.seals() {
                 let mut compile = |side| cache.get(device, &seal::kernel(&format, side));
                 Some([compile(Side::Key)?, compile(Side::Value)?])
@@ -293,6 +301,7 @@ impl AttentionKernels {
                 codec: format.codec,
                 decode,
                 prefill,
+                prefill_tiles: prefill_spec.tiles(),
                 seal,
                 decode_groups,
                 prefill_groups,
@@ -447,18 +456,18 @@ impl AttentionKernels {
             let scale_log2 = heads.sm_scale() * std::f32::consts::LOG2_E;
             let (q_stride, angles) = (self.stride, format.angles);
             let params = AttentionParams { items, n_items, layer, q_stride, scale_log2, angles };
-            let (pipeline, groups) = if prefill {
-                (&format.prefill, &format.prefill_groups)
+            let (pipeline, groups, tiles) = if prefill {
+                (&format.prefill, &format.prefill_groups, format.prefill_tiles)
             } else {
-                (&format.decode, &format.decode_groups)
+                (&format.decode, &format.decode_groups, 1)
             };
-            recorder.dispatch(pipeline, &groups[self.arena(at.arena)], &params, flat_grid(n_items));
+            recorder.dispatch(pipeline, &groups[self.arena(at.arena)], &params, flat_grid(n_items * tiles));
         };
         layer_plan.decode.iter().for_each(|d| attend(recorder, lists.decode, 2, d, false));
         layer_plan.prefill.iter().for_each(|d| attend(recorder, lists.prefill, 3, d, true));
         let (items, n_items) = place(lists.merge, 1, &layer_plan.merge);
         let params = MergeParams { items, n_items, o_stride: heads.q_width() };
-        recorder.dispatch(&self.merge, &self.merge_group, &params, flat_grid(n_items));
+        recorder.dispatch(&self.merge, &self.merge_group, &params, merge_states::grid(&self.shape, n_items));
     }
 }
 

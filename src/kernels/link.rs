@@ -3,6 +3,7 @@
 //! WGSL declarations at module scope do not depend on order, so joining files is enough; a table of lines
 //! leads an error message back to the file that it came from. Loops that ask for it are written out ([`unroll`](super::unroll)).
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use super::unroll::unroll;
@@ -20,7 +21,10 @@ pub struct LinkedShader {
 
 /// Joins the prelude and the modules of `spec`.
 pub fn link(spec: &KernelSpec) -> LinkedShader {
-    let mut wgsl = String::new();
+    // WGSL wants these before everything else.
+    let directives: BTreeSet<&str> =
+        spec.parts.iter().flat_map(|part| part.module.text.lines()).filter(is_directive).collect();
+    let mut wgsl: String = directives.into_iter().flat_map(|directive| [directive, "\n"]).collect();
     let _ = writeln!(wgsl, "const GRID_WIDTH = {GRID_WIDTH}u;");
     for (name, constant) in &spec.constants {
         let _ = match constant {
@@ -40,12 +44,17 @@ pub fn link(spec: &KernelSpec) -> LinkedShader {
     for Part { module, side } in &spec.parts {
         let renamed = side.map(|side| rename(module.text, side));
         for (text, number) in unroll(renamed.as_deref().unwrap_or(module.text), &numbers) {
-            wgsl.push_str(&text);
+            wgsl.push_str(if is_directive(&text.as_str()) { "" } else { &text });
             wgsl.push('\n');
             lines.push((module.name, number));
         }
     }
     LinkedShader { wgsl, lines }
+}
+
+/// Whether a line switches on an extension of the language.
+fn is_directive(line: &&str) -> bool {
+    line.starts_with("enable ")
 }
 
 /// A text whose names of a codec are those of one side.
@@ -83,7 +92,9 @@ impl LinkedShader {
         })?;
         let capabilities = naga::valid::Capabilities::IMMEDIATES
             | naga::valid::Capabilities::SUBGROUP
-            | naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+            | naga::valid::Capabilities::SHADER_FLOAT16_IN_FLOAT32
+            | naga::valid::Capabilities::SHADER_FLOAT16
+            | naga::valid::Capabilities::COOPERATIVE_MATRIX;
         let mut validator = naga::valid::Validator::new(naga::valid::ValidationFlags::all(), capabilities);
         let info = validator.validate(&module).map_err(|e| {
             let line = e.location(&self.wgsl).map_or(1, |l| l.line_number as usize);
@@ -100,6 +111,8 @@ mod tests {
     use crate::kernels::Module;
 
     static GOOD: Module = Module { name: "good.wgsl", text: "fn twice(x: u32) -> u32 { return x * FACTOR; }\n" };
+    static EXTENDED: Module =
+        Module { name: "extended.wgsl", text: "enable f16;\nfn half() -> f16 { return 0.5h; }\n" };
     static BAD: Module = Module { name: "bad.wgsl", text: "// a comment\nfn broken( {\n" };
 
     fn spec(modules: Vec<&'static Module>) -> KernelSpec {
@@ -116,6 +129,16 @@ mod tests {
         let message = linked.validate().expect_err("broken text should not parse");
         assert!(message.starts_with("bad.wgsl:2:"), "{message}");
         assert!(link(&spec(vec![&GOOD])).validate().is_ok(), "the good file alone should parse");
+    }
+
+    #[test]
+    fn directives_come_first_and_lines_keep_their_numbers() {
+        let linked = link(&spec(vec![&GOOD, &EXTENDED, &BAD]));
+        assert!(linked.wgsl.starts_with("enable f16;\n"), "{}", linked.wgsl);
+        let message = linked.validate().expect_err("broken text should not parse");
+        assert!(message.starts_with("bad.wgsl:2:"), "{message}");
+        let linked = link(&spec(vec![&GOOD, &EXTENDED]));
+        linked.validate().unwrap_or_else(|e| panic!("{e}"));
     }
 
     #[test]

@@ -21,12 +21,17 @@
 //! the number of rows nor the row's place, which is what batch invariance needs; decode rows always go through
 //! `matvec` and prefill rows always through `matmul`. Sizes are those of a [`ProductTuning`](super::product_tuning::ProductTuning).
 //!
+//! **Cooperative matrices** (`matmul_coop`, tier `cooperative` alone): inputs, after their gain, are rounded to f16, weights are f16
+//! anyway, sums are f32. An input beyond 65,504 becomes infinite. The bound is
+//! [`Tolerance::dot_f16`](crate::reference::compare::Tolerance::dot_f16). Tiles of 64 or 128 rows and columns, four subgroups, 4 to
+//! 16 matrices of 16 x 16 in each one's registers.
+//!
 //! **Bytes.** `2 * k * n` of weights per workgroup's rows, `4 * k` and `4 * n` per row. **FLOPs.** `2 * rows * k * n`.
 
 use half::f16;
 
 use super::abi::{Immediates as _, MatmulParams};
-use super::product_tuning::{FewRows, ManyRows, Tile};
+use super::product_tuning::{CooperativeRows, FewRows, ManyRows, Tile};
 use super::{Access, Binding, Constant, KernelSpec, Module, modules};
 use crate::weights::Matrix;
 
@@ -113,6 +118,21 @@ impl Product {
             ("RIGHT_LOADS", (cols * depth / 8).div_ceil(lanes)),
         ];
         self.kernel("matmul", &modules::MATMUL, &numbers)
+    }
+
+    /// The product for many rows on cooperative matrices.
+    pub fn matmul_coop(self, tile: CooperativeRows) -> KernelSpec {
+        let CooperativeRows { rows, cols } = tile;
+        let lanes = CooperativeRows::LANES;
+        let numbers = [
+            ("TILE_ROWS", rows),
+            ("TILE_COLS", cols),
+            ("ROW_BLOCKS", rows / 32),
+            ("COL_BLOCKS", cols / 32),
+            ("LEFT_LOADS", rows * CooperativeRows::DEPTH / 4 / lanes),
+            ("RIGHT_LOADS", cols * CooperativeRows::DEPTH / 8 / lanes),
+        ];
+        self.kernel("matmul_coop", &modules::MATMUL_COOP, &numbers)
     }
 
     /// The product for few rows, `rows` to a workgroup: one of [`FewRows::rows`].

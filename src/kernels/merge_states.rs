@@ -5,8 +5,9 @@
 //! state_o [state][head_dim] f32   state_ml [state] (m, l)   o [rows][num_qo_heads][head_dim] f32   lse [rows][num_qo_heads]
 //! ```
 //!
-//! **Work.** One workgroup per [`MergeItem`](super::abi::MergeItem) = (row, KV head); lane = channel; runs are added in
-//! list order, so the result is deterministic. The same kernel joins splits, arenas and, later, codecs.
+//! **Work.** One workgroup per query head of a [`MergeItem`](super::abi::MergeItem) = (row, KV head): a long context has hundreds
+//! of states, which lanes share out. The order in which they are added depends on their number alone. The same kernel joins
+//! splits, arenas and codecs.
 //!
 //! **Bytes.** `states * (head_dim + 2) * 4` read, `num_qo_heads * (head_dim + 1) * 4` written per row.
 //!
@@ -14,7 +15,7 @@
 
 use super::abi::{Immediates as _, MergeParams};
 use super::attention::CacheShape;
-use super::{Access, Binding, Constant, KernelSpec, modules};
+use super::{Access, Binding, Constant, KernelSpec, flat_grid, modules};
 
 const BINDINGS: &[Binding] = &[
     ("step", Access::Read),
@@ -24,10 +25,18 @@ const BINDINGS: &[Binding] = &[
     ("lse", Access::ReadWrite),
 ];
 
+/// Lanes: enough for the widest output, of 512 channels, and four stripes of states of common ones.
+const WORKGROUP_SIZE: u32 = 128;
+
+/// Workgroups for so many items.
+pub const fn grid(shape: &CacheShape, n_items: u32) -> [u32; 3] {
+    flat_grid(n_items * shape.heads.group_size())
+}
+
 /// The merge kernel of a cache shape.
 pub fn kernel(shape: &CacheShape) -> KernelSpec {
     let mut constants = shape.constants();
-    constants.push(("WORKGROUP_SIZE".into(), Constant::U32(64)));
+    constants.push(("WORKGROUP_SIZE".into(), Constant::U32(WORKGROUP_SIZE)));
     KernelSpec {
         name: "merge_states",
         constants,

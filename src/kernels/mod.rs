@@ -33,6 +33,7 @@ pub mod parameters;
 pub mod pipeline;
 pub mod plan;
 pub mod prefill;
+pub mod prefill_coop;
 pub mod product_tuning;
 pub mod quest;
 pub mod recording;
@@ -42,6 +43,7 @@ pub mod sample;
 pub mod score;
 pub mod seal;
 pub mod select;
+pub mod self_test;
 pub mod stream;
 pub mod tuning;
 mod unroll;
@@ -125,8 +127,18 @@ pub mod modules {
         DECODE_TILED = "attention/decode_tiled.wgsl";
         /// Random rotations of rows of channels.
         ROTATE_ROWS = "attention/rotate_rows.wgsl";
+        /// The rows of a prefill workgroup.
+        PREFILL_TILE = "attention/prefill_tile.wgsl";
+        /// Rows whose channels are turned in the output slots.
+        PREFILL_ROWS = "attention/prefill_rows.wgsl";
+        /// Keys and values into workgroup memory.
+        PREFILL_STAGE = "attention/prefill_stage.wgsl";
         /// Chunked causal prefill.
         PREFILL = "attention/prefill.wgsl";
+        /// The same on cooperative matrices.
+        PREFILL_COOP = "attention/prefill_coop.wgsl";
+        /// The same for keys and values that are no plain channels.
+        PREFILL_GENERAL = "attention/prefill_general.wgsl";
         /// Merging attention states.
         MERGE_STATES = "attention/merge_states.wgsl";
         /// New tokens into pages.
@@ -167,6 +179,8 @@ pub mod modules {
         MATMUL = "model/matmul.wgsl";
         /// The same without staging.
         MATMUL_DIRECT = "model/matmul_direct.wgsl";
+        /// Matrix product for many rows on cooperative matrices.
+        MATMUL_COOP = "model/matmul_coop.wgsl";
         /// Matrix product for few rows.
         MATVEC = "model/matvec.wgsl";
         /// Sampling.
@@ -230,6 +244,13 @@ pub struct KernelSpec {
     pub bindings: &'static [Binding],
     /// Bytes of `var<immediate>`.
     pub immediate_bytes: u32,
+}
+
+impl KernelSpec {
+    /// Whether it computes on cooperative matrices: compiled only where the [`self_test`] passes.
+    pub fn is_cooperative(&self) -> bool {
+        self.parts.iter().any(|part| part.module.text.contains("enable wgpu_cooperative_matrix;"))
+    }
 }
 
 /// Workgroups of one dispatch are laid out in rows of this many, because WebGPU allows no more in one dimension.

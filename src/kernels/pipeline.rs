@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::tuning::Tuning;
-use super::{Access, KernelSpec, link};
+use super::{Access, KernelSpec, link, self_test};
 use crate::device::{Device, DeviceError, ShaderChecks};
 
 /// Why a kernel can not run on a device.
@@ -29,6 +29,16 @@ pub enum KernelError {
         needed: u64,
         /// How much there is.
         limit: u64,
+    },
+    /// Cooperative matrices compute wrongly.
+    #[error(
+        "the self-test of cooperative matrices failed in {kernel}: {reason}; choose another tier than 'cooperative'"
+    )]
+    SelfTest {
+        /// Name of the kernel.
+        kernel: &'static str,
+        /// What differed.
+        reason: String,
     },
     /// The device failed.
     #[error(transparent)]
@@ -186,13 +196,20 @@ fn trusted_module(
 #[derive(Debug, Default)]
 pub struct PipelineCache {
     tuning: Tuning,
+    /// Whether cooperative matrices have passed their self-test.
+    self_tested: bool,
     pipelines: HashMap<KernelSpec, Arc<Pipeline>>,
 }
 
 impl PipelineCache {
     /// An empty cache of kernels that are launched as `tuning` says.
     pub fn new(tuning: Tuning) -> Self {
-        Self { tuning, pipelines: HashMap::new() }
+        Self { tuning, ..Self::default() }
+    }
+
+    /// An empty cache that compiles what the self-test is about to judge.
+    pub(super) fn for_self_test() -> Self {
+        Self { self_tested: true, ..Self::default() }
     }
 
     /// How kernels are launched.
@@ -207,6 +224,10 @@ impl PipelineCache {
     pub fn get(&mut self, device: &Device, spec: &KernelSpec) -> Result<Arc<Pipeline>, KernelError> {
         if let Some(pipeline) = self.pipelines.get(spec) {
             return Ok(Arc::clone(pipeline));
+        }
+        if spec.is_cooperative() && !self.self_tested {
+            self_test::run(device)?;
+            self.self_tested = true;
         }
         let pipeline = Arc::new(Pipeline::new(device, spec)?);
         self.pipelines.insert(spec.clone(), Arc::clone(&pipeline));

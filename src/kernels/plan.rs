@@ -278,7 +278,7 @@ impl Planner {
                     assert_eq!(segment.n_rows, 1, "a decode segment should be one row");
                     list.decode(parts, &mut plan.merge);
                 } else {
-                    list.prefill(PrefillSpec::tile_positions(shape), parts, &mut plan.merge);
+                    list.prefill(PrefillSpec::item_positions(shape), parts, &mut plan.merge);
                 }
                 list.score(pass, score::rows_max(shape), parts);
             }

@@ -45,6 +45,35 @@ pub struct Tile {
     pub buffers: u32,
 }
 
+/// `matmul_coop`: a product of many rows on cooperative matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CooperativeRows {
+    /// Rows of a workgroup.
+    pub rows: u32,
+    /// Columns of a workgroup.
+    pub cols: u32,
+}
+
+impl CooperativeRows {
+    /// Lanes of a workgroup: four subgroups.
+    pub(super) const LANES: u32 = 128;
+    /// Numbers of k of a step.
+    pub(super) const DEPTH: u32 = 32;
+    /// All there are, the one that is used first.
+    pub const ALL: [Self; 4] = [
+        Self { rows: 128, cols: 128 },
+        Self { rows: 128, cols: 64 },
+        Self { rows: 64, cols: 128 },
+        Self { rows: 64, cols: 64 },
+    ];
+}
+
+impl fmt::Display for CooperativeRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("cooperative{}x{}", self.rows, self.cols))
+    }
+}
+
 /// Of both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProductTuning {
@@ -187,13 +216,26 @@ impl fmt::Display for ProductTuning {
     /// `few4x8x32:8:16,many128x128x8:2`: columns of a lane, lanes, slices, loads, rows; rows, columns, depth, buffers.
     /// `direct` in place of the latter where nothing is staged.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FewRows { cols, column_lanes, slices, loads, max_rows } = self.few;
-        write!(f, "few{cols}x{column_lanes}x{slices}:{loads}:{max_rows},")?;
+        write!(f, "few{},", self.few)?;
         match self.many {
             ManyRows::Direct => f.write_str("direct"),
-            ManyRows::Tiled(Tile { rows, cols, depth, buffers }) => {
-                write!(f, "many{rows}x{cols}x{depth}:{buffers}")
-            }
+            ManyRows::Tiled(_) => write!(f, "many{}", self.many),
+        }
+    }
+}
+
+impl fmt::Display for FewRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cols, column_lanes, slices, loads, max_rows } = self;
+        f.pad(&format!("{cols}x{column_lanes}x{slices}:{loads}:{max_rows}"))
+    }
+}
+
+impl fmt::Display for ManyRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Direct => f.pad("direct"),
+            Self::Tiled(Tile { rows, cols, depth, buffers }) => f.pad(&format!("{rows}x{cols}x{depth}:{buffers}")),
         }
     }
 }

@@ -5,8 +5,8 @@ use super::attention::{CacheShape, Format};
 use super::decode::{DecodeSpec, DecodeTuning};
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::Product;
-use super::prefill::PrefillSpec;
-use super::product_tuning::ProductTuning;
+use super::prefill::{PrefillSpec, PrefillTuning};
+use super::product_tuning::{CooperativeRows, ProductTuning};
 use super::{
     KernelSpec, append, embed, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest, sample,
     score, seal, select, stream,
@@ -60,6 +60,9 @@ pub fn all_specs() -> Vec<KernelSpec> {
     for tuning in ProductTuning::candidates() {
         specs.extend(Product::ALL.into_iter().flat_map(|product| product_specs(product, tuning)));
     }
+    for tile in CooperativeRows::ALL {
+        specs.extend(Product::ALL.map(|product| product.matmul_coop(tile)));
+    }
     for tier in [Tier::Portable, Tier::Subgroup] {
         let codec = Codec::default();
         let latent = LatentDecodeSpec { num_qo_heads: 128, width_qk: 576, width_vo: 512, page_size: 64, codec, tier };
@@ -82,9 +85,23 @@ fn product_specs(product: Product, tuning: ProductTuning) -> Vec<KernelSpec> {
     std::iter::once(product.matmul(tuning.many)).chain(few).collect()
 }
 
+/// Prefill as each tier launches it. Page and group sizes are mere numbers in its text, so other launches stand for all sizes
+/// with one.
+fn prefill_specs(format: &Format) -> Vec<KernelSpec> {
+    let shape = format.shape;
+    let tunings = if shape.page_size == DEFAULT_PAGE_SIZE && shape.heads.group_size() == 4 {
+        PrefillTuning::candidates(format)
+    } else {
+        [Tier::Portable, Tier::Cooperative].map(PrefillTuning::of_tier).into()
+    };
+    let mut specs: Vec<_> = tunings.into_iter().map(|tuning| PrefillSpec::new(*format, tuning).kernel()).collect();
+    specs.dedup();
+    specs
+}
+
 /// The kernels that read pages of a format, those that make them, and those of evictions.
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
-    let mut specs = vec![PrefillSpec { format: *format }.kernel()];
+    let mut specs = prefill_specs(format);
     specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
     for tuning in DecodeTuning::candidates(format) {
         let spec = |tier| DecodeSpec { format: *format, tier, tuning }.kernel();

@@ -5,25 +5,41 @@
 
 use super::attention::Format;
 use super::decode::DecodeTuning;
-use super::product_tuning::ProductTuning;
+use super::prefill::PrefillTuning;
+use super::product_tuning::{CooperativeRows, ProductTuning};
+use crate::device::Tier;
 
-/// The tuning of every kernel that has one; what is not chosen is as [`Self::decode`] and [`Self::product`] say.
+/// The tuning of every kernel that has one; what is not chosen is as the methods say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Tuning {
     /// Of decode, for all formats.
     pub decode: Option<DecodeTuning>,
+    /// Of prefill, for all formats.
+    pub prefill: Option<PrefillTuning>,
     /// Of products.
     pub product: Option<ProductTuning>,
+    /// Of products of many rows on cooperative matrices.
+    pub cooperative_product: Option<CooperativeRows>,
 }
 
 impl Tuning {
-    /// How decode reads pages of a format.
-    pub fn decode(&self, format: &Format) -> DecodeTuning {
-        self.decode.unwrap_or_default().fitted(format)
+    /// How decode reads pages of a format on an adapter of a kind.
+    pub fn decode(&self, adapter_kind: &str, format: &Format) -> DecodeTuning {
+        self.decode.map_or_else(|| DecodeTuning::of_kind(adapter_kind, format), |tuning| tuning.fitted(format))
+    }
+
+    /// How prefill runs in a tier, where the chosen kernel serves the format.
+    pub fn prefill(&self, tier: Tier) -> PrefillTuning {
+        self.prefill.unwrap_or_else(|| PrefillTuning::of_tier(tier))
     }
 
     /// How an adapter of a kind, as `concertina devices` names them, multiplies.
     pub fn product(&self, adapter_kind: &str) -> ProductTuning {
         self.product.unwrap_or_else(|| ProductTuning::of_kind(adapter_kind))
+    }
+
+    /// The tile of products of many rows where a tier has them on cooperative matrices.
+    pub fn cooperative_product(&self, tier: Tier) -> Option<CooperativeRows> {
+        (tier == Tier::Cooperative).then(|| self.cooperative_product.unwrap_or(CooperativeRows::ALL[0]))
     }
 }

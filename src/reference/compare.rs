@@ -42,9 +42,30 @@ impl Tolerance {
         Self { relative: 8.0 * Self::U * (score + (n_tokens as f64).sqrt() + 8.0) }
     }
 
+    /// Unit roundoff of f16.
+    const U16: f64 = 1.0 / (1 << 11) as f64;
+
+    /// Attention whose queries, keys, values and probabilities are rounded to f16 before they are multiplied, with sums in
+    /// f32: cooperative matrices.
+    ///
+    /// Beside the errors of [`Self::attention`], each of the two factors of a product carries up to `U16` of it. Over `head_dim`
+    /// independent products that is `sqrt(2 * head_dim) * U16 * product_rms`, which the softmax scale divides by
+    /// `sqrt(head_dim)`: an absolute error of the score, and so a relative one of its probability. Probability and value add
+    /// `U16` each. Probabilities below 2^-14 are rounded by 2^-25 of the largest, which over a few thousand tokens stays below
+    /// `U16`. The factor of 8 covers the tail, and drivers that cut off instead of rounding.
+    pub fn attention_f16(n_tokens: usize, head_dim: u32, product_rms: f64) -> Self {
+        let rounding = 8.0 * Self::U16 * (2.0_f64.sqrt() * product_rms + 3.0);
+        Self { relative: rounding + Self::attention(n_tokens, head_dim, product_rms).relative }
+    }
+
     /// A sum of `n` products.
     pub fn dot(n: usize) -> Self {
         Self { relative: 8.0 * Self::U * ((n as f64).sqrt() + 2.0) }
+    }
+
+    /// The same where one factor of each product is rounded to f16, in proportion to the root of the squares of the products.
+    pub fn dot_f16(n: usize) -> Self {
+        Self { relative: 8.0 * Self::U16 + Self::dot(n).relative }
     }
 
     /// The largest `error / bound` over all results, where `scale` is the magnitude that each bound multiplies;
@@ -129,6 +150,12 @@ mod tests {
         assert!(inside < 1.0 && outside > 1.0, "{inside} and {outside}");
         assert_eq!(tolerance.worst(&[f32::NAN], &[1.0], &[1.0]), f64::INFINITY, "poison is an error");
         assert!(bound < 2e-5, "the bound should stay tight: {bound:e}");
+    }
+
+    #[test]
+    fn rounding_operands_to_f16_widens_the_bound_and_no_further() {
+        let (plain, rounded) = (Tolerance::attention(100, 64, 1.0), Tolerance::attention_f16(100, 64, 1.0));
+        assert!(rounded.relative > 100.0 * plain.relative && rounded.relative < 0.02, "{:e}", rounded.relative);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::ops::Range;
 use concertina::compression::hidden::{HiddenCodec, Transform};
 use concertina::kernels::decode::DecodeSpec;
 use concertina::kernels::plan::{AttentionPlan, Dispatch, Place, ScorePlace};
-use concertina::kernels::prefill::PrefillSpec;
+use concertina::kernels::prefill::ITEM_ROWS;
 use concertina::kernels::score;
 use concertina::pool::PageId;
 
@@ -236,8 +236,7 @@ impl Checker<'_> {
         let group = self.group();
         for (place, range) in dispatches {
             for item in &self.plan.prefill[range.start as usize..range.end as usize] {
-                let tile = PrefillSpec::tile_rows(&self.setup.shape);
-                ensure(item.n_rows * group <= tile, || format!("{item:?} has more rows than a tile"))?;
+                ensure(item.n_rows * group <= ITEM_ROWS, || format!("{item:?} has too many rows"))?;
                 let entry = item.page_lo + self.after * item.layer_stride;
                 for r in 0..item.n_rows {
                     let row = item.row_lo + r;

@@ -11,7 +11,7 @@ use super::cache::{BenchCache, CacheSpec};
 use super::outputs::{Expected, Outputs, filled, poison};
 use super::{BenchSettings, Checked, KernelRun, Work};
 use crate::compression::hidden::{HiddenCodec, Transform};
-use crate::device::{Device, Tier};
+use crate::device::Device;
 use crate::engine::EngineError;
 use crate::geometry::{Bytes, HeadGeometry, WORD_BYTES};
 use crate::kernels::abi::{AttentionParams, MergeParams};
@@ -32,8 +32,8 @@ const SAMPLES: usize = 4;
 const PRODUCT_RMS: f64 = 4.0 / 3.0;
 
 /// Decode kernels of a format that give the same result, the one that the program uses first.
-fn candidates(format: Format, tier: Tier, tuning: &Tuning) -> Vec<(String, KernelSpec)> {
-    let chosen = tuning.decode(&format);
+fn candidates(device: &Device, format: Format, tuning: &Tuning) -> Vec<(String, KernelSpec)> {
+    let (tier, chosen) = (device.tier(), tuning.decode(&device.summary().kind, &format));
     let others = DecodeTuning::candidates(&format).into_iter().filter(|other| *other != chosen);
     let named = |tuning: DecodeTuning| (tuning.to_string(), DecodeSpec { format, tier, tuning }.kernel());
     let plain = format.codec.k.transform == Transform::None && format.codec.v.transform == Transform::None;
@@ -129,7 +129,7 @@ impl DecodeRun {
         };
         let outputs = Outputs::new(device, heads, rows)?;
         let tuning = *pipelines.tuning();
-        let of_codec = |codec| candidates(spec.shape.format(codec), device.tier(), &tuning);
+        let of_codec = |codec| candidates(device, spec.shape.format(codec), &tuning);
         let candidates = of_codec(spec.codec);
         let kernel = bound.kernel(device, pipelines, &cache, &candidates[0].1)?;
         let open = bound.kernel(device, pipelines, &cache, &of_codec(HiddenCodec::F16)[0].1)?;
@@ -243,7 +243,7 @@ impl KernelRun for DecodeRun {
         }
         let (items, n_items) = (lists.merge + layer.merge.start, layer.merge.end - layer.merge.start);
         let params = MergeParams { items, n_items, o_stride: heads.q_width() };
-        recorder.dispatch(&self.merge, &self.merge_group, &params, flat_grid(n_items));
+        recorder.dispatch(&self.merge, &self.merge_group, &params, merge_states::grid(&self.spec.shape, n_items));
     }
 
     fn poison(&mut self, device: &Device) -> Result<(), EngineError> {

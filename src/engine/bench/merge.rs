@@ -14,7 +14,7 @@ use crate::geometry::{Bytes, WORD_BYTES};
 use crate::kernels::abi::{MergeItem, MergeParams};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
-use crate::kernels::{Recorder, Slot, flat_grid, merge_states};
+use crate::kernels::{Recorder, Slot, merge_states};
 use crate::reference::compare::Tolerance;
 
 /// Rows that are compared at most.
@@ -136,7 +136,7 @@ impl KernelRun for MergeRun {
         let n_items = self.spec.n_items();
         let params = MergeParams { items: 0, n_items, o_stride: self.spec.shape.heads.q_width() };
         let group = &self.groups[copy % self.groups.len()];
-        recorder.dispatch(&self.pipeline, group, &params, flat_grid(n_items));
+        recorder.dispatch(&self.pipeline, group, &params, merge_states::grid(&self.spec.shape, n_items));
     }
 
     fn poison(&mut self, device: &Device) -> Result<(), EngineError> {

@@ -6,8 +6,9 @@
 //! | file | kernel | checked against |
 //! |---|---|---|
 //! | [`decode`] | decode with `merge_states`, over page tables | dense attention in f64 over what its pages hold |
+//! | [`prefill`] | prefill with `merge_states`, the last rows of every sequence | the same |
+//! | [`product`] | products of many rows, and of few | sums of products in f64 |
 //! | [`merge`] | `merge_states` by itself | its own sums in f64 |
-//! | [`matvec`] | products of few rows | sums in f64 |
 //! | [`append`] | rows to open pages, turned | turned numbers in f64, rounded to f16 |
 //! | [`seal`] | full pages to codes | the codec's definition, every bit |
 //! | [`score`] | what cached tokens receive from rows | sums of probabilities in f64 |
@@ -23,9 +24,10 @@ pub mod cache;
 pub mod decode;
 pub mod gather;
 mod inputs;
-pub mod matvec;
 pub mod merge;
 mod outputs;
+pub mod prefill;
+pub mod product;
 pub mod score;
 pub mod seal;
 pub mod select;

@@ -10,8 +10,9 @@ use crate::engine::bench::append::{AppendRun, AppendSpec};
 use crate::engine::bench::cache::CacheSpec;
 use crate::engine::bench::decode::DecodeRun;
 use crate::engine::bench::gather::GatherRun;
-use crate::engine::bench::matvec::{MatvecRun, MatvecSpec};
 use crate::engine::bench::merge::{MergeRun, MergeSpec};
+use crate::engine::bench::prefill::{PrefillCase, PrefillRun};
+use crate::engine::bench::product::{ProductRun, ProductSpec};
 use crate::engine::bench::score::{ScoreRun, ScoreSpec};
 use crate::engine::bench::seal::{SealRun, SealSpec};
 use crate::engine::bench::select::{SelectRun, SelectSpec};
@@ -88,8 +89,15 @@ fn full() -> Vec<Case> {
     cases.extend(decode(("16x4k", vec![4 << 10; 16]), shape, TWO));
     cases.push(merge("16x32k", shape, 16, 64));
     cases.push(merge("1x128k", shape, 1, 256));
+    for (batch, n) in [("1k", 1 << 10), ("4k", 4 << 10), ("16k", 16 << 10)] {
+        cases.extend(prefill((batch, vec![n]), n, shape, &["f16"]));
+    }
+    // 64 rows behind 16K tokens, eight times.
+    let page = shape.page_size;
+    cases.extend(prefill(("8x64after16k", vec![(16 << 10) + page; 8]), page, shape, &["f16", "int8", "kivi4"]));
+    cases.push(product(ProductSpec { rows: 1024, k: 4096, cols: 4096, decode: false }));
     for (k, cols) in [(4096, 4096), (4096, 14_336), (576, 1536)] {
-        cases.extend([1, 4, 16].map(|rows| matvec(MatvecSpec { rows, k, cols })));
+        cases.extend([1, 4, 16].map(|rows| product(ProductSpec { rows, k, cols, decode: true })));
     }
     cases.push(append(AppendSpec { shape, pages: 32 }));
     cases.extend(SEALED.map(|codec| seal(shape, codec, 512)));
@@ -111,7 +119,11 @@ fn small() -> Vec<Case> {
     cases.extend(decode(("zipf4", zipf(4, 4 << 10)), shape(2, 4, 128, page), TWO));
     cases.extend(decode(("1x2k", vec![2 << 10]), shape(2, 4, 128, page), TWO));
     cases.push(merge("4x1k", shape(2, 4, 128, page), 4, 16));
-    cases.extend([1, 4, 16].map(|rows| matvec(MatvecSpec { rows, k: 576, cols: 1536 })));
+    cases.extend(prefill(("512", vec![512]), 512, shape(2, 4, 128, page), &["f16"]));
+    let contexts = vec![512 + page; 2];
+    cases.extend(prefill(("2x64after512", contexts), page, shape(2, 4, 128, page), &["f16", "int8", "kivi4"]));
+    cases.push(product(ProductSpec { rows: 128, k: 512, cols: 512, decode: false }));
+    cases.extend([1, 4, 16].map(|rows| product(ProductSpec { rows, k: 576, cols: 1536, decode: true })));
     let shape = shape(2, 4, 128, page);
     cases.push(append(AppendSpec { shape, pages: 4 }));
     cases.extend(SEALED.map(|codec| seal(shape, codec, 32)));
@@ -153,6 +165,27 @@ fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str
     codecs.iter().map(case).collect()
 }
 
+/// The last `rows` rows of every sequence.
+fn prefill((batch, contexts): (&str, Vec<u32>), rows: u32, shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
+    let case = |codec: &&str| {
+        let codec: HiddenCodec = codec.parse().unwrap_or_else(|e| panic!("the harness's own codec should parse: {e}"));
+        let spec = PrefillCase { cache: CacheSpec { shape, codec, contexts: contexts.clone() }, rows };
+        let prepare: Box<Prepare> = Box::new(move |device, pipelines, settings| {
+            Ok(Box::new(PrefillRun::new(device, pipelines, &spec, settings)?))
+        });
+        Case { kernel: "prefill", shape: named(batch, &shape), codec: Some(codec), prepare }
+    };
+    codecs.iter().map(case).collect()
+}
+
+fn product(spec: ProductSpec) -> Case {
+    let ProductSpec { rows, k, cols, decode } = spec;
+    let prepare: Box<Prepare> =
+        Box::new(move |device, pipelines, settings| Ok(Box::new(ProductRun::new(device, pipelines, &spec, settings)?)));
+    let kernel = if decode { "matvec" } else { "matmul" };
+    Case { kernel, shape: format!("{rows}x{k}x{cols}"), codec: None, prepare }
+}
+
 fn merge(batch: &str, shape: CacheShape, rows: u32, states: u32) -> Case {
     let spec = MergeSpec { shape, rows, states };
     let prepare: Box<Prepare> =
@@ -162,13 +195,6 @@ fn merge(batch: &str, shape: CacheShape, rows: u32, states: u32) -> Case {
 
 fn parsed(codec: &str) -> HiddenCodec {
     codec.parse().unwrap_or_else(|e| panic!("the harness's own codec should parse: {e}"))
-}
-
-fn matvec(spec: MatvecSpec) -> Case {
-    let MatvecSpec { rows, k, cols } = spec;
-    let prepare: Box<Prepare> =
-        Box::new(move |device, pipelines, settings| Ok(Box::new(MatvecRun::new(device, pipelines, &spec, settings)?)));
-    Case { kernel: "matvec", shape: format!("{rows}x{k}x{cols}"), codec: None, prepare }
 }
 
 /// Rows of a prompt to whole pages.

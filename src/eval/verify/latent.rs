@@ -110,7 +110,8 @@ fn check(device: &Device, num_qo_heads: u32, codec: Codec) -> Result<Check, Engi
     let params = MergeParams { items: merge_at, n_items: n_merge, o_stride: num_qo_heads * width_vo };
     let operands: [&[u8]; 5] = [step, &states[4], &states[5], &o, &lse];
     let kernel = merge_states::kernel(&spec.merge_shape());
-    let merged = run_once(device, &mut cache, &kernel, &operands, &params, flat_grid(n_merge))?;
+    let merged =
+        run_once(device, &mut cache, &kernel, &operands, &params, merge_states::grid(&spec.merge_shape(), n_merge))?;
     let got: Vec<f32> = bytemuck::pod_collect_to_vec(&merged[3]);
 
     let mut worst = 0.0_f64;

@@ -11,7 +11,7 @@ pub mod operators;
 
 use serde::Serialize;
 
-use crate::device::Device;
+use crate::device::{Device, Tier};
 use crate::engine::EngineError;
 
 /// The outcome of one check.
@@ -66,9 +66,9 @@ pub fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(&Check)) -> Res
     Ok(checks)
 }
 
-/// How many checks [`run`] will make.
-pub fn count(extent: Extent) -> usize {
-    operators::count() + latent::COUNT + codecs::count(extent) + attention::count(extent) + eviction::count(extent)
+/// How many checks [`run`] will make in a tier.
+pub fn count(tier: Tier, extent: Extent) -> usize {
+    operators::count(tier) + latent::COUNT + codecs::count(extent) + attention::count(extent) + eviction::count(extent)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::Check;
 use crate::compression::hidden::{HiddenCodec, Side, SideShape, float16};
-use crate::device::Device;
+use crate::device::{Device, Tier};
 use crate::engine::EngineError;
 use crate::engine::paged_attention::{NewRows, PagedAttention, PagedAttentionConfig};
 use crate::geometry::{Bytes, HeadGeometry};
@@ -14,7 +14,7 @@ use crate::kernels::abi::{AppendItem, AppendParams, EmbedParams, MatmulParams, M
 use crate::kernels::append::{self, Positions};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product};
-use crate::kernels::product_tuning::ProductTuning;
+use crate::kernels::product_tuning::{CooperativeRows, ProductTuning};
 use crate::kernels::run_once::run_once;
 use crate::kernels::sample::Sampling;
 use crate::kernels::{KernelSpec, PipelineCache, embed, flat_grid, merge_states, sample};
@@ -32,9 +32,11 @@ const DRAWS: u32 = 4096;
 /// Embedding and appending, the samplers, merging and rounding.
 const OTHERS: usize = 2 + SAMPLING.len() + 2;
 
-pub(super) fn count() -> usize {
+pub(super) fn count(tier: Tier) -> usize {
+    let tiles = if tier == Tier::Cooperative { CooperativeRows::ALL.len() } else { 0 };
+    let cooperative = tiles * Product::ALL.len() * MANY_ROWS.len();
     let kinds: usize = ProductTuning::candidates().into_iter().map(|tuning| kinds(tuning).count()).sum();
-    OTHERS + kinds * (MANY_ROWS.len() + FEW_ROWS.len())
+    OTHERS + cooperative + kinds * (MANY_ROWS.len() + FEW_ROWS.len())
 }
 
 const SAMPLING: [(&str, Sampling); 5] = [
@@ -51,6 +53,15 @@ pub(super) fn run(device: &Device, each: &mut dyn FnMut(Check)) -> Result<(), En
     each(append_turned(&mut bench)?);
     for tuning in ProductTuning::candidates() {
         products(&mut bench, tuning, each)?;
+    }
+    for tile in CooperativeRows::ALL.into_iter().filter(|_| device.tier() == Tier::Cooperative) {
+        for product in Product::ALL {
+            for rows in MANY_ROWS {
+                let case = ProductCase::new(&mut bench, product, rows);
+                let spec = product.matmul_coop(tile);
+                each(case.run(&mut bench, &spec, [tile.rows, tile.cols], &tile.to_string())?);
+            }
+        }
     }
     for (name, sampling) in SAMPLING {
         each(draws(&mut bench, name, sampling)?);
@@ -335,7 +346,8 @@ impl ProductCase {
         let Product { input, output } = self.product;
         let (n, k, cols) = (self.n_rows, Self::K, Self::COLS);
         let case = format!("{n} x {k} by {k} x {cols}, {input:?}, {output:?}, {layout}");
-        let mut result = check(spec.name, case, written, &self.want, &self.scale, Tolerance::dot(k as usize));
+        let bound = if spec.is_cooperative() { Tolerance::dot_f16 } else { Tolerance::dot };
+        let mut result = check(spec.name, case, written, &self.want, &self.scale, bound(k as usize));
         let outside = got[..first].iter().chain(&got[first + self.want.len()..]);
         let untouched = self.before[..first].iter().chain(&self.before[first + self.want.len()..]);
         if !outside.zip(untouched).all(|(a, b)| a.to_bits() == b.to_bits()) {
@@ -444,7 +456,7 @@ fn merge(bench: &mut Bench<'_>) -> Result<Check, EngineError> {
     let (unwritten, no_lse) = (poison(n), poison(rows as usize * 6));
     let spec = merge_states::kernel(&shape);
     let operands = [bytes(&items), bytes(&o), bytes(&ml), bytes(&unwritten), bytes(&no_lse)];
-    let results = bench.run_all(&spec, &operands, &params, flat_grid(rows * 2))?;
+    let results = bench.run_all(&spec, &operands, &params, merge_states::grid(&shape, rows * 2))?;
     let (got, lse) = (floats(&results[3]), floats(&results[4]));
     let (mut want, mut scale, mut want_lse) = (Vec::new(), Vec::new(), Vec::new());
     for head in 0..(rows * 6) as usize {

@@ -29,6 +29,7 @@ fn device(name: &str) -> DeviceReport {
         kind: "discrete".to_owned(),
         driver: String::new(),
         tier: Tier::Subgroup,
+        cooperative: false,
         subgroup_sizes: (32, 32),
         max_binding: Bytes::mib(128),
         max_buffer: Bytes::mib(128),
