@@ -93,6 +93,8 @@ impl BackendError for EngineError {
 pub struct StepStats {
     /// Dispatches recorded.
     pub dispatches: u32,
+    /// Of these, those of layers.
+    pub in_layers: u32,
     /// Time on the device, on [`Engine::clock`].
     pub device: Duration,
     /// Host time to plan and record, before submission.
@@ -314,6 +316,11 @@ impl<'d> Engine<'d> {
         self.weights.bytes
     }
 
+    /// Bytes of weights that a step reads: all but an embedding that is not the output matrix too, of which it reads few rows.
+    pub fn step_weight_bytes(&self) -> Bytes {
+        self.weights.step_bytes()
+    }
+
     /// Bytes of every buffer on the device but the weights: what the pool's report calls allocated.
     pub fn held_bytes(&self) -> Bytes {
         let staging = self.uploader.total() + self.back.capacity() + self.timer.bytes();
@@ -395,7 +402,7 @@ impl<'d> Engine<'d> {
         encoder.copy_buffer_to_buffer(self.uploader.source(), 0, &self.scratch.step, 0, step_bytes);
         self.tables.record(&mut encoder, self.uploader.source(), step_bytes, &self.buffers.tables);
         let recorder = Recorder::new(self.timer.begin(&mut encoder));
-        let dispatches = self.record(recorder, plan, &offsets, want);
+        let (dispatches, in_layers) = self.record(recorder, plan, &offsets, want);
         self.timer.resolve(&mut encoder);
         let n_logits = self.rows.logit_rows.len() as u64;
         let (source, row_words) = match want {
@@ -414,7 +421,7 @@ impl<'d> Engine<'d> {
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
         let mut bytes = Vec::with_capacity(length);
         self.back.read(self.device, length, &mut bytes)?;
-        self.stats = StepStats { dispatches, device: self.timer.elapsed(self.device)?, host };
+        self.stats = StepStats { dispatches, in_layers, device: self.timer.elapsed(self.device)?, host };
         Ok(bytes)
     }
 
@@ -439,11 +446,12 @@ impl<'d> Engine<'d> {
         Ok(self.attention.check(self.planner.last())?)
     }
 
-    /// Records the whole forward pass; the number of dispatches.
-    fn record(&self, mut recorder: Recorder<'_>, plan: &StepPlan, offsets: &StepOffsets, want: Want) -> u32 {
+    /// Records the whole forward pass; the number of dispatches, and how many of them are those of layers.
+    fn record(&self, mut recorder: Recorder<'_>, plan: &StepPlan, offsets: &StepOffsets, want: Want) -> (u32, u32) {
         let attention = self.planner.last();
         let (decode, all) = (plan.decode_rows(), plan.n_rows());
         self.layers.embed(&mut recorder, offsets.tokens, all);
+        let before = recorder.dispatches();
         for layer in 0..self.geometry.num_layers {
             let rows = RowCounts { decode, active: plan.active_rows(layer), all };
             self.layers.project(&mut recorder, layer as usize, rows);
@@ -458,12 +466,13 @@ impl<'d> Engine<'d> {
             }
             self.layers.after_attention(&mut recorder, layer as usize, rows);
         }
+        let in_layers = recorder.dispatches() - before;
         let n_logits = u32::try_from(self.rows.logit_rows.len()).expect("rows of a step are counted in 32 bits");
         self.layers.logits(&mut recorder, offsets.logit_rows, n_logits, want == Want::LogitsOfMany);
         if want == Want::Tokens {
             self.layers.sample(&mut recorder, offsets.samples, n_logits);
         }
-        recorder.dispatches()
+        (recorder.dispatches(), in_layers)
     }
 
     /// Computes the plan and returns the logits `[vocab_size]` of each sampling segment instead of a token.

@@ -12,5 +12,6 @@ pub mod perplexity;
 pub mod prompt;
 pub mod simulate;
 pub mod spread;
+pub mod step;
 pub mod switch;
 pub mod verify;
