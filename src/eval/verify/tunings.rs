@@ -16,6 +16,8 @@ use crate::kernels::tuning::Tuning;
 /// One codec for each way in which the kernels read pages, and a context that ends inside a page.
 const DECODED: [(&str, u32); 7] =
     [("f16", 131), ("f32", 97), ("fp8", 130), ("int8", 129), ("kivi4", 131), ("kivi2", 97), ("rot4", 130)];
+/// Groups that are wider than a head, in pages that hold them.
+const WIDE: [(&str, u32); 1] = [("kivi4:128", 259)];
 /// The same for prefill, which decodes a page once for many rows.
 const PREFILLED: [(&str, u32); 4] = [("f16", 1), ("f32", 97), ("kivi2", 130), ("rot3", 63)];
 
@@ -44,11 +46,14 @@ fn cases(extent: Extent, tier: Tier) -> Vec<Case> {
         if extent == Extent::Full { &[(64, 3), (128, 1), (128, 4), (128, 8)] } else { &[(64, 3)] };
     for (head_dim, group) in decoded {
         let shape = shape(*head_dim, *group);
-        let batch = Batch { shape, sequences: sequences(&DECODED), max_arena: None, flip: None };
-        for tuning in DecodeTuning::all() {
-            let name = format!("{tuning}: ");
-            let tuning = Tuning { decode: Some(tuning), ..Tuning::default() };
-            cases.push(Case { kernel: "decode", tuning, name, batch: batch.clone() });
+        let wide = CacheShape { page_size: 128, ..shape };
+        for (shape, codecs) in [(shape, &DECODED[..]), (wide, &WIDE[..])] {
+            let batch = Batch { shape, sequences: sequences(codecs), max_arena: None, flip: None };
+            for tuning in DecodeTuning::all() {
+                let name = format!("{tuning}: ");
+                let tuning = Tuning { decode: Some(tuning), ..Tuning::default() };
+                cases.push(Case { kernel: "decode", tuning, name, batch: batch.clone() });
+            }
         }
     }
     for (head_dim, group) in [(128, 3), (80, 8)] {
