@@ -15,7 +15,7 @@
 //! tokens of a tile of 256 (64 for large groups); scores of the tile lie in workgroup memory; the running maximum is shared. In
 //! PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are added once, at the end. Query heads of the
 //! group are packed in `vec4`s, so a group of 3 computes 4. *Tiled* does the same in register tiles that are written out, with
-//! several loads in flight, and folds scales into queries and weights (shaders/attention/decode_tiled.wgsl says how); formats
+//! several loads in flight, and folds scales into queries and weights (its text says how); formats
 //! that it does not serve ([`DecodeTuning::fitted`]) go to the general one. Where a codec rotates channels, the query is
 //! rotated once per item and the output once at the end, in workgroup memory.
 //!
@@ -114,14 +114,18 @@ impl DecodeTuning {
         Self::Tiled(tile.ahead()).fitted(format)
     }
 
+    /// Everything that is worth trying for some format, the general kernel first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        std::iter::once(Self::General).chain(TILES.into_iter().map(Self::Tiled))
+    }
+
     /// Everything that is worth trying for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
-        let mut candidates = vec![Self::General];
-        for tile in TILES {
-            if let Some(tile) = tile.fitted(format)
-                && !candidates.contains(&Self::Tiled(tile))
-            {
-                candidates.push(Self::Tiled(tile));
+        let mut candidates = Vec::new();
+        for tuning in Self::all() {
+            let fitted = tuning.fitted(format);
+            if !candidates.contains(&fitted) {
+                candidates.push(fitted);
             }
         }
         candidates
@@ -172,7 +176,7 @@ impl DecodeTile {
         });
         let sizes = lanes.is_power_of_two() && (8..=256).contains(&lanes) && tokens.is_power_of_two() && tokens <= 4;
         let powers = heads.head_dim.is_power_of_two() && heads.head_dim >= 64 && key_loads.is_power_of_two();
-        let whole = format.shape.page_size % BLOCK == 0 && (lanes * tokens).is_multiple_of(BLOCK);
+        let whole = format.shape.page_size.is_multiple_of(BLOCK) && (lanes * tokens).is_multiple_of(BLOCK);
         if codec.paired || !plain || !sizes || !powers || !whole || !value_loads.is_power_of_two() || lanes < cells {
             return None;
         }
