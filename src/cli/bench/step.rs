@@ -173,7 +173,8 @@ impl StepArgs {
             page_size: self.cache.page_size,
             codecs: self.cache.codecs(&self.compress, geometry)?,
             chooses: chooses(&self.compress),
-            evictions: self.cache.evictions(&self.compress, model, 1)?,
+            // All are observed at once, since all have their room before any reads.
+            evictions: self.cache.evictions(&self.compress, model, max_sessions)?,
             swap_chunk: Bytes::ZERO,
             max_arena: None,
         })
