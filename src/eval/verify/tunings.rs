@@ -31,6 +31,11 @@ fn sequences(codecs: &[(&str, u32)]) -> Vec<(HiddenCodec, u32)> {
     codecs.iter().map(|(text, n)| (parse(text), *n)).collect()
 }
 
+/// Two of the codecs for the launch at a place, in turn: over all launches every codec, and several of each.
+fn few<'a>(codecs: &[(&'a str, u32)], at: usize) -> Vec<(&'a str, u32)> {
+    (0..2.min(codecs.len())).map(|i| codecs[(2 * at + i) % codecs.len()]).collect()
+}
+
 /// A launch, over one batch.
 struct Case {
     kernel: &'static str,
@@ -48,11 +53,15 @@ fn cases(extent: Extent, tier: Tier) -> Vec<Case> {
         let shape = shape(*head_dim, *group);
         let wide = CacheShape { page_size: 128, ..shape };
         for (shape, codecs) in [(shape, &DECODED[..]), (wide, &WIDE[..])] {
-            let batch = Batch { shape, sequences: sequences(codecs), max_arena: None, flip: None };
-            for tuning in DecodeTuning::all() {
+            for (i, tuning) in DecodeTuning::all().enumerate() {
                 let name = format!("{tuning}: ");
+                let codecs = match extent {
+                    Extent::Full => codecs.to_vec(),
+                    Extent::Quick => few(codecs, i),
+                };
+                let batch = Batch { shape, sequences: sequences(&codecs), max_arena: None, flip: None };
                 let tuning = Tuning { decode: Some(tuning), ..Tuning::default() };
-                cases.push(Case { kernel: "decode", tuning, name, batch: batch.clone() });
+                cases.push(Case { kernel: "decode", tuning, name, batch });
             }
         }
     }
