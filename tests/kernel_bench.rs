@@ -134,9 +134,13 @@ fn every_launch_of_prefill_is_right_and_spoiled_pages_are_found_gpu() {
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn every_layout_of_a_product_is_right_and_spoiled_weights_are_found_gpu() {
+    product(ProductSpec { rows: 130, k: 72, cols: 200, few: false });
+    product(ProductSpec { rows: 21, k: 264, cols: 200, few: true });
+}
+
+fn product(spec: ProductSpec) {
     let device = common::device();
     let mut pipelines = PipelineCache::default();
-    let spec = ProductSpec { rows: 130, k: 72, cols: 200 };
     let mut run = ProductRun::new(device, &mut pipelines, &spec, &HOT).expect("a small product fits");
     for candidate in 0..run.candidates().len() {
         run.choose(device, &mut pipelines, candidate).expect("it compiles");

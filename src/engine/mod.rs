@@ -27,6 +27,7 @@ pub mod swap;
 mod tables;
 mod weights;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
@@ -40,6 +41,7 @@ use crate::kernels::eviction::EvictionKernels;
 use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers, Turning};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Planner, Segment};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
@@ -141,6 +143,19 @@ impl<'d> Engine<'d> {
     /// # Errors
     /// [`EngineError::Pool`] when the budget is too small, [`EngineError::Device`] when the device is.
     pub fn new(device: &'d Device, weights: &Weights, config: &EngineConfig) -> Result<(Self, Caches), EngineError> {
+        Self::tuned(device, weights, config, Arc::default())
+    }
+
+    /// The same with kernels that are launched as `tuning` says.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn tuned(
+        device: &'d Device,
+        weights: &Weights,
+        config: &EngineConfig,
+        tuning: Arc<Tuning>,
+    ) -> Result<(Self, Caches), EngineError> {
         let geometry = weights.geometry.clone();
         geometry.check().map_err(EngineError::Input)?;
         let shape = CacheShape { heads: geometry.heads, page_size: config.page_size };
@@ -156,7 +171,7 @@ impl<'d> Engine<'d> {
         let scratch = Scratch::new(device, &sizes)?;
         let heads_of_codecs = parameters::of_weights(weights, &config.codecs);
         let weights = DeviceWeights::upload(device, weights)?;
-        let mut cache = PipelineCache::default();
+        let mut cache = PipelineCache::new(tuning);
         let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch, config.max_sessions)?;
         let heads = geometry.heads;
         let rows = RowBuffers {

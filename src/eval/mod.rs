@@ -13,4 +13,5 @@ pub mod prompt;
 pub mod simulate;
 pub mod spread;
 pub mod switch;
+pub mod tune;
 pub mod verify;

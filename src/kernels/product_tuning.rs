@@ -74,6 +74,17 @@ impl fmt::Display for CooperativeRows {
     }
 }
 
+impl FromStr for CooperativeRows {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|tile| tile.to_string() == text).ok_or_else(|| {
+            let all = Self::ALL.map(|tile| tile.to_string()).join(", ");
+            format!("'{text}' is no tile of cooperative matrices: {all}")
+        })
+    }
+}
+
 /// Of both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProductTuning {
@@ -216,12 +227,18 @@ impl fmt::Display for ProductTuning {
     /// `few4x8x32:8:16,many128x128x8:2`: columns of a lane, lanes, slices, loads, rows; rows, columns, depth, buffers.
     /// `direct` in place of the latter where nothing is staged.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FewRows { cols, column_lanes, slices, loads, max_rows } = self.few;
-        write!(f, "few{cols}x{column_lanes}x{slices}:{loads}:{max_rows},")?;
+        write!(f, "few{},", self.few)?;
         match self.many {
             ManyRows::Direct => f.write_str("direct"),
             ManyRows::Tiled(_) => write!(f, "many{}", self.many),
         }
+    }
+}
+
+impl fmt::Display for FewRows {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { cols, column_lanes, slices, loads, max_rows } = self;
+        f.pad(&format!("{cols}x{column_lanes}x{slices}:{loads}:{max_rows}"))
     }
 }
 

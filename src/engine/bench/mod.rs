@@ -7,7 +7,7 @@
 //! |---|---|---|
 //! | [`decode`] | decode with `merge_states`, over page tables | dense attention in f64 over what its pages hold |
 //! | [`prefill`] | prefill with `merge_states`, the last rows of every sequence | the same |
-//! | [`product`] | products of many rows | sums of products in f64 |
+//! | [`product`] | products of few and of many rows | sums of products in f64 |
 //! | [`merge`] | `merge_states` by itself | its own sums in f64 |
 //!
 //! Caches of gigabytes are filled within a second: [`cache`] encodes a few dozen pages on the CPU and copies them about on the

@@ -1,4 +1,4 @@
-//! Products of many rows.
+//! Products of few and of many rows.
 
 use std::sync::Arc;
 
@@ -33,6 +33,8 @@ pub struct ProductSpec {
     pub k: u32,
     /// Columns of y.
     pub cols: u32,
+    /// Whether these are decode rows, which go through `matvec`, rather than prompt rows.
+    pub few: bool,
 }
 
 #[derive(Debug)]
@@ -60,21 +62,36 @@ pub struct ProductRun {
     w_values: Vec<f16>,
 }
 
-/// Layouts that the device can run, the one that the program uses first.
-fn candidates(device: &Device, tuning: &Tuning) -> Vec<Candidate> {
-    let product = Product { input: Input::Plain, output: Output::Replace };
+const PRODUCT: Product = Product { input: Input::Plain, output: Output::Replace };
+
+/// Layouts of few rows, the one that the program uses first.
+fn few(device: &Device, tuning: &Tuning, rows: u32) -> Vec<Candidate> {
+    let chosen = tuning.product(&device.summary().kind).few;
+    let mut candidates: Vec<Candidate> = Vec::new();
+    for few in std::iter::once(chosen).chain(ProductTuning::candidates().into_iter().map(|tuning| tuning.few)) {
+        let rows = few.rows_for(rows);
+        let spec = PRODUCT.matvec(rows, few);
+        if candidates.iter().all(|known| known.spec != spec) {
+            candidates.push(Candidate { label: few.to_string(), spec, tile: [rows, few.width()] });
+        }
+    }
+    candidates
+}
+
+/// Layouts of many rows that the device can run, the one that the program uses first.
+fn many(device: &Device, tuning: &Tuning) -> Vec<Candidate> {
     let mut candidates = Vec::new();
     if let Some(first) = tuning.cooperative_product(device.tier()) {
         let others = CooperativeRows::ALL.into_iter().filter(|tile| *tile != first);
         candidates.extend(std::iter::once(first).chain(others).map(|tile| Candidate {
             label: tile.to_string(),
-            spec: product.matmul_coop(tile),
+            spec: PRODUCT.matmul_coop(tile),
             tile: [tile.rows, tile.cols],
         }));
     }
     let chosen = tuning.product(&device.summary().kind);
     for many in std::iter::once(chosen).chain(ProductTuning::candidates()).map(|tuning| tuning.many) {
-        let spec = product.matmul(many);
+        let spec = PRODUCT.matmul(many);
         if candidates.iter().all(|known| known.spec != spec) {
             candidates.push(Candidate { label: many.to_string(), spec, tile: many.size() });
         }
@@ -93,7 +110,7 @@ impl ProductRun {
         spec: &ProductSpec,
         settings: &BenchSettings,
     ) -> Result<Self, EngineError> {
-        let ProductSpec { rows, k, cols } = *spec;
+        let ProductSpec { rows, k, cols, .. } = *spec;
         let mut rng = ChaCha8Rng::seed_from_u64(23);
         let mut values = |n: u32| -> Vec<f32> { (0..n).map(|_| rng.random_range(-2.0_f32..2.0)).collect() };
         let x_values = values(rows * k);
@@ -106,7 +123,8 @@ impl ProductRun {
         for _ in 0..settings.cold.0.div_ceil(2 * packed.len() as u64).max(1) {
             w.push(filled(device, "w", &packed)?);
         }
-        let candidates = candidates(device, pipelines.tuning());
+        let tuning = pipelines.tuning();
+        let candidates = if spec.few { few(device, tuning, rows) } else { many(device, tuning) };
         let pipeline = pipelines.get(device, &candidates[0].spec)?;
         let mut run =
             Self { spec: *spec, candidates, chosen: 0, pipeline, groups: Vec::new(), x, y, w, x_values, w_values };
@@ -138,7 +156,7 @@ impl KernelRun for ProductRun {
     }
 
     fn record(&self, recorder: &mut Recorder<'_>, copy: usize) {
-        let ProductSpec { rows, k, cols } = self.spec;
+        let ProductSpec { rows, k, cols, .. } = self.spec;
         let (cells, list) = (k / 8, NO_LIST);
         let params = MatmulParams { x_row: 0, y_row: 0, n_rows: rows, cols, cells, first_col: 0, list, eps: 0.0 };
         let [tile_rows, tile_cols] = self.candidates[self.chosen].tile;

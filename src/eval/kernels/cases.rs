@@ -89,7 +89,7 @@ fn full() -> Vec<Case> {
     // 64 rows behind 16K tokens, eight times.
     let page = shape.page_size;
     cases.extend(prefill(("8x64after16k", vec![(16 << 10) + page; 8]), page, shape, &["f16", "int8", "kivi4"]));
-    cases.push(product(ProductSpec { rows: 1024, k: 4096, cols: 4096 }));
+    cases.push(product(ProductSpec { rows: 1024, k: 4096, cols: 4096, few: false }));
     cases
 }
 
@@ -108,11 +108,11 @@ fn small() -> Vec<Case> {
     cases.extend(prefill(("512", vec![512]), 512, shape(2, 4, 128, page), &["f16"]));
     let contexts = vec![512 + page; 2];
     cases.extend(prefill(("2x64after512", contexts), page, shape(2, 4, 128, page), &["f16", "int8", "kivi4"]));
-    cases.push(product(ProductSpec { rows: 128, k: 512, cols: 512 }));
+    cases.push(product(ProductSpec { rows: 128, k: 512, cols: 512, few: false }));
     cases
 }
 
-const fn shape(num_kv_heads: u32, group: u32, head_dim: u32, page_size: u32) -> CacheShape {
+pub(in crate::eval) const fn shape(num_kv_heads: u32, group: u32, head_dim: u32, page_size: u32) -> CacheShape {
     CacheShape { heads: HeadGeometry { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim }, page_size }
 }
 
@@ -132,7 +132,7 @@ fn named(batch: &str, shape: &CacheShape) -> String {
     format!("{batch}/g{}-d{}", shape.heads.group_size(), shape.heads.head_dim)
 }
 
-fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
+pub(in crate::eval) fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
     let case = |codec: &&str| {
         let codec: HiddenCodec = codec.parse().unwrap_or_else(|e| panic!("the harness's own codec should parse: {e}"));
         let spec = CacheSpec { shape, codec, contexts: contexts.clone() };
@@ -145,7 +145,12 @@ fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str
 }
 
 /// The last `rows` rows of every sequence.
-fn prefill((batch, contexts): (&str, Vec<u32>), rows: u32, shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
+pub(in crate::eval) fn prefill(
+    (batch, contexts): (&str, Vec<u32>),
+    rows: u32,
+    shape: CacheShape,
+    codecs: &[&str],
+) -> Vec<Case> {
     let case = |codec: &&str| {
         let codec: HiddenCodec = codec.parse().unwrap_or_else(|e| panic!("the harness's own codec should parse: {e}"));
         let spec = PrefillCase { cache: CacheSpec { shape, codec, contexts: contexts.clone() }, rows };
@@ -157,11 +162,12 @@ fn prefill((batch, contexts): (&str, Vec<u32>), rows: u32, shape: CacheShape, co
     codecs.iter().map(case).collect()
 }
 
-fn product(spec: ProductSpec) -> Case {
-    let ProductSpec { rows, k, cols } = spec;
+pub(in crate::eval) fn product(spec: ProductSpec) -> Case {
+    let ProductSpec { rows, k, cols, few } = spec;
     let prepare: Box<Prepare> =
         Box::new(move |device, pipelines, settings| Ok(Box::new(ProductRun::new(device, pipelines, &spec, settings)?)));
-    Case { kernel: "matmul", shape: format!("{rows}x{k}x{cols}"), codec: None, prepare }
+    let kernel = if few { "matvec" } else { "matmul" };
+    Case { kernel, shape: format!("{rows}x{k}x{cols}"), codec: None, prepare }
 }
 
 fn merge(batch: &str, shape: CacheShape, rows: u32, states: u32) -> Case {
