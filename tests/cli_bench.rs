@@ -133,6 +133,59 @@ fn a_model_file_is_measured_as_it_is_gpu() {
 
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn steps_of_a_model_are_measured_against_their_floor_gpu() {
+    let model = reference_model_path().display().to_string();
+    let loads = ["bench", "step", "--model", &model, "--context", "64", "--batch", "1", "2", "--steps", "2"];
+    let output = done(&[&loads[..], &["--kv-budget", "96MiB", "--compress", "kivi4", "--json", "-"]].concat());
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let rows = report["rows"].as_array().expect("rows");
+    let cases: Vec<&str> = rows.iter().filter_map(|row| row["case"].as_str()).collect();
+    assert_eq!(cases, ["step/1x64/kivi4", "step/2x64/kivi4"], "every load");
+    let number = |row: &Value, name: &str| row["measured"][name].as_f64().unwrap_or_else(|| panic!("{name} in {row}"));
+    let read = report["read_bytes_per_s"].as_f64().expect("a ceiling");
+    for row in rows {
+        let bytes = number(row, "weight_bytes") + number(row, "cache_bytes");
+        assert!((number(row, "floor_s") * read / bytes - 1.0).abs() < 1e-9, "{row}");
+        let median = |name: &str| row["measured"][name]["median"].as_f64().expect("a time");
+        assert!(median("host_s") + median("device_s") <= median("seconds") * 1.5, "parts of a step: {row}");
+        let tokens = row["batch"].as_f64().expect("sessions") / median("seconds");
+        assert!((tokens / number(row, "tokens_per_s") - 1.0).abs() < 1e-9, "{row}");
+        // Norm and projections, append, decode, merge, and what follows attention: whole kernels of each of 30 layers.
+        assert!(number(row, "dispatches_per_layer") >= 7.0, "{row}");
+        assert_eq!(number(row, "compared"), 49_152.0, "all logits of a session: {row}");
+    }
+    let caches: Vec<f64> = rows.iter().map(|row| number(row, "cache_bytes")).collect();
+    // 30 layers of 3 KV heads with 64 channels, of 64 tokens and 5 more: in f16, and at a little above 4 bits.
+    let f16 = f64::from(69 * 30 * 3 * 64 * 2 * 2);
+    assert!(caches[1] == 2.0 * caches[0] && caches[0] > 0.25 * f16 && caches[0] < 0.4 * f16, "{caches:?} of {f16}");
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn a_load_that_does_not_fit_loses_no_other_gpu() {
+    let model = reference_model_path().display().to_string();
+    let loads = ["bench", "step", "--model", &model, "--context", "256", "--batch", "1", "16", "--steps", "1"];
+    let output = concertina(&[&loads[..], &["--kv-budget", "96MiB"]].concat());
+    assert_eq!(output.status.code(), Some(1), "one has no figures");
+    let (tables, errors) = (text(&output.stdout), text(&output.stderr));
+    assert!(errors.contains("1 of 2 loads have no figures"), "{errors}");
+    assert!(tables.contains("tokens/s") && tables.contains("step/16x256/full: "), "both are named: {tables}");
+}
+
+#[test]
+fn steps_beyond_a_model_are_refused() {
+    let model = reference_model_path().display().to_string();
+    let args = ["bench", "step", "--model", &model, "--context", "100000"];
+    refused(&args, 2, &["more than the model's context", "give at most --context"]);
+    refused(
+        &["bench", "step", "--model", &model, "--text", "nowhere.txt"],
+        1,
+        &["can not read the text", "nowhere.txt"],
+    );
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn kernels_are_recorded_drawn_and_compared_with_a_record_gpu() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = |name: &str| folder.path().join(name).display().to_string();

@@ -184,7 +184,7 @@ fn shaders_read_items_as_long_as_they_are_written() {
         ("move_pages.wgsl", size_of::<MovePagesItem>()),
         ("page_bounds.wgsl", size_of::<PageBoundsItem>()),
         ("quest.wgsl", size_of::<QuestItem>()),
-        ("prefill.wgsl", size_of::<PrefillItem>()),
+        ("prefill_tile.wgsl", size_of::<PrefillItem>()),
         ("sample.wgsl", size_of::<SampleItem>()),
         ("score.wgsl", size_of::<ScoreItem>()),
         ("seal.wgsl", size_of::<SealItem>()),

@@ -4,11 +4,16 @@ mod common;
 
 use concertina::compression::hidden::HiddenCodec;
 use concertina::device::Device;
+use concertina::engine::bench::append::{AppendRun, AppendSpec};
 use concertina::engine::bench::cache::CacheSpec;
 use concertina::engine::bench::decode::DecodeRun;
+use concertina::engine::bench::gather::GatherRun;
 use concertina::engine::bench::merge::{MergeRun, MergeSpec};
 use concertina::engine::bench::prefill::{PrefillCase, PrefillRun};
 use concertina::engine::bench::product::{ProductRun, ProductSpec};
+use concertina::engine::bench::score::{ScoreRun, ScoreSpec};
+use concertina::engine::bench::seal::{SealRun, SealSpec};
+use concertina::engine::bench::select::{SelectRun, SelectSpec};
 use concertina::engine::bench::{BenchSettings, KernelRun, TimedRuns};
 use concertina::eval::kernels::{Candidates, Case, Figures, KernelBench, KernelRow, Outcome, Protocol, Roof};
 use concertina::geometry::{Bytes, HeadGeometry};
@@ -17,7 +22,7 @@ use concertina::kernels::attention::CacheShape;
 
 const HOT: BenchSettings = BenchSettings { cold: Bytes::ZERO, in_order: false, max_arena: None };
 const HARDLY: Protocol = Protocol { warm_up: 0.0, most_warm_up: 0.0, samples: 3, least: 3, seconds: 0.0 };
-const ROOF: Roof = Roof { read_bytes_per_s: 1e9, flop_per_s: 1e9 };
+const ROOF: Roof = Roof { read_bytes_per_s: 1e9, copy_bytes_per_s: 1e9, flop_per_s: 1e9 };
 
 fn shape(page_size: u32) -> CacheShape {
     CacheShape { heads: HeadGeometry { num_qo_heads: 6, num_kv_heads: 2, head_dim: 64 }, page_size }
@@ -134,20 +139,16 @@ fn every_launch_of_prefill_is_right_and_spoiled_pages_are_found_gpu() {
 #[test]
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn every_layout_of_a_product_is_right_and_spoiled_weights_are_found_gpu() {
-    product(ProductSpec { rows: 130, k: 72, cols: 200, few: false });
-    product(ProductSpec { rows: 21, k: 264, cols: 200, few: true });
-}
-
-fn product(spec: ProductSpec) {
     let device = common::device();
     let mut pipelines = PipelineCache::default();
+    let spec = ProductSpec { rows: 136, k: 72, cols: 200, decode: false };
     let mut run = ProductRun::new(device, &mut pipelines, &spec, &HOT).expect("a small product fits");
     for candidate in 0..run.candidates().len() {
         run.choose(device, &mut pipelines, candidate).expect("it compiles");
         run.poison(device).expect("it is written");
         once(device, &run, 0);
         let checked = run.check(device, 0).expect("it is read");
-        let right = checked.missing == 0 && checked.compared > 4000 && checked.error_over_bound <= 1.0;
+        let right = checked.missing == 0 && checked.compared > 3000 && checked.error_over_bound <= 1.0;
         assert!(right, "{}: {checked:?}", run.candidates()[candidate]);
     }
     run.spoil(device, 0).expect("weights are overwritten");
@@ -164,6 +165,100 @@ fn merging_alone_is_right_and_a_spoiled_state_is_found_gpu() {
     assert!(matches!(right, Outcome::Measured(_)), "{right:?}");
     run.spoil(device, 0).expect("a state is overwritten");
     assert!(matches!(outcome(device, &mut run), Outcome::Wrong(_)), "a spoiled state is found");
+}
+
+/// A run that is right in the harness, over two copies in turn, and refused once an input is another one.
+#[track_caller]
+fn right_until_spoiled(device: &'static Device, run: &mut dyn KernelRun, what: &str) -> Figures {
+    let Outcome::Measured(figures) = outcome(device, run) else { panic!("{what} should be right") };
+    assert!(figures.bytes > 0.0 && figures.of_copy.is_some() == run.copies(), "{what}: {figures:?}");
+    run.poison(device).expect("outputs are overwritten");
+    for copy in [0, 1] {
+        once(device, run, copy);
+        let checked = run.check(device, copy).expect("it is read");
+        assert!(checked.missing == 0 && checked.error_over_bound <= 1.0, "{what}, copy {copy}: {checked:?}");
+    }
+    run.poison(device).expect("outputs are overwritten");
+    let unwritten = run.check(device, 0).expect("it is read");
+    assert!(unwritten.missing > 0 || unwritten.error_over_bound > 1.0, "{what}, not run: {unwritten:?}");
+    run.spoil(device, 0).expect("an input is overwritten");
+    let spoiled = outcome(device, run);
+    assert!(matches!(spoiled, Outcome::Wrong(_)), "{what}, spoiled: {spoiled:?}");
+    figures
+}
+
+/// Inputs twice.
+const TWICE: BenchSettings = BenchSettings { cold: Bytes(1), in_order: false, max_arena: None };
+
+fn twice(bytes_of_one: u64) -> BenchSettings {
+    BenchSettings { cold: Bytes(bytes_of_one + 1), ..TWICE }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn products_of_few_rows_are_right_and_spoiled_weights_are_found_gpu() {
+    let device = common::device();
+    let mut pipelines = PipelineCache::default();
+    for rows in [1, 3, 21] {
+        let spec = ProductSpec { rows, k: 264, cols: 200, decode: true };
+        let mut run = ProductRun::new(device, &mut pipelines, &spec, &twice(264 * 200 * 2)).expect("it fits");
+        let figures = right_until_spoiled(device, &mut run, &format!("{rows} rows"));
+        assert_eq!(figures.flop, f64::from(2 * rows * 264 * 200), "two of every weight");
+    }
+    // Every layout of the tuning gives the same result.
+    let spec = ProductSpec { rows: 4, k: 264, cols: 200, decode: true };
+    let mut run = ProductRun::new(device, &mut pipelines, &spec, &HOT).expect("it fits");
+    let labels = run.candidates();
+    assert!(labels.len() > 4, "{labels:?}");
+    for (candidate, label) in labels.iter().enumerate() {
+        run.choose(device, &mut pipelines, candidate).expect("it compiles");
+        run.poison(device).expect("outputs are overwritten");
+        once(device, &run, 0);
+        let checked = run.check(device, 0).expect("it is read");
+        assert!(checked.missing == 0 && checked.error_over_bound <= 1.0, "{label}: {checked:?}");
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn what_moves_pages_is_right_and_spoiled_pages_are_found_gpu() {
+    let device = common::device();
+    let mut pipelines = PipelineCache::default();
+    let spec = AppendSpec { shape: shape(64), pages: 2 };
+    let bytes = 128 * (6 + 4) * 64 * 4 + 128 * 2 * 128 * 2;
+    let mut run = AppendRun::new(device, &mut pipelines, &spec, &twice(bytes)).expect("it fits");
+    right_until_spoiled(device, &mut run, "append");
+    for text in ["int8", "kivi4", "rot4"] {
+        let spec = SealSpec { shape: shape(64), codec: codec(text), pages: 20 };
+        let mut run = SealRun::new(device, &mut pipelines, &spec, &twice(20 * 64 * 128 * 4)).expect("it fits");
+        right_until_spoiled(device, &mut run, &format!("seal, {text}"));
+    }
+    for text in ["f16", "kivi4"] {
+        let spec = ragged(text, 64);
+        let settings = BenchSettings { cold: Bytes::mib(2), max_arena: Some(Bytes::mib(1)), in_order: false };
+        let mut run = GatherRun::new(device, &mut pipelines, &spec, &settings).expect("it fits");
+        right_until_spoiled(device, &mut run, &format!("gather, {text}"));
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn what_ranks_tokens_is_right_and_spoiled_inputs_are_found_gpu() {
+    let device = common::device();
+    let mut pipelines = PipelineCache::default();
+    for text in ["f16", "kivi4"] {
+        let cache = CacheSpec { shape: shape(64), codec: codec(text), contexts: vec![700] };
+        let spec = ScoreSpec { cache, rows: 19 };
+        let settings = BenchSettings { cold: Bytes::mib(2), max_arena: Some(Bytes::mib(1)), in_order: false };
+        let mut run = ScoreRun::new(device, &mut pipelines, &spec, &settings).expect("it fits");
+        right_until_spoiled(device, &mut run, &format!("score, {text}"));
+        let too_many = ScoreSpec { rows: 701, ..spec };
+        let error = ScoreRun::new(device, &mut pipelines, &too_many, &HOT).expect_err("more rows than tokens");
+        assert!(error.to_string().contains("at most"), "{error}");
+    }
+    let spec = SelectSpec { lists: 5, tokens: 1000, kept: 300 };
+    let mut run = SelectRun::new(device, &mut pipelines, &spec, &twice(2 * 4 * 5000)).expect("it fits");
+    right_until_spoiled(device, &mut run, "select");
 }
 
 #[test]

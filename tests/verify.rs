@@ -3,15 +3,12 @@
 mod common;
 
 use concertina::compression::hidden::HiddenCodec;
-use concertina::device::Tier;
 use concertina::eval::verify::attention::{Batch, Flip, check_batch};
 use concertina::eval::verify::{Check, Extent, count, run};
 use concertina::geometry::{Bytes, HeadGeometry};
 use concertina::kernels::PipelineCache;
 use concertina::kernels::attention::CacheShape;
-use concertina::kernels::prefill::PrefillTuning;
 use concertina::kernels::registry::PAGE_SIZES;
-use concertina::kernels::tuning::Tuning;
 
 fn assert_passed(checks: &[Check]) {
     for check in checks {
@@ -102,26 +99,5 @@ fn a_wide_group_and_a_long_context_stay_within_their_bounds_gpu() {
         let codecs = ["int8", "kivi2", "mean+rot3", "think:0.6+kivi4", "lowrank:8+int8"];
         let sequences = codecs.map(|text| (text.parse().expect("a codec"), 150)).into();
         check(&Batch { shape, sequences, max_arena: None, flip: None });
-    }
-}
-
-/// Every way to launch prefill that this device can run, over codecs of every kind, ragged contexts and head widths.
-#[test]
-#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
-fn every_tuning_of_prefill_gives_the_same_attention_gpu() {
-    let codecs = ["f16", "f32", "kivi2", "rot3"].map(|text| text.parse::<HiddenCodec>().expect("a codec"));
-    let device = common::device();
-    for (head_dim, group_size) in [(128, 3), (80, 8)] {
-        let shape = shape(head_dim, group_size, 64);
-        for tuning in PrefillTuning::candidates(&shape.format(HiddenCodec::F16)) {
-            if matches!(tuning, PrefillTuning::Cooperative(_)) && device.tier() < Tier::Cooperative {
-                continue;
-            }
-            println!("head_dim {head_dim}, group {group_size}: {tuning}");
-            let mut cache = PipelineCache::new(Tuning { prefill: Some(tuning), ..Tuning::default() });
-            let sequences = codecs.iter().zip([1, 97, 130, 63]).map(|(codec, n)| (*codec, n)).collect();
-            let batch = Batch { shape, sequences, max_arena: None, flip: None };
-            assert_passed(&check_batch(device, &mut cache, &batch).expect("the device should run the batch"));
-        }
     }
 }

@@ -24,10 +24,10 @@ struct Tile {
 // Tile `place` of the dispatch. The last items of a prompt read most, so they come first. No rows where there is nothing to do.
 fn read_tile(place: u32) -> Tile {
   if (place / TILES >= par.n_items) { return Tile(); }
-  let at = par.items + (par.n_items - 1u - place / TILES) * 3u;
-  let a = step[at];
-  let b = step[at + 1u];
-  let c = step[at + 2u];
+  let item = par.n_items - 1u - place / TILES;
+  let a = step[par.items + item * 3u];
+  let b = step[par.items + item * 3u + 1u];
+  let c = step[par.items + item * 3u + 2u];
   let row = place % TILES * TILE_ROWS;
   let item_rows = a.y * GROUP_SIZE;
   let n_rows = min(item_rows - min(row, item_rows), TILE_ROWS);

@@ -4,7 +4,8 @@ const CODEC_SPAN = 16u / CODEC_BITS;
 const CODEC_PLANES = array<u32, 2>(CODEC_BITS, 0u);
 const CODEC_GROUP_TOKENS = select(1u, CODEC_GROUP, SIDE_IS_KEY);
 const CODEC_GROUP_CHANNELS = select(CODEC_GROUP, 1u, SIDE_IS_KEY);
-const CODEC_TOKEN_SCALES = select(SIDE_WIDTH / CODEC_GROUP, 0u, SIDE_IS_KEY);
+// A group may be wider than a head.
+const CODEC_TOKEN_SCALES = select(max(SIDE_WIDTH / CODEC_GROUP, 1u), 0u, SIDE_IS_KEY);
 const CODEC_CHANNEL_SCALES = SIDE_IS_KEY;
 const CODEC_OFFSET = select(4.0, 16.0, CODEC_BITS == 4u);
 const CODEC_LEVELS = (1u << CODEC_BITS) - 1u;

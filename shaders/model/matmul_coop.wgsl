@@ -19,6 +19,43 @@ var<workgroup> w_tile: array<vec4<f16>, TILE_COLS * STRIDE>;
 var<workgroup> y_tile: array<f32, 4u * 16u * Y_STRIDE>;  // a matrix of each subgroup
 var<workgroup> squares: array<f32, TILE_ROWS * STEP_VECS>;
 
+// What is on its way from storage to a tile.
+var<private> inputs: array<vec4<f32>, LEFT_LOADS>;
+var<private> bases: array<u32, LEFT_LOADS>;
+var<private> square: array<f32, LEFT_LOADS>;
+var<private> raw: array<vec4<u32>, RIGHT_LOADS>;
+
+// The step that begins at cell `begin` comes to registers.
+fn fetch(begin: u32, first_col: u32, li: u32) {
+  for (var i = 0u; i < LEFT_LOADS; i++) {  // unroll
+    inputs[i] = x[bases[i] + min(begin * 2u + li % STEP_VECS, par.cells * 2u - 1u)];
+  }
+  for (var i = 0u; i < RIGHT_LOADS; i++) {  // unroll
+    let at = i * LANES + li;
+    let cell = min(begin + at / TILE_COLS, par.cells - 1u);
+    raw[i] = w[cell * par.cols + min(first_col + at % TILE_COLS, par.cols - 1u)];
+  }
+}
+
+// From registers to the tiles, as f16. Past the end of k zeros.
+fn store(begin: u32, li: u32) {
+  let vec = begin * 2u + li % STEP_VECS;
+  for (var i = 0u; i < LEFT_LOADS; i++) {  // unroll
+    var v = select(vec4<f32>(0.0), inputs[i], vec < par.cells * 2u);
+    if (NORMED) {
+      square[i] = fma4(v, v, square[i]);
+      v *= gain(min(vec, par.cells * 2u - 1u));
+    }
+    x_tile[(i * LANES + li) / STEP_VECS * STRIDE + li % STEP_VECS] = vec4<f16>(v);
+  }
+  for (var i = 0u; i < RIGHT_LOADS; i++) {  // unroll
+    let at = i * LANES + li;
+    let to = at % TILE_COLS * STRIDE + at / TILE_COLS * 2u;
+    w_tile[to] = vec4<f16>(half_cell(raw[i], 0u));
+    w_tile[to + 1u] = vec4<f16>(half_cell(raw[i], 1u));
+  }
+}
+
 // One row's scale: 1, or that of its norm.
 fn row_scale(place: u32) -> f32 {
   if (!NORMED) { return 1.0; }
@@ -39,57 +76,30 @@ fn main(
   let row = subgroup / 2u * (ROW_BLOCKS * 16u);  // of the subgroup in the tile
   let col = subgroup % 2u * (COL_BLOCKS * 16u);
   let stride = STRIDE;
-  let n_vecs = par.cells * 2u;
-  var bases: array<u32, LEFT_LOADS>;
-  var square: array<f32, LEFT_LOADS>;
-  var inputs: array<vec4<f32>, LEFT_LOADS>;
-  var raw: array<vec4<u32>, RIGHT_LOADS>;
   var acc: array<coop_mat16x16<f32, C>, ROW_BLOCKS * COL_BLOCKS>;
   for (var i = 0u; i < LEFT_LOADS; i++) {  // unroll
     bases[i] = row_base(first_row + (i * LANES + li) / STEP_VECS);
   }
-
-  for (var begin = 0u; begin < par.cells + STEP_CELLS; begin += STEP_CELLS) {
-    for (var i = 0u; i < LEFT_LOADS; i++) {  // unroll
-      inputs[i] = x[bases[i] + min(begin * 2u + li % STEP_VECS, n_vecs - 1u)];
-    }
-    for (var i = 0u; i < RIGHT_LOADS; i++) {  // unroll
-      let at = i * LANES + li;
-      let cell = min(begin + at / TILE_COLS, par.cells - 1u);
-      raw[i] = w[cell * par.cols + min(first_col + at % TILE_COLS, par.cols - 1u)];
-    }
-    // What the step before has stored.
-    if (begin > 0u) {
-      for (var k = 0u; k < STEP_CELLS / 2u; k++) {
-        var x_part: array<coop_mat16x16<f16, A>, ROW_BLOCKS>;
+  fetch(0u, first_col, li);
+  store(0u, li);
+  workgroupBarrier();
+  for (var begin = 0u; begin < par.cells; begin += STEP_CELLS) {
+    // Past the last step zeros, which nobody multiplies.
+    fetch(begin + STEP_CELLS, first_col, li);
+    for (var k = 0u; k < 2u; k++) {  // unroll
+      var x_part: array<coop_mat16x16<f16, A>, ROW_BLOCKS>;
+      for (var i = 0u; i < ROW_BLOCKS; i++) {  // unroll
+        x_part[i] = coopLoadT<coop_mat16x16<f16, A>>(&x_tile[(row + i * 16u) * STRIDE + k * 4u], stride);
+      }
+      for (var j = 0u; j < COL_BLOCKS; j++) {  // unroll
+        let w_part = coopLoad<coop_mat16x16<f16, B>>(&w_tile[(col + j * 16u) * STRIDE + k * 4u], stride);
         for (var i = 0u; i < ROW_BLOCKS; i++) {  // unroll
-          x_part[i] = coopLoadT<coop_mat16x16<f16, A>>(&x_tile[(row + i * 16u) * STRIDE + k * 4u], stride);
-        }
-        for (var j = 0u; j < COL_BLOCKS; j++) {  // unroll
-          let w_part = coopLoad<coop_mat16x16<f16, B>>(&w_tile[(col + j * 16u) * STRIDE + k * 4u], stride);
-          for (var i = 0u; i < ROW_BLOCKS; i++) {  // unroll
-            acc[i * COL_BLOCKS + j] = coopMultiplyAdd(x_part[i], w_part, acc[i * COL_BLOCKS + j]);
-          }
+          acc[i * COL_BLOCKS + j] = coopMultiplyAdd(x_part[i], w_part, acc[i * COL_BLOCKS + j]);
         }
       }
     }
     workgroupBarrier();
-    let vec = begin * 2u + li % STEP_VECS;
-    for (var i = 0u; i < LEFT_LOADS; i++) {  // unroll
-      // Past the end of k zeros.
-      var v = select(vec4<f32>(0.0), inputs[i], vec < n_vecs);
-      if (NORMED) {
-        square[i] = fma4(v, v, square[i]);
-        v *= gain(min(vec, n_vecs - 1u));
-      }
-      x_tile[(i * LANES + li) / STEP_VECS * STRIDE + li % STEP_VECS] = vec4<f16>(v);
-    }
-    for (var i = 0u; i < RIGHT_LOADS; i++) {  // unroll
-      let at = i * LANES + li;
-      let to = at % TILE_COLS * STRIDE + at / TILE_COLS * 2u;
-      w_tile[to] = vec4<f16>(half_cell(raw[i], 0u));
-      w_tile[to + 1u] = vec4<f16>(half_cell(raw[i], 1u));
-    }
+    store(begin + STEP_CELLS, li);
     workgroupBarrier();
   }
 

@@ -95,6 +95,8 @@ impl BackendError for EngineError {
 pub struct StepStats {
     /// Dispatches recorded.
     pub dispatches: u32,
+    /// Of these, those of layers.
+    pub in_layers: u32,
     /// Time on the device, on [`Engine::clock`].
     pub device: Duration,
     /// Host time to plan and record, before submission.
@@ -165,7 +167,7 @@ impl<'d> Engine<'d> {
         let timer = StepTimer::new(device)?;
         let plan = |config: &EngineConfig| Self::layout(device, &geometry, &shape, config, timer.bytes());
         let (layout, sizes, upload) = plan(config);
-        let pool = PagePool::new(&layout).map_err(|e| Self::advise(config, &|c| plan(c).0, e))?;
+        let pool = PagePool::new(&layout).map_err(|e| config.advise(&|c| plan(c).0, e))?;
         let window = Self::window(&shape, config);
         let buffers = PoolBuffers::new(device, &pool, &window)?;
         let scratch = Scratch::new(device, &sizes)?;
@@ -289,26 +291,6 @@ impl<'d> Engine<'d> {
         (layout, sizes, upload)
     }
 
-    /// Makes the budget that a refusal advises one that suffices: staging grows with the budget, so the first answer
-    /// of the pool can still be too small.
-    fn advise(config: &EngineConfig, layout: &dyn Fn(&EngineConfig) -> PoolLayout, mut error: PoolError) -> PoolError {
-        // Each round adds what the round before has grown by, a small fraction of it.
-        for _ in 0..8 {
-            let PoolError::BudgetTooSmall { fixed, slab, .. } = error else { break };
-            let advised = EngineConfig { budget: fixed + slab, ..config.clone() };
-            match layout(&advised).split() {
-                Ok(_) => break,
-                Err(next) => error = next,
-            }
-        }
-        match error {
-            PoolError::BudgetTooSmall { fixed, slab, .. } => {
-                PoolError::BudgetTooSmall { budget: config.budget, fixed, slab }
-            }
-            other => other,
-        }
-    }
-
     fn back_bytes(config: &EngineConfig, sizes: &ScratchSizes) -> Bytes {
         // Evaluation reads logits back; generation only tokens.
         if config.max_logit_rows > config.max_sessions { sizes.logits } else { sizes.tokens }
@@ -327,6 +309,11 @@ impl<'d> Engine<'d> {
     /// Bytes of weights on the device, outside the budget.
     pub const fn weight_bytes(&self) -> Bytes {
         self.weights.bytes
+    }
+
+    /// Bytes of weights that a step reads: all but an embedding that is not the output matrix too, of which it reads few rows.
+    pub fn step_weight_bytes(&self) -> Bytes {
+        self.weights.step_bytes()
     }
 
     /// Bytes of every buffer on the device but the weights: what the pool's report calls allocated.
@@ -410,7 +397,7 @@ impl<'d> Engine<'d> {
         encoder.copy_buffer_to_buffer(self.uploader.source(), 0, &self.scratch.step, 0, step_bytes);
         self.tables.record(&mut encoder, self.uploader.source(), step_bytes, &self.buffers.tables);
         let recorder = Recorder::new(self.timer.begin(&mut encoder));
-        let dispatches = self.record(recorder, plan, &offsets, want);
+        let (dispatches, in_layers) = self.record(recorder, plan, &offsets, want);
         self.timer.resolve(&mut encoder);
         let n_logits = self.rows.logit_rows.len() as u64;
         let (source, row_words) = match want {
@@ -429,7 +416,7 @@ impl<'d> Engine<'d> {
         let length = usize::try_from(read_bytes).expect("a read-back fits in the address space");
         let mut bytes = Vec::with_capacity(length);
         self.back.read(self.device, length, &mut bytes)?;
-        self.stats = StepStats { dispatches, device: self.timer.elapsed(self.device)?, host };
+        self.stats = StepStats { dispatches, in_layers, device: self.timer.elapsed(self.device)?, host };
         Ok(bytes)
     }
 
@@ -454,11 +441,12 @@ impl<'d> Engine<'d> {
         Ok(self.attention.check(self.planner.last())?)
     }
 
-    /// Records the whole forward pass; the number of dispatches.
-    fn record(&self, mut recorder: Recorder<'_>, plan: &StepPlan, offsets: &StepOffsets, want: Want) -> u32 {
+    /// Records the whole forward pass; the number of dispatches, and how many of them are those of layers.
+    fn record(&self, mut recorder: Recorder<'_>, plan: &StepPlan, offsets: &StepOffsets, want: Want) -> (u32, u32) {
         let attention = self.planner.last();
         let (decode, all) = (plan.decode_rows(), plan.n_rows());
         self.layers.embed(&mut recorder, offsets.tokens, all);
+        let before = recorder.dispatches();
         for layer in 0..self.geometry.num_layers {
             let rows = RowCounts { decode, active: plan.active_rows(layer), all };
             self.layers.project(&mut recorder, layer as usize, rows);
@@ -473,12 +461,13 @@ impl<'d> Engine<'d> {
             }
             self.layers.after_attention(&mut recorder, layer as usize, rows);
         }
+        let in_layers = recorder.dispatches() - before;
         let n_logits = u32::try_from(self.rows.logit_rows.len()).expect("rows of a step are counted in 32 bits");
         self.layers.logits(&mut recorder, offsets.logit_rows, n_logits, want == Want::LogitsOfMany);
         if want == Want::Tokens {
             self.layers.sample(&mut recorder, offsets.samples, n_logits);
         }
-        recorder.dispatches()
+        (recorder.dispatches(), in_layers)
     }
 
     /// Computes the plan and returns the logits `[vocab_size]` of each sampling segment instead of a token.

@@ -96,6 +96,12 @@ impl DeviceWeights {
         Ok(Self { embedding, layers, output_norm, output, bytes: up.bytes })
     }
 
+    /// Bytes that a step reads.
+    pub(super) fn step_bytes(&self) -> Bytes {
+        let rows_alone = if self.output.is_some() { self.embedding.buffer.size() } else { 0 };
+        Bytes(self.bytes.0 - rows_alone)
+    }
+
     pub(super) fn output_matrix(&self) -> &DeviceMatrix {
         self.output.as_ref().unwrap_or(&self.embedding)
     }

@@ -12,6 +12,7 @@ pub mod perplexity;
 pub mod prompt;
 pub mod simulate;
 pub mod spread;
+pub mod step;
 pub mod switch;
 pub mod tune;
 pub mod verify;

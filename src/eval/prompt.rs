@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::compression::Compression;
 use crate::compression::token::Score;
-use crate::engine::{Engine, EngineError};
+use crate::engine::{Engine, EngineError, StepStats};
 use crate::kernels::sample::Sampling;
 use crate::schedule::{Backend as _, Caches, Observed, PlannedRows, SessionId, StepPlan};
 
@@ -230,6 +230,11 @@ impl<'e, 'd> Driver<'e, 'd> {
         let plan = StepPlan { segments: rows.iter().map(segment).collect(), ..StepPlan::default() };
         self.caches.grow(&plan)?;
         Ok(plan)
+    }
+
+    /// Figures of the last step.
+    pub const fn last_step(&self) -> StepStats {
+        self.engine.last_step()
     }
 
     /// Waits until everything that was submitted is done.

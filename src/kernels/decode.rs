@@ -98,30 +98,37 @@ impl FromStr for DecodeTuning {
 }
 
 impl DecodeTuning {
-    /// What is used where nothing was measured: on GPUs the fastest of an H100 and an H200 for formats of this kind; on
+    /// What is used where nothing was measured: on GPUs what was fastest on an H100 for formats of this kind; on
     /// processors that pretend to be one the general kernel, since compilers there take seconds over long texts.
     pub fn of_kind(adapter_kind: &str, format: &Format) -> Self {
         if adapter_kind == "cpu" {
             return Self::General;
         }
-        let one_head = format.shape.heads.group_size() == 1;
+        let group = format.shape.heads.group_size();
         let tile = match format.codec.k.quantizer {
+            Quantizer::F32 | Quantizer::F16 if group > 4 => DecodeTile::new(128, 2, 4, 8),
             Quantizer::F32 | Quantizer::F16 => DecodeTile::new(128, 1, 8, 8),
             Quantizer::Fp8 | Quantizer::Int8 => DecodeTile::new(64, 2, 1, 4),
-            Quantizer::Kivi { .. } | Quantizer::Gaussian { .. } if one_head => DecodeTile::new(32, 1, 8, 8),
+            Quantizer::Kivi { .. } | Quantizer::Gaussian { .. } if group == 1 => DecodeTile::new(32, 1, 8, 8),
+            // Two tokens a lane need more registers than there are.
+            Quantizer::Kivi { .. } | Quantizer::Gaussian { .. } if group > 4 => DecodeTile::new(64, 1, 2, 4),
             Quantizer::Kivi { .. } | Quantizer::Gaussian { .. } => DecodeTile::new(64, 2, 4, 8),
         };
         Self::Tiled(tile.ahead()).fitted(format)
     }
 
+    /// Everything that is worth trying for some format, the general kernel first.
+    pub fn all() -> impl Iterator<Item = Self> {
+        std::iter::once(Self::General).chain(TILES.into_iter().map(Self::Tiled))
+    }
+
     /// Everything that is worth trying for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
-        let mut candidates = vec![Self::General];
-        for tile in TILES {
-            if let Some(tile) = tile.fitted(format)
-                && !candidates.contains(&Self::Tiled(tile))
-            {
-                candidates.push(Self::Tiled(tile));
+        let mut candidates = Vec::new();
+        for tuning in Self::all() {
+            let fitted = tuning.fitted(format);
+            if !candidates.contains(&fitted) {
+                candidates.push(fitted);
             }
         }
         candidates

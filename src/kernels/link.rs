@@ -1,7 +1,7 @@
 //! Joining a prelude and plain WGSL files into one text.
 //!
 //! WGSL declarations at module scope do not depend on order, so joining files is enough; a table of lines
-//! leads an error message back to the file that it came from. Loops that ask for it are written out ([`unroll`](super::unroll)).
+//! leads an error message back to the file that it came from. Loops that ask for it are written out (`unroll`).
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;

@@ -16,7 +16,7 @@
 //! **Three texts** take the same items ([`PrefillTuning`]). `prefill.wgsl` serves every codec whose keys and values have all channels,
 //! rotated ones and merged layers included. `prefill_general.wgsl` serves every format, and alone keys that are pruned channels, whose
 //! query channels differ from page to page, and latents. `prefill_coop.wgsl` multiplies on cooperative matrices
-//! ([`prefill_coop`](super::prefill_coop)).
+//! ([`prefill_coop`]).
 //!
 //! **Mapping.** `prefill.wgsl` is two products of register tiles over operands in workgroup memory: keys and
 //! values are decoded once per tile, queries are staged again from the device's cache because they do not fit. A lane owns

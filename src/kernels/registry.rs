@@ -103,7 +103,15 @@ fn prefill_specs(format: &Format) -> Vec<KernelSpec> {
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
     let mut specs = prefill_specs(format);
     specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
-    for tuning in DecodeTuning::candidates(format) {
+    // Tiles differ in constants alone, so every one of them is looked at for one shape, and elsewhere the default.
+    let (head_dim, group) = (format.shape.heads.head_dim, format.shape.heads.group_size());
+    let all = (head_dim, group) == (128, 4) && format.shape.page_size == DEFAULT_PAGE_SIZE;
+    let mut tunings = if all { DecodeTuning::candidates(format) } else { vec![DecodeTuning::General] };
+    if !all && format.shape.page_size >= DEFAULT_PAGE_SIZE {
+        tunings.push(DecodeTuning::of_kind("gpu", format));
+        tunings.dedup();
+    }
+    for tuning in tunings {
         let spec = |tier| DecodeSpec { format: *format, tier, tuning }.kernel();
         specs.extend([Tier::Portable, Tier::Subgroup].map(spec));
     }

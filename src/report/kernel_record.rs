@@ -20,7 +20,7 @@ pub struct RecordFigure {
     pub bytes: f64,
     /// FLOP of a run.
     pub flop: f64,
-    /// The ceiling that it comes nearer to: `read` or `flop`.
+    /// The ceiling that it comes nearer to: `read`, `copy` or `flop`.
     pub bound: String,
     /// That ceiling, per second.
     pub ceiling: f64,
@@ -72,7 +72,7 @@ impl KernelsReport {
             let Outcome::Measured(figures) = &row.outcome else { return None };
             let us = figures.seconds.scaled(1e6);
             let (bound, fraction) = figures.bound();
-            let ceiling = if bound == "read" { self.roof.read_bytes_per_s } else { self.roof.flop_per_s };
+            let ceiling = self.roof.of(bound);
             Some(RecordFigure {
                 case: row.case.clone(),
                 candidate: row.candidate.clone(),
@@ -288,6 +288,7 @@ pub(super) mod tests {
             flop,
             bytes_per_s,
             of_read,
+            of_copy: None,
             flop_per_s,
             of_flop: flop_per_s / 1e13,
             pairs_per_s,

@@ -60,14 +60,15 @@ pub fn kernel_line(row: &KernelRow) -> String {
         Outcome::Wrong(why) => format!("{name:<48} WRONG: {why}\n"),
         Outcome::Failed(why) => format!("{name:<48} failed: {why}\n"),
         Outcome::Measured(figures) => {
-            let Figures { seconds, bytes_per_s, of_read, pairs_per_s, to_f16, error_over_bound, .. } = figures;
+            let Figures { seconds, bytes_per_s, pairs_per_s, to_f16, error_over_bound, .. } = figures;
+            let (memory, part) = figures.memory();
             let pairs = pairs_per_s.map_or_else(String::new, |pairs| format!(" {:>9} Gtok/s", figure(pairs * 1e-9)));
             let to_f16 = to_f16.map_or_else(String::new, |ratio| format!("  {ratio:>5.2} x f16"));
             format!(
-                "{name:<48} {:>9} µs {:>7} GB/s {:>5.1} % of read{pairs}{to_f16}  error/bound {error_over_bound:.3}\n",
+                "{name:<48} {:>9} µs {:>7} GB/s {:>5.1} % of {memory}{pairs}{to_f16}  error/bound {error_over_bound:.3}\n",
                 number(Some(seconds.median * 1e6)),
                 figure(bytes_per_s * 1e-9),
-                of_read * 100.0,
+                part * 100.0,
             )
         }
     }
@@ -89,7 +90,7 @@ fn cells(outcome: &Outcome) -> Vec<String> {
         number(Some(seconds.p90)),
         in_units(figures.bytes, 1e-6),
         in_units(figures.bytes_per_s, 1e-9),
-        format!("{:.1} %", figures.of_read * 100.0),
+        format!("{:.1} % {}", figures.memory().1 * 100.0, figures.memory().0),
         in_units(figures.flop_per_s, 1e-9),
         figures.pairs_per_s.map_or_else(|| "-".to_owned(), |pairs| figure(pairs * 1e-9)),
         number(figures.to_f16),
@@ -109,7 +110,7 @@ impl fmt::Display for KernelsReport {
             ("p90", Right),
             ("MB", Right),
             ("GB/s", Right),
-            ("of read", Right),
+            ("of ceiling", Right),
             ("GFLOP/s", Right),
             ("Gtok/s", Right),
             ("x f16", Right),
@@ -123,22 +124,23 @@ impl fmt::Display for KernelsReport {
             all
         });
         writeln!(f, "{}", table(&columns, rows))?;
-        let Roof { read_bytes_per_s, flop_per_s } = self.roof;
+        let Roof { read_bytes_per_s, copy_bytes_per_s, flop_per_s } = self.roof;
         let clock = self.device.clock.clone().unwrap_or_default();
         let pages = if self.in_order { "in the pool's order" } else { "in random order" };
         let settled = "a ~ marks times that had not settled within 3 % when the warm-up ended";
         let lines = [
             ("read ceiling", format!("{} GB/s", number(Some(read_bytes_per_s * 1e-9)))),
+            ("copy ceiling", format!("{} GB/s, read and written", number(Some(copy_bytes_per_s * 1e-9)))),
             ("FLOP ceiling", format!("{} GFLOP/s of matrix products", number(Some(flop_per_s * 1e-9)))),
             ("timed by", format!("{clock}; {settled}")),
             ("pages", pages.to_owned()),
             ("checked", "outputs are poisoned, then compared with f64 before and after timing".to_owned()),
-            ("Gtok/s", "billions of (token, KV head) pairs that attention reads per second".to_owned()),
+            ("Gtok/s", "billions of (token, KV head) pairs that are read per second".to_owned()),
         ];
         f.write_str(&block("kernels", &lines))?;
-        let of_read = |row: &KernelRow| matches!(&row.outcome, Outcome::Measured(figures) if figures.of_read > 1.0);
-        if self.rows.iter().any(of_read) {
-            writeln!(f, "  what reads more than the ceiling reads from a cache: its part of the ceiling says nothing")?;
+        let above = |row: &KernelRow| matches!(&row.outcome, Outcome::Measured(figures) if figures.memory().1 > 1.0);
+        if self.rows.iter().any(above) {
+            writeln!(f, "  what moves more than the ceiling reads from a cache: its part of the ceiling says nothing")?;
         }
         Ok(())
     }

@@ -8,7 +8,8 @@ use crate::eval::kernels::{KernelRow, Outcome, Roof};
 /// One picture per kernel, below one another, as one file.
 pub(super) fn svg(rows: &[KernelRow], roof: &Roof, device: &str) -> String {
     let mut kernels: Vec<&str> = Vec::new();
-    for row in rows.iter().filter(|row| matches!(row.outcome, Outcome::Measured(_))) {
+    // What moves bytes alone has no place over FLOP per byte.
+    for row in rows.iter().filter(|row| matches!(row.outcome, Outcome::Measured(f) if f.flop > 0.0)) {
         if !kernels.contains(&row.kernel) {
             kernels.push(row.kernel);
         }
@@ -81,7 +82,7 @@ mod tests {
 
     #[test]
     fn points_lie_below_the_roof_and_each_kernel_has_a_picture() {
-        let roof = Roof { read_bytes_per_s: 1e12, flop_per_s: 1e13 };
+        let roof = Roof { read_bytes_per_s: 1e12, copy_bytes_per_s: 1e12, flop_per_s: 1e13 };
         let rows = [row("decode", "a", 0.9), row("decode", "b", 0.5), row("merge_states", "c", 0.3)];
         let svg = svg(&rows, &roof, "a device");
         assert_eq!(svg.matches("<polyline").count(), 2, "a roof per kernel: {svg}");

@@ -68,6 +68,7 @@ pub(super) fn run(args: &AllArgs, global: &Global) -> Result<ExitCode> {
     let mut written = vec![record.beside("device.json", &json(&ceilings)?)?];
     let roof = Roof {
         read_bytes_per_s: ceilings.ceilings.read_bytes_per_s.median,
+        copy_bytes_per_s: ceilings.ceilings.copy_bytes_per_s.median,
         flop_per_s: ceilings.ceilings.flop_per_s.median,
     };
     let mut plan = KernelPlan::of(&device);

@@ -8,6 +8,7 @@ use clap::Args;
 use concertina::device::Device;
 use concertina::engine::ceilings::{Ceiling, CeilingSizes, Ceilings};
 use concertina::eval::ceilings;
+use concertina::eval::kernels::ceiling_sizes;
 use concertina::eval::spread::WARM_UP;
 use concertina::report::{CeilingFigures, CeilingsReport, DeviceReport, Program};
 
@@ -48,11 +49,7 @@ pub(super) fn run(args: &DeviceArgs, global: &Global) -> Result<ExitCode> {
 
 /// Measures the ceilings of a device and shows them.
 pub(super) fn measure(device: &Device, quick: bool, repeats: usize, output: &Output) -> Result<CeilingsReport> {
-    let sizes = match (quick, device.summary().kind.as_str()) {
-        (true, _) => CeilingSizes::QUICK,
-        (false, "cpu") => CeilingSizes::SOFTWARE,
-        (false, _) => CeilingSizes::FULL,
-    };
+    let sizes = if quick { CeilingSizes::QUICK } else { ceiling_sizes(device) };
     let warm_up = if quick { HARDLY } else { WARM_UP };
     let started = Instant::now();
     let spinner = progress::spinner("preparing the device");

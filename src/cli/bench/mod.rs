@@ -5,6 +5,7 @@ mod device;
 mod kernels;
 mod metrics;
 mod record;
+mod step;
 mod switch;
 
 use std::process::ExitCode;
@@ -18,14 +19,16 @@ pub(super) use kernels::seconds;
 /// Measure speed on this device
 ///
 /// Every figure is that of a run whose results were checked, after a warm-up. `device` is what the hardware gives at best;
-/// `kernels` what single kernels make of it; `metrics` what a session costs, in the four ways that its context makes it cost; `switch` one of them in detail; `all` what a
-/// record of this device consists of.
+/// `kernels` what single kernels make of it; `step` how decode steps of a model come near to reading
+/// alone; `metrics` what a session costs, in the four ways that its context makes it cost; `switch` one of them in detail; `all`
+/// what a record of this device consists of.
 /// `concertina report` puts what they write beside what the theory predicts.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   concertina bench device --json device.json
   concertina bench kernels --only decode
+  concertina bench step --model model.gguf --batch 1 64 --compress full kivi4
   concertina bench metrics --model model.gguf --context 1024 4096 --compress full kivi4 --json metrics.json
   concertina bench switch --model model.gguf --tokens 8192 --compress full kivi4 h2o:0.25")]
 pub(super) struct BenchArgs {
@@ -39,6 +42,7 @@ enum What {
     Device(device::DeviceArgs),
     Kernels(kernels::KernelsArgs),
     Metrics(metrics::MetricsArgs),
+    Step(step::StepArgs),
     Switch(switch::SwitchArgs),
 }
 
@@ -49,6 +53,7 @@ pub(super) fn run(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
         What::Device(args) => device::run(args, global),
         What::Kernels(args) => kernels::run(args, global),
         What::Metrics(args) => metrics::run(args, global),
+        What::Step(args) => step::run(args, global),
         What::Switch(args) => switch::run(args, global),
     }
 }

@@ -61,7 +61,7 @@ pub(super) struct BenchCache {
     /// `[copy][sequence]`.
     pub(super) copies: Vec<Vec<PageTable>>,
     /// What the table buffer holds.
-    entries: Vec<u32>,
+    pub(super) entries: Vec<u32>,
     kinds: Vec<Kind>,
     slab_cells: u32,
 }
@@ -163,7 +163,7 @@ impl BenchCache {
     }
 
     /// What a decode row reads of one KV head, in order.
-    fn runs(&self, copy: usize, sequence: usize, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
+    pub(super) fn runs(&self, copy: usize, sequence: usize, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
         let table = &self.copies[copy][sequence];
         table.seen_runs(0, kv_head, self.spec.contexts[sequence] - 1)
     }

@@ -125,19 +125,6 @@ impl MergeRun {
 }
 
 impl KernelRun for MergeRun {
-    fn candidates(&self) -> Vec<String> {
-        vec!["64 lanes".to_owned()]
-    }
-
-    fn choose(
-        &mut self,
-        _device: &Device,
-        _pipelines: &mut PipelineCache,
-        _candidate: usize,
-    ) -> Result<(), EngineError> {
-        Ok(())
-    }
-
     fn work(&self) -> Work {
         let heads = self.spec.shape.heads;
         let (states, width) = (f64::from(self.spec.n_states()), f64::from(heads.head_dim));

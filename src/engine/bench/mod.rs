@@ -7,19 +7,30 @@
 //! |---|---|---|
 //! | [`decode`] | decode with `merge_states`, over page tables | dense attention in f64 over what its pages hold |
 //! | [`prefill`] | prefill with `merge_states`, the last rows of every sequence | the same |
-//! | [`product`] | products of few and of many rows | sums of products in f64 |
+//! | [`product`] | products of many rows, and of few | sums of products in f64 |
 //! | [`merge`] | `merge_states` by itself | its own sums in f64 |
+//! | [`append`] | rows to open pages, turned | turned numbers in f64, rounded to f16 |
+//! | [`seal`] | full pages to codes | the codec's definition, every bit |
+//! | [`score`] | what cached tokens receive from rows | sums of probabilities in f64 |
+//! | [`select`] | which tokens stay | the definition of the choice, every index |
+//! | [`gather`] | kept tokens to fresh pages | what their pages hold, every bit |
 //!
 //! Caches of gigabytes are filled within a second: [`cache`] encodes a few dozen pages on the CPU and copies them about on the
 //! device, so that any page's contents follow from its place. A run reads what no cache of the device still holds: where a
 //! case's bytes are few, runs take turns over copies of it that lie elsewhere ([`BenchSettings::cold`]).
 
+pub mod append;
 pub mod cache;
 pub mod decode;
+pub mod gather;
+mod inputs;
 pub mod merge;
 mod outputs;
 pub mod prefill;
 pub mod product;
+pub mod score;
+pub mod seal;
+pub mod select;
 mod timed;
 
 use super::EngineError;
@@ -35,7 +46,7 @@ pub struct Work {
     pub bytes: f64,
     /// Multiplications and additions.
     pub flop: f64,
-    /// (token, KV head) pairs that attention reads, so that codecs can be compared; `None` where nothing reads tokens.
+    /// (token, KV head) pairs that are read, so that codecs can be compared; `None` where that says nothing.
     pub pairs: Option<f64>,
 }
 
@@ -66,16 +77,30 @@ pub struct Checked {
 /// A kernel with its inputs on a device, ready to run.
 pub trait KernelRun {
     /// Variants of the kernel that give the same result; the first is the one that the program uses, and is chosen.
-    fn candidates(&self) -> Vec<String>;
+    fn candidates(&self) -> Vec<String> {
+        vec!["only".to_owned()]
+    }
 
     /// Compiles the variant that runs from now on.
     ///
     /// # Errors
     /// [`EngineError::Kernel`] where it does not run on this device; others still may.
-    fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError>;
+    fn choose(
+        &mut self,
+        _device: &Device,
+        _pipelines: &mut PipelineCache,
+        _candidate: usize,
+    ) -> Result<(), EngineError> {
+        Ok(())
+    }
 
     /// What each run does.
     fn work(&self) -> Work;
+
+    /// Whether it writes a third of its bytes or more, so that copying is what it can at best be as fast as, not reading.
+    fn copies(&self) -> bool {
+        false
+    }
 
     /// Records one run over a copy of the inputs; copies are counted without end. It overwrites what the run before it left.
     fn record(&self, recorder: &mut Recorder<'_>, copy: usize);

@@ -1,17 +1,18 @@
-//! Products of few and of many rows.
+//! Products of many rows, which prompts go through, and of few, which decode rows go through.
 
 use std::sync::Arc;
 
 use half::f16;
-use rand::{RngExt, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
+use super::inputs::{copies, n_copies, numbers};
 use super::outputs::{filled, poison};
 use super::{BenchSettings, Checked, KernelRun, Work};
 use crate::device::Device;
 use crate::device::staging::{Uploader, download};
 use crate::engine::EngineError;
-use crate::geometry::{Bytes, WORD_BYTES};
+use crate::geometry::{Bytes, F16_BYTES, WORD_BYTES};
 use crate::kernels::abi::MatmulParams;
 use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product, pack};
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
@@ -33,8 +34,8 @@ pub struct ProductSpec {
     pub k: u32,
     /// Columns of y.
     pub cols: u32,
-    /// Whether these are decode rows, which go through `matvec`, rather than prompt rows.
-    pub few: bool,
+    /// Whether they are decode rows, which go through `matvec`; through `matmul` otherwise.
+    pub decode: bool,
 }
 
 #[derive(Debug)]
@@ -64,11 +65,11 @@ pub struct ProductRun {
 
 const PRODUCT: Product = Product { input: Input::Plain, output: Output::Replace };
 
-/// Layouts of few rows, the one that the program uses first.
+/// Layouts of `matvec`, the one that the program uses first.
 fn few(device: &Device, tuning: &Tuning, rows: u32) -> Vec<Candidate> {
-    let chosen = tuning.product(&device.summary().kind).few;
+    let chosen = tuning.product(&device.summary().kind);
     let mut candidates: Vec<Candidate> = Vec::new();
-    for few in std::iter::once(chosen).chain(ProductTuning::candidates().into_iter().map(|tuning| tuning.few)) {
+    for few in std::iter::once(chosen).chain(ProductTuning::candidates()).map(|tuning| tuning.few) {
         let rows = few.rows_for(rows);
         let spec = PRODUCT.matvec(rows, few);
         if candidates.iter().all(|known| known.spec != spec) {
@@ -78,7 +79,7 @@ fn few(device: &Device, tuning: &Tuning, rows: u32) -> Vec<Candidate> {
     candidates
 }
 
-/// Layouts of many rows that the device can run, the one that the program uses first.
+/// Layouts of `matmul` that the device can run, the one that the program uses first.
 fn many(device: &Device, tuning: &Tuning) -> Vec<Candidate> {
     let mut candidates = Vec::new();
     if let Some(first) = tuning.cooperative_product(device.tier()) {
@@ -110,21 +111,17 @@ impl ProductRun {
         spec: &ProductSpec,
         settings: &BenchSettings,
     ) -> Result<Self, EngineError> {
-        let ProductSpec { rows, k, cols, .. } = *spec;
+        let ProductSpec { rows, k, cols, decode } = *spec;
         let mut rng = ChaCha8Rng::seed_from_u64(23);
-        let mut values = |n: u32| -> Vec<f32> { (0..n).map(|_| rng.random_range(-2.0_f32..2.0)).collect() };
-        let x_values = values(rows * k);
-        let w_values: Vec<f16> = values(cols * k).into_iter().map(f16::from_f32).collect();
+        let x_values = numbers(&mut rng, rows as usize * k as usize);
+        let w_values: Vec<f16> = numbers(&mut rng, cols as usize * k as usize).into_iter().map(f16::from_f32).collect();
         let mut packed = Vec::new();
         pack(&Matrix::new(cols, k, w_values.clone()), &mut packed);
         let x = filled(device, "x", &x_values)?;
         let y = device.storage("y", Bytes(u64::from(rows) * u64::from(cols) * WORD_BYTES))?;
-        let mut w = Vec::new();
-        for _ in 0..settings.cold.0.div_ceil(2 * packed.len() as u64).max(1) {
-            w.push(filled(device, "w", &packed)?);
-        }
+        let w = copies(device, "weights", &packed, n_copies(packed.len() as u64 * F16_BYTES, settings))?;
         let tuning = pipelines.tuning();
-        let candidates = if spec.few { few(device, tuning, rows) } else { many(device, tuning) };
+        let candidates = if decode { few(device, tuning, rows) } else { many(device, tuning) };
         let pipeline = pipelines.get(device, &candidates[0].spec)?;
         let mut run =
             Self { spec: *spec, candidates, chosen: 0, pipeline, groups: Vec::new(), x, y, w, x_values, w_values };

@@ -6,11 +6,16 @@
 use crate::compression::hidden::HiddenCodec;
 use crate::device::Device;
 use crate::engine::EngineError;
+use crate::engine::bench::append::{AppendRun, AppendSpec};
 use crate::engine::bench::cache::CacheSpec;
 use crate::engine::bench::decode::DecodeRun;
+use crate::engine::bench::gather::GatherRun;
 use crate::engine::bench::merge::{MergeRun, MergeSpec};
 use crate::engine::bench::prefill::{PrefillCase, PrefillRun};
 use crate::engine::bench::product::{ProductRun, ProductSpec};
+use crate::engine::bench::score::{ScoreRun, ScoreSpec};
+use crate::engine::bench::seal::{SealRun, SealSpec};
+use crate::engine::bench::select::{SelectRun, SelectSpec};
 use crate::engine::bench::{BenchSettings, KernelRun};
 use crate::geometry::HeadGeometry;
 use crate::kernels::PipelineCache;
@@ -60,6 +65,7 @@ pub enum Sizes {
 const CODECS: [&str; 4] = ["f16", "int8", "kivi4", "kivi2"];
 const COARSE: &[&str] = &["kivi4:128"];
 const TWO: &[&str] = &["f16", "kivi4"];
+const SEALED: [&str; 3] = ["int8", "kivi4", "rot4"];
 
 /// Every case of a size.
 pub fn cases(sizes: Sizes) -> Vec<Case> {
@@ -89,7 +95,15 @@ fn full() -> Vec<Case> {
     // 64 rows behind 16K tokens, eight times.
     let page = shape.page_size;
     cases.extend(prefill(("8x64after16k", vec![(16 << 10) + page; 8]), page, shape, &["f16", "int8", "kivi4"]));
-    cases.push(product(ProductSpec { rows: 1024, k: 4096, cols: 4096, few: false }));
+    cases.push(product(ProductSpec { rows: 1024, k: 4096, cols: 4096, decode: false }));
+    for (k, cols) in [(4096, 4096), (4096, 14_336), (576, 1536)] {
+        cases.extend([1, 4, 16].map(|rows| product(ProductSpec { rows, k, cols, decode: true })));
+    }
+    cases.push(append(AppendSpec { shape, pages: 32 }));
+    cases.extend(SEALED.map(|codec| seal(shape, codec, 512)));
+    cases.extend(TWO.iter().map(|codec| score("128after32k", shape, codec, 32 << 10, 128)));
+    cases.push(select("256x32k", SelectSpec { lists: 256, tokens: 32 << 10, kept: 8 << 10 }));
+    cases.extend(TWO.iter().map(|codec| gather("16x8k", shape, codec, vec![8 << 10; 16])));
     cases
 }
 
@@ -108,7 +122,14 @@ fn small() -> Vec<Case> {
     cases.extend(prefill(("512", vec![512]), 512, shape(2, 4, 128, page), &["f16"]));
     let contexts = vec![512 + page; 2];
     cases.extend(prefill(("2x64after512", contexts), page, shape(2, 4, 128, page), &["f16", "int8", "kivi4"]));
-    cases.push(product(ProductSpec { rows: 128, k: 512, cols: 512, few: false }));
+    cases.push(product(ProductSpec { rows: 128, k: 512, cols: 512, decode: false }));
+    cases.extend([1, 4, 16].map(|rows| product(ProductSpec { rows, k: 576, cols: 1536, decode: true })));
+    let shape = shape(2, 4, 128, page);
+    cases.push(append(AppendSpec { shape, pages: 4 }));
+    cases.extend(SEALED.map(|codec| seal(shape, codec, 32)));
+    cases.extend(TWO.iter().map(|codec| score("32after1k", shape, codec, 1 << 10, 32)));
+    cases.push(select("8x4k", SelectSpec { lists: 8, tokens: 4 << 10, kept: 1 << 10 }));
+    cases.extend(TWO.iter().map(|codec| gather("4x1k", shape, codec, vec![1 << 10; 4])));
     cases
 }
 
@@ -134,7 +155,7 @@ fn named(batch: &str, shape: &CacheShape) -> String {
 
 pub(in crate::eval) fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
     let case = |codec: &&str| {
-        let codec: HiddenCodec = codec.parse().unwrap_or_else(|e| panic!("the harness's own codec should parse: {e}"));
+        let codec = parsed(codec);
         let spec = CacheSpec { shape, codec, contexts: contexts.clone() };
         let prepare: Box<Prepare> = Box::new(move |device, pipelines, settings| {
             Ok(Box::new(DecodeRun::new(device, pipelines, &spec, settings)?))
@@ -163,10 +184,10 @@ pub(in crate::eval) fn prefill(
 }
 
 pub(in crate::eval) fn product(spec: ProductSpec) -> Case {
-    let ProductSpec { rows, k, cols, few } = spec;
+    let ProductSpec { rows, k, cols, decode } = spec;
     let prepare: Box<Prepare> =
         Box::new(move |device, pipelines, settings| Ok(Box::new(ProductRun::new(device, pipelines, &spec, settings)?)));
-    let kernel = if few { "matvec" } else { "matmul" };
+    let kernel = if decode { "matvec" } else { "matmul" };
     Case { kernel, shape: format!("{rows}x{k}x{cols}"), codec: None, prepare }
 }
 
@@ -175,6 +196,49 @@ fn merge(batch: &str, shape: CacheShape, rows: u32, states: u32) -> Case {
     let prepare: Box<Prepare> =
         Box::new(move |device, pipelines, settings| Ok(Box::new(MergeRun::new(device, pipelines, &spec, settings)?)));
     Case { kernel: "merge_states", shape: named(batch, &shape), codec: None, prepare }
+}
+
+fn parsed(codec: &str) -> HiddenCodec {
+    codec.parse().unwrap_or_else(|e| panic!("the harness's own codec should parse: {e}"))
+}
+
+/// Rows of a prompt to whole pages.
+fn append(spec: AppendSpec) -> Case {
+    let rows = format!("{}rows", spec.pages * spec.shape.page_size);
+    let prepare: Box<Prepare> =
+        Box::new(move |device, pipelines, settings| Ok(Box::new(AppendRun::new(device, pipelines, &spec, settings)?)));
+    Case { kernel: "append", shape: named(&rows, &spec.shape), codec: None, prepare }
+}
+
+fn seal(shape: CacheShape, codec: &str, pages: u32) -> Case {
+    let spec = SealSpec { shape, codec: parsed(codec), pages };
+    let prepare: Box<Prepare> =
+        Box::new(move |device, pipelines, settings| Ok(Box::new(SealRun::new(device, pipelines, &spec, settings)?)));
+    Case { kernel: "seal", shape: named(&format!("{pages}pages"), &shape), codec: Some(spec.codec), prepare }
+}
+
+/// The last rows of a prompt over its cache.
+fn score(name: &str, shape: CacheShape, codec: &str, tokens: u32, rows: u32) -> Case {
+    let codec = parsed(codec);
+    let spec = ScoreSpec { cache: CacheSpec { shape, codec, contexts: vec![tokens] }, rows };
+    let prepare: Box<Prepare> =
+        Box::new(move |device, pipelines, settings| Ok(Box::new(ScoreRun::new(device, pipelines, &spec, settings)?)));
+    Case { kernel: "score", shape: named(name, &shape), codec: Some(codec), prepare }
+}
+
+fn select(name: &str, spec: SelectSpec) -> Case {
+    let prepare: Box<Prepare> =
+        Box::new(move |device, pipelines, settings| Ok(Box::new(SelectRun::new(device, pipelines, &spec, settings)?)));
+    Case { kernel: "select", shape: name.to_owned(), codec: None, prepare }
+}
+
+/// Half of every sequence stays.
+fn gather(name: &str, shape: CacheShape, codec: &str, contexts: Vec<u32>) -> Case {
+    let codec = parsed(codec);
+    let spec = CacheSpec { shape, codec, contexts };
+    let prepare: Box<Prepare> =
+        Box::new(move |device, pipelines, settings| Ok(Box::new(GatherRun::new(device, pipelines, &spec, settings)?)));
+    Case { kernel: "gather", shape: named(name, &shape), codec: Some(codec), prepare }
 }
 
 #[cfg(test)]
@@ -190,7 +254,8 @@ mod tests {
             let names: BTreeSet<String> = cases.iter().map(Case::name).collect();
             assert_eq!(names.len(), cases.len(), "{sizes:?}: {cases:?}");
             let mut seen = BTreeSet::new();
-            for case in cases.iter().filter(|case| case.codec.is_some()) {
+            // Nothing is sealed as f16.
+            for case in cases.iter().filter(|case| case.codec.is_some() && case.kernel != "seal") {
                 let first = seen.insert((case.kernel, case.shape.clone()));
                 assert_eq!(first, case.codec == Some(HiddenCodec::F16), "{case:?}");
             }

@@ -31,6 +31,8 @@ pub use protocol::Protocol;
 pub struct Roof {
     /// Bytes of device memory read per second.
     pub read_bytes_per_s: f64,
+    /// Bytes of device memory copied per second, read and written both counted.
+    pub copy_bytes_per_s: f64,
     /// FLOP per second of matrix products.
     pub flop_per_s: f64,
 }
@@ -82,6 +84,8 @@ pub struct Figures {
     pub bytes_per_s: f64,
     /// The same as a part of the read ceiling.
     pub of_read: f64,
+    /// The same as a part of the copy ceiling, for kernels that write a good part of their bytes.
+    pub of_copy: Option<f64>,
     /// FLOP per second, at the median.
     pub flop_per_s: f64,
     /// The same as a part of the ceiling of matrix products.
@@ -107,6 +111,7 @@ impl Figures {
             flop: work.flop,
             bytes_per_s,
             of_read: bytes_per_s / roof.read_bytes_per_s,
+            of_copy: run.copies().then(|| bytes_per_s / roof.copy_bytes_per_s),
             flop_per_s,
             of_flop: flop_per_s / roof.flop_per_s,
             pairs_per_s: work.pairs.map(|pairs| pairs / seconds.median),
@@ -116,9 +121,15 @@ impl Figures {
         }
     }
 
-    /// The ceiling that the kernel comes nearer to, `read` or `flop`, and the part of it that is reached.
+    /// The ceiling of memory, `read` or `copy`, and the part of it that is reached.
+    pub fn memory(&self) -> (&'static str, f64) {
+        self.of_copy.map_or(("read", self.of_read), |part| ("copy", part))
+    }
+
+    /// The ceiling that the kernel comes nearer to, `read`, `copy` or `flop`, and the part of it that is reached.
     pub fn bound(&self) -> (&'static str, f64) {
-        if self.of_read >= self.of_flop { ("read", self.of_read) } else { ("flop", self.of_flop) }
+        let memory = self.memory();
+        if memory.1 >= self.of_flop { memory } else { ("flop", self.of_flop) }
     }
 
     /// FLOP per byte.
@@ -161,6 +172,11 @@ pub(super) fn is_software(device: &Device) -> bool {
     device.summary().kind == "cpu"
 }
 
+/// How large the work is that a device's ceilings are measured with.
+pub fn ceiling_sizes(device: &Device) -> CeilingSizes {
+    if is_software(device) { CeilingSizes::SOFTWARE } else { CeilingSizes::FULL }
+}
+
 impl KernelPlan {
     /// Full sizes on a GPU. On processors small ones, which take no turns: what one reads there is beyond their caches or near
     /// enough, and figures say little anyway.
@@ -183,11 +199,23 @@ impl Roof {
     /// # Errors
     /// As [`ceilings::ceiling`].
     pub fn measure(device: &Device) -> Result<Self, EngineError> {
-        let sizes = if is_software(device) { CeilingSizes::SOFTWARE } else { CeilingSizes::FULL };
-        let mut made = Ceilings::new(device, sizes)?;
+        let mut made = Ceilings::new(device, ceiling_sizes(device))?;
         let mut of = |ceiling| ceilings::ceiling(&mut made, ceiling, WARM_UP, CEILING_REPEATS);
-        let (read, flop) = (of(Ceiling::Read)?, of(Ceiling::Flop)?);
-        Ok(Self { read_bytes_per_s: read.value.median, flop_per_s: flop.value.median })
+        let (read, copy, flop) = (of(Ceiling::Read)?, of(Ceiling::Copy)?, of(Ceiling::Flop)?);
+        Ok(Self {
+            read_bytes_per_s: read.value.median,
+            copy_bytes_per_s: copy.value.median,
+            flop_per_s: flop.value.median,
+        })
+    }
+
+    /// The ceiling of this name, per second.
+    pub fn of(&self, bound: &str) -> f64 {
+        match bound {
+            "read" => self.read_bytes_per_s,
+            "copy" => self.copy_bytes_per_s,
+            _ => self.flop_per_s,
+        }
     }
 }
 

@@ -8,6 +8,7 @@ mod codecs;
 pub mod eviction;
 mod latent;
 pub mod operators;
+mod tunings;
 
 use serde::Serialize;
 
@@ -63,12 +64,18 @@ pub fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(&Check)) -> Res
     codecs::run(device, extent, &mut report)?;
     attention::run(device, extent, &mut report)?;
     eviction::run(device, extent, &mut report)?;
+    tunings::run(device, extent, &mut report)?;
     Ok(checks)
 }
 
 /// How many checks [`run`] will make in a tier.
 pub fn count(tier: Tier, extent: Extent) -> usize {
-    operators::count(tier) + latent::COUNT + codecs::count(extent) + attention::count(extent) + eviction::count(extent)
+    operators::count(tier)
+        + latent::COUNT
+        + codecs::count(extent)
+        + attention::count(extent)
+        + eviction::count(extent)
+        + tunings::count(tier, extent)
 }
 
 #[cfg(test)]
