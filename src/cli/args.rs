@@ -50,6 +50,12 @@ pub(super) struct Global {
     #[arg(long, global = true, value_enum, value_name = "TIER", help_heading = "Global options")]
     tier: Option<TierArg>,
 
+    /// Launch kernels as this file of `concertina tune` says, or as they are by default: a FILE, or `default`
+    ///
+    /// Without it what `concertina tune` found on this adapter is used, where it was run.
+    #[arg(long, global = true, value_name = "FILE|default", help_heading = "Global options")]
+    pub(super) tuning: Option<String>,
+
     /// Write the results to this file as JSON; `-` writes them to the standard output instead of the tables
     ///
     /// The file is written whole at the end or not at all. Names in it end in their unit: _bytes, _tokens, _s, _ms.

@@ -148,6 +148,7 @@ fn run_heads(args: &HeadsArgs, global: &Global) -> Result<ExitCode> {
         ))
     })?;
     let device = Device::open(&request)?;
+    let tuned = global.tuned(&device)?;
     let weights = model.weights()?;
     let config = EngineConfig {
         budget: args.kv_budget,
@@ -162,7 +163,7 @@ fn run_heads(args: &HeadsArgs, global: &Global) -> Result<ExitCode> {
         swap_chunk: Bytes::ZERO,
         max_arena: None,
     };
-    let (mut engine, mut caches) = engine(&device, &weights, &config)?;
+    let (mut engine, mut caches) = engine(&device, &weights, &config, &tuned)?;
     drop(weights);
     let started = Instant::now();
     let bar = progress::work("reading", heads::work(&task, &settings) as u64);
@@ -175,7 +176,7 @@ fn run_heads(args: &HeadsArgs, global: &Global) -> Result<ExitCode> {
     let by = HeadScore::from(args.by);
     let report = HeadsReport {
         program: Program::THIS,
-        device: DeviceReport::new(&device, None),
+        device: DeviceReport::new(&device, None).tuned_by(&tuned.source),
         model: model.report(Some(engine.weight_bytes())),
         text: args.text.as_ref().map(|path| path.display().to_string()),
         settings,

@@ -1,10 +1,12 @@
 //! `concertina devices`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Args;
-use concertina::device::{DeviceError, default_adapter, list_adapters};
+use concertina::device::{AdapterSummary, DeviceError, Tier, default_adapter, list_adapters};
+use concertina::eval::tune::{EntryKey, Found, TuningFile, file_of_user};
 use concertina::report::{DevicesReport, Program};
 
 use super::args::Global;
@@ -32,8 +34,28 @@ pub(super) fn run(global: &Global) -> Result<ExitCode> {
         return Err(DeviceError::NoAdapter { backends }.into());
     };
     let default_adapter = adapters[default].name.clone();
-    let report = DevicesReport { program: Program::THIS, adapters, default_adapter };
+    let file = file_of_user();
+    let tunings = match &file {
+        Some(path) => TuningFile::read(path)?,
+        None => None,
+    };
+    let tuned = tunings.as_ref().zip(file.as_deref());
+    let tuned_tiers = adapters.iter().map(|adapter| tuned_tiers(adapter, tuned)).collect::<Result<_>>()?;
+    let tuning_file = file.as_ref().map(|path| path.display().to_string());
+    let report = DevicesReport { program: Program::THIS, adapters, default_adapter, tuning_file, tuned_tiers };
     output.text(&report)?;
     output.json(&report)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The tiers in which a file has a tuning for an adapter.
+fn tuned_tiers(adapter: &AdapterSummary, file: Option<(&TuningFile, &Path)>) -> Result<Vec<String>> {
+    let Some((file, path)) = file else { return Ok(Vec::new()) };
+    let mut tiers = Vec::new();
+    for tier in [Tier::Portable, Tier::Subgroup, Tier::Cooperative] {
+        if let Found::Entry(_) = file.find(&EntryKey::of_adapter(adapter, tier), path)? {
+            tiers.push(tier.to_string());
+        }
+    }
+    Ok(tiers)
 }

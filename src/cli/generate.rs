@@ -80,8 +80,9 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     let compression = args.compression.compress.clone();
     let config = engine_config(args, prompt.len(), &model)?;
     let device = Device::open(&adapter)?;
+    let tuned = global.tuned(&device)?;
     let weights = model.weights()?;
-    let (mut engine, mut caches) = load::engine(&device, &weights, &config)?;
+    let (mut engine, mut caches) = load::engine(&device, &weights, &config, &tuned)?;
     drop(weights);
     load::calibrate(&mut engine, &mut caches, &model, &config, args.calibration.calibrate.as_deref())?;
 
@@ -99,7 +100,7 @@ pub(super) fn run(args: &GenerateArgs, global: &Global) -> Result<ExitCode> {
     let metrics = meter.metrics(&scheduler);
     let report = GenerateReport {
         program: Program::THIS,
-        device: DeviceReport::new(&device, Some(engine.clock())),
+        device: DeviceReport::new(&device, Some(engine.clock())).tuned_by(&tuned.source),
         model: model.report(Some(engine.weight_bytes())),
         compression: args.compression.compress.to_string(),
         sampling,

@@ -120,16 +120,18 @@ pub(super) fn run(args: &KlArgs, global: &Global) -> Result<ExitCode> {
     });
     let mut resumed = Resumed::open(&args.resume, &settings)?;
     let device = Device::open(&request)?;
+    let tuned = global.tuned(&device)?;
     let weights = model.weights()?;
     let config = job.engine_config(&device, &weights, args.kv_budget)?;
     let named = |error| job.name_budget(&config, error);
-    let (mut engine, mut caches) = engine(&device, &weights, &config).map_err(|error| match error.downcast() {
-        Ok(error) => named(error),
-        Err(error) => error,
-    })?;
+    let (mut engine, mut caches) =
+        engine(&device, &weights, &config, &tuned).map_err(|error| match error.downcast() {
+            Ok(error) => named(error),
+            Err(error) => error,
+        })?;
     drop(weights);
     calibrate(&mut engine, &mut caches, &model, &config, args.calibration.calibrate.as_deref())?;
-    let device_report = DeviceReport::new(&device, None);
+    let device_report = DeviceReport::new(&device, None).tuned_by(&tuned.source);
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
 use concertina::compression::hidden::{Codec, Transform};
@@ -17,6 +18,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::failure::usage;
 use super::progress;
+use super::tuning::Tuned;
 
 /// Bytes at each end of a model file that its fingerprint is made of.
 const FINGERPRINT_BYTES: u64 = 1 << 20;
@@ -197,9 +199,10 @@ pub(super) fn engine<'d>(
     device: &'d concertina::device::Device,
     weights: &Weights,
     config: &EngineConfig,
+    tuned: &Tuned,
 ) -> Result<(Engine<'d>, Caches)> {
     let spinner = progress::spinner("preparing the device");
-    let result = Engine::new(device, weights, config);
+    let result = Engine::tuned(device, weights, config, Arc::clone(&tuned.tuning));
     spinner.finish_and_clear();
     Ok(result?)
 }

@@ -44,6 +44,8 @@ mod simulate;
 mod simulation_args;
 mod theory_args;
 mod tokenize;
+mod tune;
+mod tuning;
 mod verify;
 
 use std::process::ExitCode;
@@ -76,6 +78,7 @@ Examples:
   concertina plan --model yi-34b --gpu a100 --context 50k --compress full kivi4
   concertina simulate --model yi-34b --gpu h100 --sessions 1000 --compress kivi4 kivi2
   concertina fleet --model yi-34b --gpu h100 --gpus 2 4 8 --share 1 2 4 --arrival poisson:0.3/s --price 2.5
+  concertina tune
   concertina verify --quick
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.";
@@ -93,6 +96,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Bench(bench::BenchArgs),
+    Tune(tune::TuneArgs),
     Report(report::ReportArgs),
     Plan(plan::PlanArgs),
     Simulate(simulate::SimulateArgs),
@@ -119,6 +123,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args, global),
         Command::Eval(args) => eval::run(args, global),
         Command::Bench(args) => bench::run(args, global),
+        Command::Tune(args) => tune::run(args, global),
         Command::Report(args) => report::run(args, global),
         Command::Plan(args) => plan::run(args, global),
         Command::Simulate(args) => simulate::run(args, global),

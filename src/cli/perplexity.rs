@@ -109,6 +109,7 @@ pub(super) fn run(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
     });
     let mut resumed = Resumed::open(&args.resume, &settings)?;
     let device = Device::open(&request)?;
+    let tuned = global.tuned(&device)?;
     let weights = model.weights()?;
     let chunk = DEFAULT_CHUNK.min(args.window);
     let text_of_bases = args.calibration.calibrate.as_deref();
@@ -126,9 +127,9 @@ pub(super) fn run(args: &PerplexityArgs, global: &Global) -> Result<ExitCode> {
         swap_chunk: Bytes::ZERO,
         max_arena: None,
     };
-    let (mut engine, mut caches) = engine(&device, &weights, &config)?;
+    let (mut engine, mut caches) = engine(&device, &weights, &config, &tuned)?;
     calibrate(&mut engine, &mut caches, &model, &config, text_of_bases)?;
-    let device_report = DeviceReport::new(&device, None);
+    let device_report = DeviceReport::new(&device, None).tuned_by(&tuned.source);
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
 

@@ -199,15 +199,16 @@ fn run_by(step: Step<'_>, args: &RunArgs, global: &Global) -> Result<ExitCode> {
     let mut running: Option<Running> = None;
     let (device_report, model_report, saved) = loop {
         let device = losses.open(&request)?;
+        let tuned = global.tuned(&device)?;
         // Their copy on the host is gone while the run goes on; another device gets them from the file.
         let weights = model.weights()?;
-        let (mut engine, mut caches) = load::engine(&device, &weights, &job.config)?;
+        let (mut engine, mut caches) = load::engine(&device, &weights, &job.config, &tuned)?;
         drop(weights);
         load::calibrate(&mut engine, &mut caches, &model, &job.config, args.calibration.calibrate.as_deref())?;
         if let Some(sessions) = &job.sessions {
             engine.keep_in(sessions.folder.path().to_owned());
         }
-        let device_report = DeviceReport::new(&device, Some(engine.clock()));
+        let device_report = DeviceReport::new(&device, Some(engine.clock())).tuned_by(&tuned.source);
         let model_report = model.report(Some(engine.weight_bytes()));
         let running = match &mut running {
             Some(running) => {

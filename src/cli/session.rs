@@ -24,6 +24,7 @@ use super::load::{self, Model};
 use super::output::Output;
 use super::run_progress::SessionBars;
 use super::session_dir::{self, SessionDir};
+use super::tuning::Tuned;
 
 /// Sessions in files: save documents that have been read, go on with a session, see what there is
 ///
@@ -196,9 +197,15 @@ impl EngineArgs {
     }
 
     /// The engine and an empty schedule.
-    fn start<'d>(&self, device: &'d Device, model: &Model, config: &EngineConfig) -> Result<(Engine<'d>, Scheduler)> {
+    fn start<'d>(
+        &self,
+        device: &'d Device,
+        model: &Model,
+        config: &EngineConfig,
+        tuned: &Tuned,
+    ) -> Result<(Engine<'d>, Scheduler)> {
         let weights = model.weights()?;
-        let (mut engine, mut caches) = load::engine(device, &weights, config)?;
+        let (mut engine, mut caches) = load::engine(device, &weights, config, tuned)?;
         drop(weights);
         load::calibrate(&mut engine, &mut caches, model, config, self.calibration.calibrate.as_deref())?;
         Ok((engine, Scheduler::new(load::schedule_config(config), caches)))
@@ -245,7 +252,8 @@ fn save(args: &SaveArgs, global: &Global) -> Result<ExitCode> {
         requests.push(Request { compression, keep: true, ..Request::new(prompt.tokens, 1) });
     }
     let device = Device::open(&adapter)?;
-    let (mut engine, mut scheduler) = args.engine.start(&device, &model, &config)?;
+    let tuned = global.tuned(&device)?;
+    let (mut engine, mut scheduler) = args.engine.start(&device, &model, &config, &tuned)?;
     let mut sessions = Vec::new();
     for (inquiry, request) in inquiries.iter().zip(requests) {
         let id = scheduler.submit(request).map_err(|e| anyhow!("document '{}': {e}", inquiry.document))?;
@@ -336,8 +344,9 @@ fn load(args: &LoadArgs, global: &Global) -> Result<ExitCode> {
     let compressions: Vec<_> = files.iter().map(|(_, file, ..)| file.record().compression.clone()).collect();
     let config = engine_args.config(&model, &compressions, files.len())?;
     let device = Device::open(&adapter)?;
-    let (mut engine, mut scheduler) = engine_args.start(&device, &model, &config)?;
-    let device_report = DeviceReport::new(&device, Some(engine.clock()));
+    let tuned = global.tuned(&device)?;
+    let (mut engine, mut scheduler) = engine_args.start(&device, &model, &config, &tuned)?;
+    let device_report = DeviceReport::new(&device, Some(engine.clock())).tuned_by(&tuned.source);
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
 

@@ -11,6 +11,7 @@ use crate::compression::token::Score;
 use crate::geometry::{Bytes, CELL_BYTES, ModelGeometry};
 use crate::kernels::eviction::EvictionSizes;
 use crate::kernels::executor::AttentionSizes;
+use crate::pool::{PoolError, PoolLayout};
 use crate::schedule::{Caches, REPEAT_ROOM};
 
 /// How large an [`Engine`](super::Engine) is.
@@ -70,6 +71,26 @@ impl EvictionConfig {
 }
 
 impl EngineConfig {
+    /// Makes the budget that a refusal advises one that suffices: staging grows with the budget, so the first answer
+    /// of the pool can still be too small.
+    pub(super) fn advise(&self, layout: &dyn Fn(&Self) -> PoolLayout, mut error: PoolError) -> PoolError {
+        // Each round adds what the round before has grown by, a small fraction of it.
+        for _ in 0..8 {
+            let PoolError::BudgetTooSmall { fixed, slab, .. } = error else { break };
+            let advised = Self { budget: fixed + slab, ..self.clone() };
+            match layout(&advised).split() {
+                Ok(_) => break,
+                Err(next) => error = next,
+            }
+        }
+        match error {
+            PoolError::BudgetTooSmall { fixed, slab, .. } => {
+                PoolError::BudgetTooSmall { budget: self.budget, fixed, slab }
+            }
+            other => other,
+        }
+    }
+
     pub(super) fn eviction_sizes(&self, geometry: &ModelGeometry) -> Option<EvictionSizes> {
         self.evictions.as_ref().map(|evictions| EvictionSizes {
             num_lists: geometry.num_lists(),

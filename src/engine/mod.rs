@@ -27,6 +27,7 @@ pub mod swap;
 mod tables;
 mod weights;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
@@ -40,6 +41,7 @@ use crate::kernels::eviction::EvictionKernels;
 use crate::kernels::executor::{AttentionKernels, ListOffsets, RowBuffers, Turning};
 use crate::kernels::parameters::ParameterSource;
 use crate::kernels::plan::{AttentionPlan, Planner, Segment};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{KernelError, PipelineCache, Recorder};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{PageTable, TableShape, Window};
@@ -143,6 +145,19 @@ impl<'d> Engine<'d> {
     /// # Errors
     /// [`EngineError::Pool`] when the budget is too small, [`EngineError::Device`] when the device is.
     pub fn new(device: &'d Device, weights: &Weights, config: &EngineConfig) -> Result<(Self, Caches), EngineError> {
+        Self::tuned(device, weights, config, Arc::default())
+    }
+
+    /// The same with kernels that are launched as `tuning` says.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn tuned(
+        device: &'d Device,
+        weights: &Weights,
+        config: &EngineConfig,
+        tuning: Arc<Tuning>,
+    ) -> Result<(Self, Caches), EngineError> {
         let geometry = weights.geometry.clone();
         geometry.check().map_err(EngineError::Input)?;
         let shape = CacheShape { heads: geometry.heads, page_size: config.page_size };
@@ -152,13 +167,13 @@ impl<'d> Engine<'d> {
         let timer = StepTimer::new(device)?;
         let plan = |config: &EngineConfig| Self::layout(device, &geometry, &shape, config, timer.bytes());
         let (layout, sizes, upload) = plan(config);
-        let pool = PagePool::new(&layout).map_err(|e| Self::advise(config, &|c| plan(c).0, e))?;
+        let pool = PagePool::new(&layout).map_err(|e| config.advise(&|c| plan(c).0, e))?;
         let window = Self::window(&shape, config);
         let buffers = PoolBuffers::new(device, &pool, &window)?;
         let scratch = Scratch::new(device, &sizes)?;
         let heads_of_codecs = parameters::of_weights(weights, &config.codecs);
         let weights = DeviceWeights::upload(device, weights)?;
-        let mut cache = PipelineCache::default();
+        let mut cache = PipelineCache::new(tuning);
         let layers = Layers::new(device, &mut cache, &geometry, &weights, &scratch, config.max_sessions)?;
         let heads = geometry.heads;
         let rows = RowBuffers {
@@ -274,26 +289,6 @@ impl<'d> Engine<'d> {
             fixed_entries: window.entries(),
         };
         (layout, sizes, upload)
-    }
-
-    /// Makes the budget that a refusal advises one that suffices: staging grows with the budget, so the first answer
-    /// of the pool can still be too small.
-    fn advise(config: &EngineConfig, layout: &dyn Fn(&EngineConfig) -> PoolLayout, mut error: PoolError) -> PoolError {
-        // Each round adds what the round before has grown by, a small fraction of it.
-        for _ in 0..8 {
-            let PoolError::BudgetTooSmall { fixed, slab, .. } = error else { break };
-            let advised = EngineConfig { budget: fixed + slab, ..config.clone() };
-            match layout(&advised).split() {
-                Ok(_) => break,
-                Err(next) => error = next,
-            }
-        }
-        match error {
-            PoolError::BudgetTooSmall { fixed, slab, .. } => {
-                PoolError::BudgetTooSmall { budget: config.budget, fixed, slab }
-            }
-            other => other,
-        }
     }
 
     fn back_bytes(config: &EngineConfig, sizes: &ScratchSizes) -> Bytes {

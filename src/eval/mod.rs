@@ -14,4 +14,5 @@ pub mod simulate;
 pub mod spread;
 pub mod step;
 pub mod switch;
+pub mod tune;
 pub mod verify;

@@ -178,9 +178,12 @@ impl DecodeTile {
                 && side.quantizer != Quantizer::Gaussian { bits: 3 }
         });
         let sizes = lanes.is_power_of_two() && (8..=256).contains(&lanes) && tokens.is_power_of_two() && tokens <= 4;
+        if !sizes {
+            return None;
+        }
         let powers = heads.head_dim.is_power_of_two() && heads.head_dim >= 64 && key_loads.is_power_of_two();
         let whole = format.shape.page_size.is_multiple_of(BLOCK) && (lanes * tokens).is_multiple_of(BLOCK);
-        if codec.paired || !plain || !sizes || !powers || !whole || !value_loads.is_power_of_two() || lanes < cells {
+        if codec.paired || !plain || !powers || !whole || !value_loads.is_power_of_two() || lanes < cells {
             return None;
         }
         // All counts are powers of two, so the smaller one divides the larger.

@@ -17,6 +17,7 @@ pub mod append;
 pub mod attention;
 mod by_place;
 pub mod decode;
+pub mod decode_choices;
 pub mod embed;
 pub mod eviction;
 pub mod executor;

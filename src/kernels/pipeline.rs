@@ -195,7 +195,7 @@ fn trusted_module(
 /// Pipelines by spec: compiled at first use, shared afterwards; and how kernels are to be launched.
 #[derive(Debug, Default)]
 pub struct PipelineCache {
-    tuning: Tuning,
+    tuning: Arc<Tuning>,
     /// Whether cooperative matrices have passed their self-test.
     self_tested: bool,
     pipelines: HashMap<KernelSpec, Arc<Pipeline>>,
@@ -203,8 +203,8 @@ pub struct PipelineCache {
 
 impl PipelineCache {
     /// An empty cache of kernels that are launched as `tuning` says.
-    pub fn new(tuning: Tuning) -> Self {
-        Self { tuning, ..Self::default() }
+    pub fn new(tuning: impl Into<Arc<Tuning>>) -> Self {
+        Self { tuning: tuning.into(), ..Self::default() }
     }
 
     /// An empty cache that compiles what the self-test is about to judge.
@@ -213,7 +213,7 @@ impl PipelineCache {
     }
 
     /// How kernels are launched.
-    pub const fn tuning(&self) -> &Tuning {
+    pub fn tuning(&self) -> &Tuning {
         &self.tuning
     }
 

@@ -74,6 +74,17 @@ impl fmt::Display for CooperativeRows {
     }
 }
 
+impl FromStr for CooperativeRows {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|tile| tile.to_string() == text).ok_or_else(|| {
+            let all = Self::ALL.map(|tile| tile.to_string()).join(", ");
+            format!("'{text}' is no tile of cooperative matrices: {all}")
+        })
+    }
+}
+
 /// Of both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ProductTuning {

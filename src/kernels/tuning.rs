@@ -5,15 +5,16 @@
 
 use super::attention::Format;
 use super::decode::DecodeTuning;
+use super::decode_choices::DecodeChoices;
 use super::prefill::PrefillTuning;
 use super::product_tuning::{CooperativeRows, ProductTuning};
 use crate::device::Tier;
 
 /// The tuning of every kernel that has one; what is not chosen is as the methods say.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tuning {
-    /// Of decode, for all formats.
-    pub decode: Option<DecodeTuning>,
+    /// Of decode, by classes of formats.
+    pub decode: DecodeChoices,
     /// Of prefill, for all formats.
     pub prefill: Option<PrefillTuning>,
     /// Of products.
@@ -25,7 +26,7 @@ pub struct Tuning {
 impl Tuning {
     /// How decode reads pages of a format on an adapter of a kind.
     pub fn decode(&self, adapter_kind: &str, format: &Format) -> DecodeTuning {
-        self.decode.map_or_else(|| DecodeTuning::of_kind(adapter_kind, format), |tuning| tuning.fitted(format))
+        self.decode.nearest(format).unwrap_or_else(|| DecodeTuning::of_kind(adapter_kind, format))
     }
 
     /// How prefill runs in a tier, where the chosen kernel serves the format.

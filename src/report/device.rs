@@ -34,6 +34,10 @@ pub struct DevicesReport {
     pub adapters: Vec<AdapterSummary>,
     /// The name of the one that `--device auto` takes.
     pub default_adapter: String,
+    /// The file of tunings that commands read; `null` where the environment names none.
+    pub tuning_file: Option<String>,
+    /// Of each adapter the tiers that it has a tuning for.
+    pub tuned_tiers: Vec<Vec<String>>,
 }
 
 impl fmt::Display for DevicesReport {
@@ -45,8 +49,9 @@ impl fmt::Display for DevicesReport {
             ("tier\nsubgroup", Align::Left),
             ("max binding\nworkgroup", Align::Right),
             ("\ntimestamps", Align::Left),
+            ("\ntuning", Align::Left),
         ];
-        let rows = self.adapters.iter().map(|a| {
+        let rows = self.adapters.iter().zip(&self.tuned_tiers).map(|(a, tuned)| {
             let (smallest, largest) = a.subgroup_sizes;
             let subgroup = if smallest == largest {
                 format!("{smallest} lanes")
@@ -60,10 +65,15 @@ impl fmt::Display for DevicesReport {
                 format!("{}\n{subgroup}", a.tier),
                 format!("{}\n{}", a.max_binding, a.workgroup_memory),
                 if a.timestamps { "yes" } else { "no" }.to_owned(),
+                if tuned.is_empty() { DEFAULT_TUNING.to_owned() } else { tuned.join("\n") },
             ]
         });
         f.write_str(&table(&columns, rows))?;
-        writeln!(f, "\ndefault adapter: {}", self.default_adapter)
+        writeln!(f, "\ndefault adapter: {}", self.default_adapter)?;
+        match &self.tuning_file {
+            Some(file) if self.tuned_tiers.iter().any(|tiers| !tiers.is_empty()) => writeln!(f, "tuning file: {file}"),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -76,7 +86,12 @@ pub struct DeviceReport {
     pub tier: String,
     /// Where device times come from.
     pub clock: Option<String>,
+    /// What says how kernels are launched: [`DEFAULT_TUNING`], or a file of `concertina tune`.
+    pub tuning: String,
 }
+
+/// What is said of kernels that are launched as the program does without a search.
+pub const DEFAULT_TUNING: &str = "default";
 
 impl DeviceReport {
     /// The open device and, where steps are timed, the clock of their device times.
@@ -85,7 +100,14 @@ impl DeviceReport {
             adapter: device.summary().clone(),
             tier: device.tier().to_string(),
             clock: clock.map(|clock| clock.to_string()),
+            tuning: DEFAULT_TUNING.to_owned(),
         }
+    }
+
+    /// The same device with kernels that something else launches.
+    #[must_use]
+    pub fn tuned_by(self, source: &str) -> Self {
+        Self { tuning: source.to_owned(), ..self }
     }
 }
 
@@ -93,10 +115,10 @@ impl fmt::Display for DeviceReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let AdapterSummary { name, backend, kind, .. } = &self.adapter;
         write!(f, "{name}, {kind} on {backend}, tier {}", self.tier)?;
-        match &self.clock {
-            Some(clock) => write!(f, ", timed by {clock}"),
-            None => Ok(()),
+        if let Some(clock) = &self.clock {
+            write!(f, ", timed by {clock}")?;
         }
+        write!(f, ", tuning: {}", self.tuning)
     }
 }
 

@@ -22,6 +22,7 @@
 //! | `bench kernels` | [`KernelsReport`] |
 //! | `bench metrics` | [`MetricsReport`] |
 //! | `bench switch` | [`SwitchReport`] |
+//! | `tune` | [`TuneReport`] |
 //! | `report` | [`records::RecordsReport`], which is also a page |
 //! | `plan` | [`PlanReport`], which draws [`Curves`] and a page |
 //! | `simulate` | [`SimulateReport`], which draws one as well |
@@ -62,12 +63,13 @@ mod switch;
 mod table;
 mod text;
 mod trace;
+mod tune;
 
 pub use ceilings::{CeilingFigures, CeilingsReport};
 pub use checks::VerifyReport;
 pub use codecs::{CodecReport, CodecsReport};
 pub use curves::{Curves, Panel};
-pub use device::{DeviceReport, DevicesReport, ModelReport, Program};
+pub use device::{DEFAULT_TUNING, DeviceReport, DevicesReport, ModelReport, Program};
 pub use fleet::{DesignFigures, DesignRow, FleetReport, FleetSettings};
 pub use heads::HeadsReport;
 pub use kernel_record::{Comparison, RecordFigure, device_slug};
@@ -92,3 +94,4 @@ pub use switch::{SwitchReport, SwitchRow};
 pub use table::Align;
 pub use text::{GenerateReport, TokenReport, TokenizeReport};
 pub use trace::Trace;
+pub use tune::{TuneReport, tune_line};

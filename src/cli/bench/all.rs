@@ -2,12 +2,14 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use clap::Args;
 use concertina::device::Device;
+use concertina::engine::bench::TimedRuns;
 use concertina::eval::kernels::{KernelPlan, Roof, cases};
-use concertina::report::{CeilingsReport, KernelsReport, Origin};
+use concertina::report::{CeilingsReport, DeviceReport, KernelsReport, Origin};
 use serde::Serialize;
 
 use super::super::args::Global;
@@ -73,7 +75,10 @@ pub(super) fn run(args: &AllArgs, global: &Global) -> Result<ExitCode> {
     plan.sizes = args.sizes.map_or(plan.sizes, Into::into);
     plan.protocol.seconds = args.seconds.unwrap_or(plan.protocol.seconds);
     output.text(&"\n")?;
-    let report = kernels::measure(&device, &plan, roof, &cases(plan.sizes), &output, Some(&record))?;
+    let tuned = global.tuned(&device)?;
+    plan.tuning = Arc::clone(&tuned.tuning);
+    let device_report = DeviceReport::new(&device, Some(TimedRuns::new(&device)?.clock())).tuned_by(&tuned.source);
+    let report = kernels::measure((&device, device_report), &plan, roof, &cases(plan.sizes), &output, Some(&record))?;
     output.text(&format!("\n{report}"))?;
     written.push(record.figures(&report)?);
     written.push(record.beside("kernels.json", &json(&report)?)?);

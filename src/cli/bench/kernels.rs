@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
@@ -85,7 +86,7 @@ pub(super) enum SizesArg {
     Small,
 }
 
-pub(super) fn seconds(text: &str) -> Result<f64, String> {
+pub(in super::super) fn seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| format!("'{text}' is not a number of seconds"))?;
     if seconds > 0.0 && seconds <= 3600.0 { Ok(seconds) } else { Err(format!("{text} is not between 0 and 3600")) }
 }
@@ -120,12 +121,15 @@ pub(super) fn run(args: &KernelsArgs, global: &Global) -> Result<ExitCode> {
     plan.sizes = args.sizes.map_or(plan.sizes, Into::into);
     plan.protocol.seconds = args.seconds.unwrap_or(plan.protocol.seconds);
     plan.settings.in_order = args.in_order;
+    let tuned = global.tuned(&device)?;
+    plan.tuning = Arc::clone(&tuned.tuning);
     plan.candidates = if args.candidates { Candidates::All } else { Candidates::Chosen };
     let cases = args.cases(plan.sizes)?;
     let spinner = progress::spinner("measuring the device's ceilings");
     let roof = Roof::measure(&device);
     spinner.finish_and_clear();
-    let report = measure(&device, &plan, roof?, &cases, &output, record.as_ref())?;
+    let device_report = DeviceReport::new(&device, Some(TimedRuns::new(&device)?.clock())).tuned_by(&tuned.source);
+    let report = measure((&device, device_report), &plan, roof?, &cases, &output, record.as_ref())?;
     output.text(&format!("\n{report}"))?;
     if let Some(record) = &record {
         output.text(&format!("\nwritten: {}\n", record.figures(&report)?.display()))?;
@@ -163,7 +167,7 @@ pub(super) fn refused(report: &KernelsReport) -> ExitCode {
 
 /// Measures cases, showing and recording each row as soon as it is there.
 pub(super) fn measure(
-    device: &Device,
+    (device, device_report): (&Device, DeviceReport),
     plan: &KernelPlan,
     roof: Roof,
     cases: &[Case],
@@ -171,11 +175,10 @@ pub(super) fn measure(
     record: Option<&Record>,
 ) -> Result<KernelsReport> {
     let started = Instant::now();
-    let clock = TimedRuns::new(device)?.clock();
     let mut report = KernelsReport {
         kind: "bench kernels",
         program: Program::THIS,
-        device: DeviceReport::new(device, Some(clock)),
+        device: device_report,
         sizes: plan.sizes,
         in_order: plan.settings.in_order,
         roof,

@@ -104,15 +104,16 @@ pub(super) fn run(args: &MetricsArgs, global: &Global) -> Result<ExitCode> {
         None => Subject::of_file(args)?,
     };
     let device = Device::open(&request)?;
+    let tuned = global.tuned(&device)?;
     let Subject { weights, evictions, scaled, mut report } = subject;
     let settings = args.settings();
     let config = args.engine_config(&weights.geometry, evictions, &settings)?;
-    let (mut engine, mut caches) = engine(&device, &weights, &config)?;
+    let (mut engine, mut caches) = engine(&device, &weights, &config, &tuned)?;
     drop(weights);
     if scaled.is_none() {
         report.weights_bytes = Some(engine.weight_bytes());
     }
-    let device_report = DeviceReport::new(&device, None);
+    let device_report = DeviceReport::new(&device, None).tuned_by(&tuned.source);
     output.text(&format!("device  {device_report}\nmodel   {report}\n\n"))?;
     let started = Instant::now();
     let results = measure(args, &settings, &mut engine, &mut caches)?;

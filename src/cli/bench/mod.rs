@@ -14,6 +14,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 
 use super::args::Global;
+pub(super) use kernels::seconds;
 
 /// Measure speed on this device
 ///

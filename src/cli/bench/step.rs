@@ -92,16 +92,17 @@ pub(super) fn run(args: &StepArgs, global: &Global) -> Result<ExitCode> {
     let config = args.engine_config(&model)?;
     let weights = model.weights()?;
     let device = Device::open(&request)?;
+    let tuned = global.tuned(&device)?;
     let spinner = progress::spinner("measuring how fast the device reads");
     let read = Ceilings::new(&device, ceiling_sizes(&device))
         .and_then(|mut made| ceilings::ceiling(&mut made, Ceiling::Read, WARM_UP, REPEATS));
     spinner.finish_and_clear();
     let (chunk, steps) = (args.chunk as usize, args.steps as usize);
     let settings = Settings { chunk, steps, warm_up: WARM_UP, read_bytes_per_s: read?.value.median };
-    let (mut engine, mut caches) = engine(&device, &weights, &config)?;
+    let (mut engine, mut caches) = engine(&device, &weights, &config, &tuned)?;
     drop(weights);
     let report = model.report(Some(engine.weight_bytes()));
-    let device_report = DeviceReport::new(&device, Some(engine.clock()));
+    let device_report = DeviceReport::new(&device, Some(engine.clock())).tuned_by(&tuned.source);
     output.text(&format!("device  {device_report}\nmodel   {report}\n\n"))?;
     let started = Instant::now();
     let loads = args.loads(&text);

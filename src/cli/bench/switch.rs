@@ -68,6 +68,7 @@ pub(super) fn run(args: &SwitchArgs, global: &Global) -> Result<ExitCode> {
         return Err(usage(format!("--tokens {tokens} are more than the model's context of {longest}")));
     }
     let device = Device::open(&request)?;
+    let tuned = global.tuned(&device)?;
     let weights = model.weights()?;
     let max_sessions = args.decoding + 1;
     let chunk = DEFAULT_CHUNK.max(max_sessions);
@@ -84,8 +85,8 @@ pub(super) fn run(args: &SwitchArgs, global: &Global) -> Result<ExitCode> {
         swap_chunk: args.swap_chunk,
         max_arena: None,
     };
-    let (mut engine, mut caches) = engine(&device, &weights, &config)?;
-    let device_report = DeviceReport::new(&device, None);
+    let (mut engine, mut caches) = engine(&device, &weights, &config, &tuned)?;
+    let device_report = DeviceReport::new(&device, None).tuned_by(&tuned.source);
     let model_report = model.report(Some(engine.weight_bytes()));
     output.text(&format!("device  {device_report}\nmodel   {model_report}\n\n"))?;
     let vocab = model.geometry().vocab_size;

@@ -128,11 +128,10 @@ impl DecodeRun {
             parameters: device.storage("codec parameters", Bytes(16))?,
         };
         let outputs = Outputs::new(device, heads, rows)?;
-        let tuning = *pipelines.tuning();
-        let of_codec = |codec| candidates(device, spec.shape.format(codec), &tuning);
-        let candidates = of_codec(spec.codec);
+        let of_codec = |codec| candidates(device, spec.shape.format(codec), pipelines.tuning());
+        let (candidates, of_open) = (of_codec(spec.codec), of_codec(HiddenCodec::F16));
         let kernel = bound.kernel(device, pipelines, &cache, &candidates[0].1)?;
-        let open = bound.kernel(device, pipelines, &cache, &of_codec(HiddenCodec::F16)[0].1)?;
+        let open = bound.kernel(device, pipelines, &cache, &of_open[0].1)?;
         let merge = pipelines.get(device, &merge_states::kernel(&spec.shape))?;
         let [o, ml] = &bound.states;
         let merge_group = merge.bind(device, &[&bound.step, o, ml, &outputs.o, &outputs.lse].map(Slot::Whole));

@@ -120,8 +120,8 @@ impl ProductRun {
         let x = filled(device, "x", &x_values)?;
         let y = device.storage("y", Bytes(u64::from(rows) * u64::from(cols) * WORD_BYTES))?;
         let w = copies(device, "weights", &packed, n_copies(packed.len() as u64 * F16_BYTES, settings))?;
-        let tuning = *pipelines.tuning();
-        let candidates = if decode { few(device, &tuning, rows) } else { many(device, &tuning) };
+        let tuning = pipelines.tuning();
+        let candidates = if decode { few(device, tuning, rows) } else { many(device, tuning) };
         let pipeline = pipelines.get(device, &candidates[0].spec)?;
         let mut run =
             Self { spec: *spec, candidates, chosen: 0, pipeline, groups: Vec::new(), x, y, w, x_values, w_values };

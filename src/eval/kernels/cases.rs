@@ -133,7 +133,7 @@ fn small() -> Vec<Case> {
     cases
 }
 
-const fn shape(num_kv_heads: u32, group: u32, head_dim: u32, page_size: u32) -> CacheShape {
+pub(in crate::eval) const fn shape(num_kv_heads: u32, group: u32, head_dim: u32, page_size: u32) -> CacheShape {
     CacheShape { heads: HeadGeometry { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim }, page_size }
 }
 
@@ -153,7 +153,7 @@ fn named(batch: &str, shape: &CacheShape) -> String {
     format!("{batch}/g{}-d{}", shape.heads.group_size(), shape.heads.head_dim)
 }
 
-fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
+pub(in crate::eval) fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
     let case = |codec: &&str| {
         let codec = parsed(codec);
         let spec = CacheSpec { shape, codec, contexts: contexts.clone() };
@@ -166,7 +166,12 @@ fn decode((batch, contexts): (&str, Vec<u32>), shape: CacheShape, codecs: &[&str
 }
 
 /// The last `rows` rows of every sequence.
-fn prefill((batch, contexts): (&str, Vec<u32>), rows: u32, shape: CacheShape, codecs: &[&str]) -> Vec<Case> {
+pub(in crate::eval) fn prefill(
+    (batch, contexts): (&str, Vec<u32>),
+    rows: u32,
+    shape: CacheShape,
+    codecs: &[&str],
+) -> Vec<Case> {
     let case = |codec: &&str| {
         let codec: HiddenCodec = codec.parse().unwrap_or_else(|e| panic!("the harness's own codec should parse: {e}"));
         let spec = PrefillCase { cache: CacheSpec { shape, codec, contexts: contexts.clone() }, rows };
@@ -178,7 +183,7 @@ fn prefill((batch, contexts): (&str, Vec<u32>), rows: u32, shape: CacheShape, co
     codecs.iter().map(case).collect()
 }
 
-fn product(spec: ProductSpec) -> Case {
+pub(in crate::eval) fn product(spec: ProductSpec) -> Case {
     let ProductSpec { rows, k, cols, decode } = spec;
     let prepare: Box<Prepare> =
         Box::new(move |device, pipelines, settings| Ok(Box::new(ProductRun::new(device, pipelines, &spec, settings)?)));

@@ -6,6 +6,7 @@
 pub mod cases;
 pub mod protocol;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -20,6 +21,7 @@ use crate::engine::bench::{BenchSettings, Checked, KernelRun, TimedRuns};
 use crate::engine::ceilings::{Ceiling, CeilingSizes, Ceilings};
 use crate::geometry::Bytes;
 use crate::kernels::PipelineCache;
+use crate::kernels::tuning::Tuning;
 use crate::schedule::{BackendError as _, Fault};
 pub use cases::{Case, Sizes, cases};
 pub use protocol::Protocol;
@@ -146,7 +148,7 @@ pub enum Candidates {
 }
 
 /// How cases are measured.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct KernelPlan {
     /// How large cases are.
     pub sizes: Sizes,
@@ -156,15 +158,17 @@ pub struct KernelPlan {
     pub protocol: Protocol,
     /// How inputs are made.
     pub settings: BenchSettings,
+    /// How the program launches kernels.
+    pub tuning: Arc<Tuning>,
 }
 
 /// Bytes that runs take turns over on a GPU: five times the 50 MB that are the largest cache of one.
-const COLD: Bytes = Bytes(250_000_000);
+pub(super) const COLD: Bytes = Bytes(250_000_000);
 /// Times that each ceiling is measured.
 const CEILING_REPEATS: usize = 20;
 
 /// Whether a device is a processor that pretends to be a GPU.
-fn is_software(device: &Device) -> bool {
+pub(super) fn is_software(device: &Device) -> bool {
     device.summary().kind == "cpu"
 }
 
@@ -184,6 +188,7 @@ impl KernelPlan {
             candidates: Candidates::Chosen,
             protocol: if software { Protocol::SOFTWARE } else { Protocol::FULL },
             settings: BenchSettings { cold, in_order: false, max_arena: None },
+            tuning: Arc::default(),
         }
     }
 }
@@ -226,6 +231,7 @@ pub fn measure(
     each: &mut dyn FnMut(KernelRow),
 ) -> Result<(), EngineError> {
     let mut bench = KernelBench::new(TimedRuns::new(device)?, plan.settings, plan.protocol, roof);
+    bench.tuning = Arc::clone(&plan.tuning);
     cases.iter().try_for_each(|case| bench.case(case, plan.candidates, each))
 }
 
@@ -233,6 +239,7 @@ pub fn measure(
 #[derive(Debug)]
 pub struct KernelBench<'d> {
     runs: TimedRuns<'d>,
+    tuning: Arc<Tuning>,
     pipelines: PipelineCache,
     settings: BenchSettings,
     protocol: Protocol,
@@ -244,7 +251,8 @@ pub struct KernelBench<'d> {
 impl<'d> KernelBench<'d> {
     /// Nothing is measured yet.
     pub fn new(runs: TimedRuns<'d>, settings: BenchSettings, protocol: Protocol, roof: Roof) -> Self {
-        Self { runs, pipelines: PipelineCache::default(), settings, protocol, roof, f16: Vec::new() }
+        let pipelines = PipelineCache::default();
+        Self { runs, tuning: Arc::default(), pipelines, settings, protocol, roof, f16: Vec::new() }
     }
 
     /// Measures the candidates of a case, each row as soon as it is there.
@@ -263,7 +271,7 @@ impl<'d> KernelBench<'d> {
             each(KernelRow { case: case.name(), kernel, shape, codec, candidate, chosen, outcome });
         };
         // Kernels are hardly shared between cases, so none is kept longer than its own.
-        self.pipelines = PipelineCache::default();
+        self.pipelines = PipelineCache::new(Arc::clone(&self.tuning));
         let mut run = match (case.prepare)(self.runs.device(), &mut self.pipelines, &self.settings) {
             Ok(run) => run,
             Err(error) => {
@@ -294,25 +302,10 @@ impl<'d> KernelBench<'d> {
         let Self { runs, pipelines, protocol, roof, .. } = self;
         let device = runs.device();
         run.choose(device, pipelines, candidate)?;
-        run.poison(device)?;
-        runs.run(run, 0, 1)?;
-        let before = run.check(device, 0)?;
-        if let Some(why) = wrong(&before) {
-            return Ok(Outcome::Wrong(why));
-        }
-        let mut last = 0;
-        let times = protocol.times(TimedRuns::MOST as usize, |copy, n| -> Result<Vec<Duration>, EngineError> {
-            last = copy + n - 1;
-            runs.run(run, copy, n)
-        })?;
-        let after = run.check(device, last)?;
-        if let Some(why) = wrong(&after) {
-            return Ok(Outcome::Wrong(why));
-        }
-        let (error_over_bound, nmse) =
-            (before.error_over_bound.max(after.error_over_bound), before.nmse.max(after.nmse));
-        let checked = Checked { error_over_bound, nmse, ..after };
-        Ok(Outcome::Measured(Figures::new(run, times, roof, &checked)))
+        Ok(match timed(runs, run, protocol)? {
+            Ok((times, checked)) => Outcome::Measured(Figures::new(run, times, roof, &checked)),
+            Err(why) => Outcome::Wrong(why),
+        })
     }
 
     /// What pairs per second are as a multiple of f16's, whose chosen candidate is remembered.
@@ -325,6 +318,35 @@ impl<'d> KernelBench<'d> {
         let alike = |(kernel, shape, _): &&(&str, String, f64)| *kernel == case.kernel && *shape == case.shape;
         self.f16.iter().find(alike).map(|(.., base)| pairs / base)
     }
+}
+
+/// Times of a run, whether they had settled, and how its outputs compare; or what is wrong with these.
+type Timed = Result<((Spread, bool), Checked), String>;
+
+/// The variant that was chosen: checked, timed, and checked again.
+pub(super) fn timed(
+    runs: &mut TimedRuns<'_>,
+    run: &mut dyn KernelRun,
+    protocol: &Protocol,
+) -> Result<Timed, EngineError> {
+    let device = runs.device();
+    run.poison(device)?;
+    runs.run(run, 0, 1)?;
+    let before = run.check(device, 0)?;
+    if let Some(why) = wrong(&before) {
+        return Ok(Err(why));
+    }
+    let mut last = 0;
+    let times = protocol.times(TimedRuns::MOST as usize, |copy, n| -> Result<Vec<Duration>, EngineError> {
+        last = copy + n - 1;
+        runs.run(run, copy, n)
+    })?;
+    let after = run.check(device, last)?;
+    if let Some(why) = wrong(&after) {
+        return Ok(Err(why));
+    }
+    let (error_over_bound, nmse) = (before.error_over_bound.max(after.error_over_bound), before.nmse.max(after.nmse));
+    Ok(Ok((times, Checked { error_over_bound, nmse, ..after })))
 }
 
 /// A row for an error, unless nothing can run any more.

@@ -9,6 +9,7 @@ use crate::geometry::HeadGeometry;
 use crate::kernels::PipelineCache;
 use crate::kernels::attention::CacheShape;
 use crate::kernels::decode::DecodeTuning;
+use crate::kernels::decode_choices::{DecodeChoices, DecodeClass};
 use crate::kernels::prefill::PrefillTuning;
 use crate::kernels::registry::DEFAULT_PAGE_SIZE;
 use crate::kernels::tuning::Tuning;
@@ -36,6 +37,15 @@ fn few<'a>(codecs: &[(&'a str, u32)], at: usize) -> Vec<(&'a str, u32)> {
     (0..2.min(codecs.len())).map(|i| codecs[(2 * at + i) % codecs.len()]).collect()
 }
 
+/// One launch of decode for all codecs of a batch, open pages included.
+fn chosen(shape: CacheShape, sequences: &[(HiddenCodec, u32)], tuning: DecodeTuning) -> DecodeChoices {
+    let mut choices = DecodeChoices::default();
+    for codec in sequences.iter().map(|(codec, _)| *codec).chain([HiddenCodec::F16]) {
+        choices.insert(DecodeClass::of(&shape.format(codec)), tuning);
+    }
+    choices
+}
+
 /// A launch, over one batch.
 struct Case {
     kernel: &'static str,
@@ -60,7 +70,7 @@ fn cases(extent: Extent, tier: Tier) -> Vec<Case> {
                     Extent::Quick => few(codecs, i),
                 };
                 let batch = Batch { shape, sequences: sequences(&codecs), max_arena: None, flip: None };
-                let tuning = Tuning { decode: Some(tuning), ..Tuning::default() };
+                let tuning = Tuning { decode: chosen(shape, &batch.sequences, tuning), ..Tuning::default() };
                 cases.push(Case { kernel: "decode", tuning, name, batch });
             }
         }

@@ -16,8 +16,8 @@ use crate::eval::switch::{OneWay, Switch};
 use crate::geometry::Bytes;
 use crate::report::html::tests::faults;
 use crate::report::{
-    CeilingFigures, CeilingsReport, DeviceReport, KlReport, KlRow, MetricsReport, ModelReport, NeedleReport, NeedleRow,
-    PerplexityReport, PerplexityRow, Program, SwitchReport, SwitchRow,
+    CeilingFigures, CeilingsReport, DEFAULT_TUNING, DeviceReport, KlReport, KlRow, MetricsReport, ModelReport,
+    NeedleReport, NeedleRow, PerplexityReport, PerplexityRow, Program, SwitchReport, SwitchRow,
 };
 use crate::theory::presets::Presets;
 
@@ -36,7 +36,7 @@ fn device(name: &str) -> DeviceReport {
         workgroup_memory: Bytes(32 << 10),
         timestamps: true,
     };
-    DeviceReport { adapter, tier: "subgroup".to_owned(), clock: None }
+    DeviceReport { adapter, tier: "subgroup".to_owned(), clock: None, tuning: DEFAULT_TUNING.to_owned() }
 }
 
 fn model() -> ModelReport {
