@@ -528,7 +528,7 @@ mod tests {
         let (a, b, json, model) =
             (path("a.txt"), path("b.txt"), path("report.json"), reference_model_path().display().to_string());
         let line = ["run", "--model", &model, "--document", &a, &b, "--ask", "Where is it?", "--then", "Say it again."];
-        let sizes = ["--max-new", "4", "--context", "256", "--kv-budget", "11MiB", "--host-budget", "64MiB"];
+        let sizes = ["--max-new", "4", "--context", "256", "--kv-budget", "9MiB", "--host-budget", "64MiB"];
         let line = Line::parse_from(line.iter().chain(&sizes).chain(&["--json", &json]));
         run_by(step, &line.run, &line.global).expect("it goes on");
         serde_json::from_slice(&std::fs::read(json).expect("written")).expect("JSON")
