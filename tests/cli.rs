@@ -151,7 +151,7 @@ fn help_explains_every_command() {
     let evals = ["eval perplexity", "eval kl", "eval needle", "calibrate heads"];
     let others = [
         "", "devices", "run", "generate", "tokenize", "codecs", "policies", "presets", "plan", "simulate", "fleet",
-        "verify",
+        "tune", "verify",
     ];
     for command in others.into_iter().chain(evals) {
         let args: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
