@@ -207,7 +207,7 @@ fn without_room_anywhere_caches_are_compressed_harder_gpu() {
     let config = config(&weights, &["full", rungs[0], rungs[1]]);
     let ample = run(device, &weights, &config, HostConfig::default(), &all);
     assert_eq!((ample.compressed, ample.dropped), (0, 0), "there is room for all");
-    let config = tight(&weights, &config, &all[0], 26);
+    let config = tight(&weights, &config, &all[0], 28);
     let got = run(device, &weights, &config, HostConfig::default(), &all);
     println!("{} compressed harder, {} dropped", got.compressed, got.dropped);
     assert!(got.compressed >= 3, "{} caches were compressed harder", got.compressed);
