@@ -13,7 +13,7 @@ use concertina::engine::{Engine, EngineConfig};
 use concertina::geometry::{HeadGeometry, ModelGeometry};
 use concertina::kernels::sample::Sampling;
 use concertina::schedule::{Backend as _, Caches, PlannedRows, SessionId, StepPlan};
-use concertina::weights::{LayerWeights, Matrix, Weights};
+use concertina::weights::{Matrix, Weights};
 use counting::allocations_of;
 use half::f16;
 
@@ -32,21 +32,9 @@ fn reference_geometry() -> Weights {
         rope_theta: 100_000.0,
         rms_norm_eps: 1e-5,
     };
-    let matrix = |rows: u32, cols: u32| Matrix::new(rows, cols, vec![f16::ZERO; (rows * cols) as usize]);
-    let (hidden, inner) = (geometry.hidden_size, geometry.intermediate_size);
-    let (q, kv) = (geometry.heads.q_width(), geometry.heads.kv_width());
-    let norm = vec![1.0; hidden as usize];
-    let layer = |_| LayerWeights {
-        attention_norm: norm.clone(),
-        qkv: matrix(q + 2 * kv, hidden),
-        attention_output: matrix(hidden, q),
-        ffn_norm: norm.clone(),
-        gate_up: matrix(2 * inner, hidden),
-        down: matrix(hidden, inner),
-    };
-    let layers = (0..geometry.num_layers).map(layer).collect();
-    let embedding = matrix(geometry.vocab_size, hidden);
-    Weights { geometry, embedding, layers, output_norm: norm, output: None }
+    let zeros = |rows: u32, cols: u32| Matrix::new(rows, cols, vec![f16::ZERO; (rows * cols) as usize]);
+    let norm = vec![1.0; geometry.hidden_size as usize];
+    common::weights(geometry, norm, zeros)
 }
 
 fn config() -> EngineConfig {

@@ -115,6 +115,10 @@ pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
         let spec = |tier| DecodeSpec { format: *format, tier, tuning }.kernel();
         specs.extend([Tier::Portable, Tier::Subgroup].map(spec));
     }
+    if all {
+        let plain = |tier| DecodeSpec { format: *format, tier, tuning: DecodeTuning::General }.plain();
+        specs.extend([Tier::Portable, Tier::Subgroup].map(plain));
+    }
     if format.codec.seals() {
         specs.extend([Side::Key, Side::Value].map(|side| seal::kernel(format, side)));
     }

@@ -92,9 +92,16 @@ pub(crate) fn tiny_model(seed: u64) -> Weights {
         let data = (0..rows * cols).map(|_| f16::from_f32(rng.random_range(-1.0_f32..1.0) * scale)).collect();
         Matrix::new(rows, cols, data)
     };
+    let norm = (0..geometry.hidden_size).map(|i| 1.0 + (i % 7) as f32 * 0.05).collect();
+    let (rows, cols) = (geometry.vocab_size, geometry.hidden_size);
+    let tied = weights(geometry, norm, &mut matrix);
+    Weights { output: Some(matrix(rows, cols)), ..tied }
+}
+
+/// A model of a shape whose embedding is its output matrix too; every norm is `norm`.
+pub(crate) fn weights(geometry: ModelGeometry, norm: Vec<f32>, mut matrix: impl FnMut(u32, u32) -> Matrix) -> Weights {
     let (hidden, inner) = (geometry.hidden_size, geometry.intermediate_size);
     let (q, kv) = (geometry.heads.q_width(), geometry.heads.kv_width());
-    let norm: Vec<f32> = (0..hidden).map(|i| 1.0 + (i % 7) as f32 * 0.05).collect();
     let layers = (0..geometry.num_layers)
         .map(|_| LayerWeights {
             attention_norm: norm.clone(),
@@ -106,8 +113,7 @@ pub(crate) fn tiny_model(seed: u64) -> Weights {
         })
         .collect();
     let embedding = matrix(geometry.vocab_size, hidden);
-    let output = Some(matrix(geometry.vocab_size, hidden));
-    Weights { geometry, embedding, layers, output_norm: norm, output }
+    Weights { geometry, embedding, layers, output_norm: norm, output: None }
 }
 
 /// Seeded tokens below `vocab`.

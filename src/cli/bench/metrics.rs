@@ -27,6 +27,7 @@ use super::super::load::{Model, engine};
 use super::super::output::Output;
 use super::super::progress;
 use super::super::theory_args::PresetsArg;
+use super::context_length;
 
 /// What a session costs, in four ways: how many fit, and how long its prompt, its tokens and its context switch take
 ///
@@ -180,16 +181,6 @@ impl MetricsArgs {
         evictions: Option<EvictionConfig>,
         settings: &Settings,
     ) -> Result<EngineConfig> {
-        let room = u32::try_from(settings.room()).unwrap_or(u32::MAX);
-        let longest = self.context.iter().copied().max().unwrap_or(0);
-        let (wanted, trained) = (longest.saturating_add(room), geometry.context_length);
-        if wanted > trained {
-            return Err(usage(format!(
-                "--context {longest} and {room} tokens to decode are more than the model's context of {trained}; give at \
-                 most --context {}",
-                trained.saturating_sub(room)
-            )));
-        }
         // One session decodes beside a switch.
         let max_sessions = self.batch.max(2);
         Ok(EngineConfig {
@@ -198,7 +189,7 @@ impl MetricsArgs {
             max_sessions,
             // One more than tokens need: logits are read back to be checked.
             max_logit_rows: max_sessions + 1,
-            context_length: wanted,
+            context_length: context_length(&self.context, settings.room(), geometry)?,
             page_size: self.cache.page_size,
             codecs: self.cache.codecs(&self.compress, geometry)?,
             chooses: chooses(&self.compress),

@@ -12,8 +12,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use concertina::geometry::ModelGeometry;
 
 use super::args::Global;
+use super::failure::usage;
 pub(super) use kernels::seconds;
 
 /// Measure speed on this device
@@ -56,4 +58,19 @@ pub(super) fn run(args: &BenchArgs, global: &Global) -> Result<ExitCode> {
         What::Step(args) => step::run(args, global),
         What::Switch(args) => switch::run(args, global),
     }
+}
+
+/// The context of an engine in which the longest of these and `room` tokens that are decoded fit.
+fn context_length(contexts: &[u32], room: usize, geometry: &ModelGeometry) -> Result<u32> {
+    let room = u32::try_from(room).unwrap_or(u32::MAX);
+    let longest = contexts.iter().copied().max().unwrap_or(0);
+    let (wanted, trained) = (longest.saturating_add(room), geometry.context_length);
+    if wanted > trained {
+        return Err(usage(format!(
+            "--context {longest} and {room} tokens to decode are more than the model's context of {trained}; give at \
+             most --context {}",
+            trained.saturating_sub(room)
+        )));
+    }
+    Ok(wanted)
 }

@@ -22,6 +22,7 @@ use super::super::failure::usage;
 use super::super::load::{Model, engine, read_text};
 use super::super::output::Output;
 use super::super::progress;
+use super::context_length;
 
 /// Decode steps of a model end to end: tokens per second, where the time goes, and how near it comes to reading alone
 ///
@@ -153,16 +154,6 @@ impl StepArgs {
     fn engine_config(&self, model: &Model) -> Result<EngineConfig> {
         let geometry = model.geometry();
         let settings = Settings { chunk: 0, steps: self.steps as usize, warm_up: WARM_UP, read_bytes_per_s: 0.0 };
-        let room = u32::try_from(settings.room()).unwrap_or(u32::MAX);
-        let longest = self.context.iter().copied().max().unwrap_or(0);
-        let (wanted, trained) = (longest.saturating_add(room), geometry.context_length);
-        if wanted > trained {
-            return Err(usage(format!(
-                "--context {longest} and {room} tokens to decode are more than the model's context of {trained}; give at \
-                 most --context {}",
-                trained.saturating_sub(room)
-            )));
-        }
         let max_sessions = self.batch.iter().copied().max().unwrap_or(1);
         Ok(EngineConfig {
             budget: self.kv_budget,
@@ -170,7 +161,7 @@ impl StepArgs {
             max_sessions,
             // One more than tokens need: logits are read back to be checked.
             max_logit_rows: max_sessions + 1,
-            context_length: wanted,
+            context_length: context_length(&self.context, settings.room(), geometry)?,
             page_size: self.cache.page_size,
             codecs: self.cache.codecs(&self.compress, geometry)?,
             chooses: chooses(&self.compress),

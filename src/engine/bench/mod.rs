@@ -20,6 +20,7 @@
 //! case's bytes are few, runs take turns over copies of it that lie elsewhere ([`BenchSettings::cold`]).
 
 pub mod append;
+mod attention;
 pub mod cache;
 pub mod decode;
 pub mod gather;
