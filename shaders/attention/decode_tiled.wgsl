@@ -2,14 +2,14 @@
 //
 // Workgroup = one work item = (row, KV head, run of tokens), walked in tiles of TILE tokens.
 //
-// QK: a lane owns TOKENS tokens of one block of 32, all in one page, so a score needs no exchange between lanes, and one
-//   query value from workgroup memory serves TOKENS scores. Reads of workgroup memory are what limits this kernel: such a
-//   read costs a subgroup as much as 16 multiply-adds even when all lanes read one address.
+// QK: a lane owns TOKENS tokens of one block of 32, all in one page, so a score needs no exchange between lanes. How scores
+//   are computed is in the file joined to this one: decode_products.wgsl or decode_digits.wgsl.
 // PV: a lane owns a cell of 8 channels and a stripe of tokens; one weight from workgroup memory serves 8 channels.
 //
 // Numbers are used as they lie in the codes. Scales of key channels are folded into the query, once per block of tokens;
 // those of tokens into scores and weights; what is added to all numbers of a group (zero points, and the offset that codes
-// have as floats) is summed once per group.
+// have as floats) is summed once per group. Reads of workgroup memory limit this kernel: one costs a subgroup as much as 16
+// multiply-adds even when all lanes read one address.
 
 const VALUES_AHEAD = AHEAD == 1u;
 const TILE = WORKGROUP_SIZE * TOKENS;
@@ -19,17 +19,22 @@ const QUADS = HEAD_DIM / 4u;
 const STRIPES = WORKGROUP_SIZE / VALUE_CELLS;
 const KEY_RAWS = KEY_CELLS / KEY_CODEC_SPAN;
 // One more than a multiple of 8, so that neighbouring rows begin in different banks.
-const FOLD_ROW = GROUP_SIZE * QUADS + 1u;
 const WEIGHT_ROW = TILE + 1u;
-const FOLD_VECS = select(0u, TILE / BLOCK * FOLD_ROW, KEY_CODEC_CHANNEL_SCALES);
 
 @group(0) @binding(4) var<storage, read_write> state_o: array<f32>;
 
 var<workgroup> q_tile: array<vec4<f32>, GROUP_SIZE * QUADS>;  // [head][channel / 4]; at the end outputs
-// In turn: queries folded for each block [block][head][channel / 4], weights [channel group][head vec][token], and outputs
-// [lane][2]. The less of this memory a workgroup takes, the more of them run at once.
-var<workgroup> tile_of: array<vec4<f32>, max(max(FOLD_VECS, WEIGHT_ROWS * WEIGHT_ROW), WORKGROUP_SIZE * 2u)>;
-var<workgroup> zeros: array<vec4<f32>, WORKGROUP_SIZE * HEAD_VECS>;
+// In turn: queries folded for each block (FOLD_VECS), weights [channel group][head vec][token], and outputs [lane][2]. The less
+// of this memory a workgroup takes, the more of them run at once. Bits, since some of it is no numbers.
+var<workgroup> tile_of: array<vec4<u32>, max(max(FOLD_VECS, WEIGHT_ROWS * WEIGHT_ROW), WORKGROUP_SIZE * 2u)>;
+
+fn tile_vec(i: u32) -> vec4<f32> {
+  return bitcast<vec4<f32>>(tile_of[i]);
+}
+
+fn put_tile_vec(i: u32, value: vec4<f32>) {
+  tile_of[i] = bitcast<vec4<u32>>(value);
+}
 
 fn place_of(block: u32, lane: u32, j: u32) -> u32 {
   return block * BLOCK + lane + j * BLOCK_LANES;
@@ -60,6 +65,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
   for (var i = li; i < GROUP_SIZE * QUADS; i += WORKGROUP_SIZE) { q_tile[i] = q[q_at + i] * par.scale_log2; }
   workgroupBarrier();
   if (KEY_ROTATES) { rotate(li); }
+  prepare_queries(lanes);
 
   let block = li / BLOCK_LANES;
   let block_lane = li % BLOCK_LANES;
@@ -116,68 +122,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
     }
 
     var s: array<f32, SCORES>;  // [token][head]
-    if (KEY_CODEC_CHANNEL_SCALES) {
-      var zero: array<vec4<f32>, HEAD_VECS>;
-      for (var i = 0u; i < QUADS; i += BLOCK_LANES) {
-        let c = i + block_lane;
-        if (c < QUADS) {
-          let channels = key_codec_channel_scale(page, token, c);
-          let offset = channels.zero - KEY_CODEC_OFFSET * channels.scale;
-          for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-            let q4 = q_tile[g * QUADS + c];
-            tile_of[block * FOLD_ROW + g * QUADS + c] = q4 * channels.scale;
-            zero[g / 4u][g % 4u] += dot(q4, offset);
-          }
-        }
-      }
-      for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
-        zeros[li * HEAD_VECS + h] = zero[h];
-      }
-      workgroupBarrier();
-      var sums: array<vec4<f32>, HEAD_VECS>;
-      for (var i = 0u; i < BLOCK_LANES; i++) {
-        for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
-          sums[h] += zeros[(block * BLOCK_LANES + i) * HEAD_VECS + h];
-        }
-      }
-      for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-        for (var j = 0u; j < TOKENS; j++) {  // unroll
-          s[j * GROUP_SIZE + g] = sums[g / 4u][g % 4u];
-        }
-      }
-    }
-    let q_from = select(0u, block * FOLD_ROW, KEY_CODEC_CHANNEL_SCALES);
-    for (var first_raw = 0u; first_raw < KEY_RAWS; first_raw += KEY_LOADS) {
-      var raw: array<KeyCodecRaw, KEY_IN_FLIGHT>;
-      for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
-        for (var j = 0u; j < TOKENS; j++) {  // unroll
-          raw[u * TOKENS + j] = key_codec_load(page, token + j * BLOCK_LANES, (first_raw + u) * KEY_CODEC_SPAN);
-        }
-      }
-      for (var u = 0u; u < KEY_LOADS; u++) {  // unroll
-        for (var unit = 0u; unit < KEY_UNITS; unit++) {  // unroll
-          let c = q_from + ((first_raw + u) * KEY_CODEC_SPAN + unit) * 2u;
-          var k: array<Cell, TOKENS>;
-          for (var j = 0u; j < TOKENS; j++) {  // unroll
-            k[j] = key_codec_numbers(raw[u * TOKENS + j], unit);
-          }
-          for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-            var a: vec4<f32>;
-            var b: vec4<f32>;
-            if (KEY_CODEC_CHANNEL_SCALES) {
-              a = tile_of[c + g * QUADS];
-              b = tile_of[c + g * QUADS + 1u];
-            } else {
-              a = q_tile[c + g * QUADS];
-              b = q_tile[c + g * QUADS + 1u];
-            }
-            for (var j = 0u; j < TOKENS; j++) {  // unroll
-              s[j * GROUP_SIZE + g] = chained(k[j], a, b, s[j * GROUP_SIZE + g]);
-            }
-          }
-        }
-      }
-    }
+    scores(li, block, block_lane, page, token, &s);
     var inside: array<bool, TOKENS>;
     var top: array<vec4<f32>, HEAD_VECS>;
     for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
@@ -187,7 +132,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
       inside[j] = tile + place_of(block, block_lane, j) < n_tokens;
       for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
         var score = s[j * GROUP_SIZE + g];
-        if (KEY_CODEC_TOKEN_SCALES > 0u) { score = score * token_scale[j].x + q_sum[g / 4u][g % 4u] * token_scale[j].y; }
+        if (KEY_CODEC_TOKEN_SCALES > 0u) { score = score * token_scale[j].x + q_sum[g / 4u][g % 4u] * (token_scale[j].y + SCORE_OFFSET * token_scale[j].x); }
         score = select(MASKED, score, inside[j]);
         s[j * GROUP_SIZE + g] = score;
         top[g / 4u][g % 4u] = max(top[g / 4u][g % 4u], score);
@@ -223,7 +168,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
         // Scales of a slot that was never written may be anything.
         if (VALUE_CODEC_TOKEN_SCALES > 0u) { scale = select(vec2<f32>(0.0), value_scale[j * WEIGHT_GROUPS + r], inside[j]); }
         for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
-          tile_of[(r * HEAD_VECS + h) * WEIGHT_ROW + place] = p[h] * scale.x;
+          put_tile_vec((r * HEAD_VECS + h) * WEIGHT_ROW + place, p[h] * scale.x);
           if (VALUE_CODEC_TOKEN_SCALES > 0u) {
             added[r * HEAD_VECS + h] += p[h] * (scale.y - VALUE_CODEC_OFFSET * scale.x);
           }
@@ -245,7 +190,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
           let v = value_codec_numbers(values[u], unit);
           var p: array<vec4<f32>, HEAD_VECS>;
           for (var h = 0u; h < HEAD_VECS; h++) {  // unroll
-            p[h] = tile_of[at + h * WEIGHT_ROW + unit];
+            p[h] = tile_vec(at + h * WEIGHT_ROW + unit);
           }
           for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
             low[g] = fma(v.low, vec4<f32>(p[g / 4u][g % 4u]), low[g]);
@@ -262,12 +207,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
     if (VALUE_CODEC_TOKEN_SCALES > 0u) { added[r] = lanes_sum(lanes, added[r]); }
   }
   for (var g = 0u; g < GROUP_SIZE; g++) {  // unroll
-    tile_of[li * 2u] = low[g];
-    tile_of[li * 2u + 1u] = high[g];
+    put_tile_vec(li * 2u, low[g]);
+    put_tile_vec(li * 2u + 1u, high[g]);
     workgroupBarrier();
     for (var c = li; c < QUADS; c += WORKGROUP_SIZE) {
       var sum = vec4<f32>(0.0);
-      for (var i = 0u; i < STRIPES; i++) { sum += tile_of[i * VALUE_CELLS * 2u + c]; }
+      for (var i = 0u; i < STRIPES; i++) { sum += tile_vec(i * VALUE_CELLS * 2u + c); }
       if (VALUE_CODEC_TOKEN_SCALES > 0u) {
         for (var r = 0u; r < WEIGHT_GROUPS; r++) {  // unroll
           if (c * WEIGHT_GROUPS / QUADS == r) { sum += added[r * HEAD_VECS + g / 4u][g % 4u]; }
@@ -297,16 +242,4 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, lanes: Lanes) {
 fn load_values(pages: u32, tile: u32, block: u32, cell: u32) -> ValueCodecRaw {
   let token = tile + block * VALUE_CODEC_SPAN;
   return value_codec_load(tables[pages + token / PAGE_SIZE], token % PAGE_SIZE, cell);
-}
-
-// A cell of keys against eight query values, each product added to the last: one operation a product.
-fn chained(k: Cell, a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
-  var s = fma(k.low.x, a.x, sum);
-  s = fma(k.low.y, a.y, s);
-  s = fma(k.low.z, a.z, s);
-  s = fma(k.low.w, a.w, s);
-  s = fma(k.high.x, b.x, s);
-  s = fma(k.high.y, b.y, s);
-  s = fma(k.high.z, b.z, s);
-  return fma(k.high.w, b.w, s);
 }

@@ -75,6 +75,15 @@ fn plane_crumbs(word: u32, half: u32) -> Cell {
   return Cell(bitcast<vec4<f32>>((low & BITS) | BASE), bitcast<vec4<f32>>((high & BITS) | BASE));
 }
 
+// Codes of 8, 4 or 2 bits, four to a word, as signed numbers: those of 8 bits are 128 less than they were. A unit is eight
+// channels in two words, or sixteen of 2 bits in four; word i of n has the codes at places i, i + n, i + 2n and i + 3n of a group of
+// 4 n, but those of 8 bits in their order.
+fn plane_digits(raw: vec4<u32>, bits: u32, unit: u32) -> vec4<u32> {
+  if (bits == 8u) { return vec4<u32>(raw[unit * 2u] ^ 0x80808080u, raw[unit * 2u + 1u] ^ 0x80808080u, 0u, 0u); }
+  if (bits == 4u) { return vec4<u32>(raw[unit] & 0x0f0f0f0fu, (raw[unit] >> 4u) & 0x0f0f0f0fu, 0u, 0u); }
+  return (vec4<u32>(raw[unit]) >> vec4<u32>(0u, 2u, 4u, 6u)) & vec4<u32>(0x03030303u);
+}
+
 // Two f16 as f32, for scales. Attention may read them by the driver's conversion.
 fn plane_pair(word: u32) -> vec2<f32> {
   return unpack2x16float(word);

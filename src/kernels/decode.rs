@@ -31,6 +31,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::attention::{Format, lanes_module};
+use super::tuning::Operands;
 use super::{KernelSpec, modules};
 use crate::compression::hidden::{Quantizer, Side, Transform};
 use crate::device::Tier;
@@ -65,15 +66,22 @@ pub struct DecodeTile {
     pub value_loads: u32,
     /// Whether the first of these are asked for before scores are computed.
     pub ahead: bool,
+    /// Whether scores are integer products of codes with queries that are rounded to two digits of 8 bits; else f32 products.
+    pub digits: bool,
 }
+
+/// Words behind a tile's numbers.
+const AHEAD: &str = ":ahead";
+const DIGITS: &str = ":digits";
 
 impl fmt::Display for DecodeTuning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::General => f.pad("general"),
-            Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads, ahead }) => {
-                let ahead = if *ahead { ":ahead" } else { "" };
-                f.pad(&format!("tiled:{lanes}:{tokens}:{key_loads}:{value_loads}{ahead}"))
+            Self::Tiled(DecodeTile { lanes, tokens, key_loads, value_loads, ahead, digits }) => {
+                let ahead = if *ahead { AHEAD } else { "" };
+                let digits = if *digits { DIGITS } else { "" };
+                f.pad(&format!("tiled:{lanes}:{tokens}:{key_loads}:{value_loads}{ahead}{digits}"))
             }
         }
     }
@@ -87,12 +95,15 @@ impl FromStr for DecodeTuning {
             return Ok(Self::General);
         }
         let tile = text.strip_prefix("tiled:").and_then(|rest| {
-            let numbers = rest.strip_suffix(":ahead").unwrap_or(rest).split(':').map(|n| n.parse().ok());
+            let (rest, digits) = rest.strip_suffix(DIGITS).map_or((rest, false), |rest| (rest, true));
+            let (rest, ahead) = rest.strip_suffix(AHEAD).map_or((rest, false), |rest| (rest, true));
+            let numbers = rest.split(':').map(|n| n.parse().ok());
             let [lanes, tokens, key_loads, value_loads] = numbers.collect::<Option<Vec<u32>>>()?.try_into().ok()?;
-            Some(DecodeTile { lanes, tokens, key_loads, value_loads, ahead: rest.ends_with(":ahead") })
+            Some(DecodeTile { lanes, tokens, key_loads, value_loads, ahead, digits })
         });
         tile.map(Self::Tiled).ok_or_else(|| {
-            format!("'{text}' is no tuning of decode: general, or tiled:LANES:TOKENS:KEY_LOADS:VALUE_LOADS[:ahead]")
+            let form = "general, or tiled:LANES:TOKENS:KEY_LOADS:VALUE_LOADS[:ahead][:digits]";
+            format!("'{text}' is no tuning of decode: {form}")
         })
     }
 }
@@ -134,6 +145,14 @@ impl DecodeTuning {
         candidates
     }
 
+    /// What it multiplies where it reads pages of this format.
+    pub fn operands(&self, format: &Format) -> Operands {
+        match self.fitted(format) {
+            Self::Tiled(DecodeTile { digits: true, .. }) => Operands::Digits,
+            _ => Operands::Full,
+        }
+    }
+
     /// The kernel that reads pages of this format: as asked for, within what the format allows.
     pub fn fitted(&self, format: &Format) -> Self {
         match self {
@@ -144,7 +163,7 @@ impl DecodeTuning {
 }
 
 /// Tiles that are worth trying: many lanes with few tokens each, and the other way round; from four to sixteen loads in flight.
-const TILES: [DecodeTile; 10] = [
+const TILES: [DecodeTile; 16] = [
     DecodeTile::new(128, 1, 8, 8).ahead(),
     DecodeTile::new(128, 1, 8, 8),
     DecodeTile::new(64, 1, 8, 8).ahead(),
@@ -155,15 +174,25 @@ const TILES: [DecodeTile; 10] = [
     DecodeTile::new(64, 2, 4, 8).ahead(),
     DecodeTile::new(64, 2, 1, 4).ahead(),
     DecodeTile::new(64, 4, 1, 4).ahead(),
+    DecodeTile::new(32, 1, 1, 4).ahead().digits(),
+    DecodeTile::new(64, 1, 1, 4).ahead().digits(),
+    DecodeTile::new(64, 2, 1, 4).ahead().digits(),
+    DecodeTile::new(64, 2, 1, 2).digits(),
+    DecodeTile::new(64, 2, 4, 8).ahead().digits(),
+    DecodeTile::new(64, 4, 1, 4).ahead().digits(),
 ];
 
 impl DecodeTile {
     const fn new(lanes: u32, tokens: u32, key_loads: u32, value_loads: u32) -> Self {
-        Self { lanes, tokens, key_loads, value_loads, ahead: false }
+        Self { lanes, tokens, key_loads, value_loads, ahead: false, digits: false }
     }
 
     const fn ahead(self) -> Self {
         Self { ahead: true, ..self }
+    }
+
+    const fn digits(self) -> Self {
+        Self { digits: true, ..self }
     }
 
     /// The tile with no more loads in flight than the format has; `None` where it can not read pages of the format.
@@ -191,7 +220,8 @@ impl DecodeTile {
         let keys = (cells / span(Side::Key)).min(key_loads);
         let blocks = lanes * tokens / span(Side::Value);
         let values = (blocks / (lanes / cells)).min(value_loads);
-        let tile = Self { key_loads: keys, value_loads: values, ..*self };
+        let digits = self.digits && has_digits(format);
+        let tile = Self { key_loads: keys, value_loads: values, digits, ..*self };
         (keys > 0 && values > 0 && tile.workgroup_bytes(format) <= WORKGROUP_BYTES).then_some(tile)
     }
 
@@ -201,18 +231,28 @@ impl DecodeTile {
         let queries = heads.group_size() * heads.head_dim / 4;
         let head_vecs = heads.group_size().div_ceil(4);
         let tile = self.lanes * self.tokens;
-        let folded = if channel_scales(format) { tile / BLOCK * (queries + 1) } else { 0 };
+        let row = if self.digits { queries / 2 + 1 } else { queries + 1 };
+        let folded = if channel_scales(format) { tile / BLOCK * row } else { 0 };
         let weights = weight_groups(format) * head_vecs * (tile + 1);
-        // Beside them zero points, and at most as much as a lane's vec4 for reductions.
-        let cells = queries + folded.max(weights).max(2 * self.lanes) + (head_vecs + 2) * self.lanes + 8;
+        let group = heads.group_size();
+        let scores = match (self.digits, channel_scales(format)) {
+            // Digits of queries, a lane's share of two numbers a head, and both for each block.
+            (true, folds) => (group * (self.lanes + 1 + tile / BLOCK)).div_ceil(2) + if folds { 1 } else { row },
+            (false, _) => head_vecs * self.lanes,
+        };
+        // Beside them at most as much as a lane's vec4 for reductions.
+        let cells = queries + folded.max(weights).max(2 * self.lanes) + scores + 2 * self.lanes + 8;
         u64::from(cells) * CELL_BYTES
     }
 
     fn constants(&self, format: &Format) -> Vec<(&'static str, u32)> {
-        let Self { lanes, tokens, key_loads, value_loads, ahead } = *self;
+        let Self { lanes, tokens, key_loads, value_loads, ahead, digits: _ } = *self;
         let group = format.shape.heads.group_size();
         let (head_vecs, weight_groups) = (group.div_ceil(4), weight_groups(format));
         let span = |side| span(format.codec.side(side).quantizer);
+        // Digits of eight channels, of as many as two words of codes have; of 2 bits in four words.
+        let digit_vecs = if span(Side::Key) == 8 { 2 } else { 1 };
+        let head_units = format.shape.heads.head_dim / (8 * digit_vecs);
         vec![
             ("WORKGROUP_SIZE", lanes),
             ("TOKENS", tokens),
@@ -228,6 +268,10 @@ impl DecodeTile {
             ("WEIGHT_GROUPS", weight_groups),
             ("WEIGHT_ROWS", weight_groups * head_vecs),
             ("ROTATED_ROWS", group),
+            ("DIGIT_VECS", digit_vecs),
+            ("DIGIT_QUADS", 2 * digit_vecs),
+            ("DIGIT_UNITS", span(Side::Key) / digit_vecs),
+            ("LANE_UNITS", head_units.div_ceil(BLOCK / tokens)),
         ]
     }
 }
@@ -240,6 +284,11 @@ const fn span(quantizer: Quantizer) -> u32 {
         Quantizer::Kivi { bits, .. } => 16 / bits,
         Quantizer::Gaussian { bits } => 16 / bits,
     }
+}
+
+/// Whether keys are codes in proportion to what they stand for, up to scale and zero point.
+const fn has_digits(format: &Format) -> bool {
+    matches!(format.codec.k.quantizer, Quantizer::Kivi { .. } | Quantizer::Int8)
 }
 
 const fn channel_scales(format: &Format) -> bool {
@@ -282,7 +331,8 @@ impl DecodeSpec {
         let lanes = lanes_module(self.tier);
         match self.tuning.fitted(&self.format) {
             DecodeTuning::Tiled(tile) => {
-                let kernel = [lanes, &modules::ROTATE_ROWS, &modules::DECODE_TILED];
+                let scores = if tile.digits { &modules::DECODE_DIGITS } else { &modules::DECODE_PRODUCTS };
+                let kernel = [lanes, &modules::ROTATE_ROWS, scores, &modules::DECODE_TILED];
                 self.format.attention_kernel("decode", &tile.constants(&self.format), &kernel)
             }
             DecodeTuning::General => {
@@ -301,10 +351,25 @@ mod tests {
 
     #[test]
     fn a_tuning_reads_back_and_bad_ones_are_refused() {
-        for text in ["general", "tiled:64:4:2:8", "tiled:32:2:4:8:ahead"] {
+        for text in [
+            "general",
+            "tiled:64:4:2:8",
+            "tiled:32:2:4:8:ahead",
+            "tiled:64:2:1:4:ahead:digits",
+            "tiled:64:2:1:4:digits",
+        ] {
             assert_eq!(text.parse::<DecodeTuning>().map(|t| t.to_string()).as_deref(), Ok(text), "round trip");
         }
-        for bad in ["", "tiled", "tiled:64:4:2", "tiled:64:4:2:x", "tiled:64:4:2:ahead", "tiled:1:2:3:4:5", "General"] {
+        for bad in [
+            "",
+            "tiled",
+            "tiled:64:4:2",
+            "tiled:64:4:2:x",
+            "tiled:64:4:2:ahead",
+            "tiled:1:2:3:4:5",
+            "tiled:64:2:1:4:digits:ahead",
+            "General",
+        ] {
             assert!(bad.parse::<DecodeTuning>().is_err(), "'{bad}'");
         }
     }

@@ -126,6 +126,10 @@ pub mod modules {
         DECODE = "attention/decode.wgsl";
         /// The same in register tiles.
         DECODE_TILED = "attention/decode_tiled.wgsl";
+        /// Its scores by f32 products.
+        DECODE_PRODUCTS = "attention/decode_products.wgsl";
+        /// Its scores by integer products of codes.
+        DECODE_DIGITS = "attention/decode_digits.wgsl";
         /// Random rotations of rows of channels.
         ROTATE_ROWS = "attention/rotate_rows.wgsl";
         /// The rows of a prefill workgroup.

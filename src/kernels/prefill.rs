@@ -37,6 +37,7 @@ use std::str::FromStr;
 
 use super::attention::{CacheShape, Format};
 use super::prefill_coop::{self, CooperativeTile};
+use super::tuning::Operands;
 use super::{KernelSpec, modules};
 use crate::compression::hidden::{Side, Transform};
 use crate::device::Tier;
@@ -239,9 +240,12 @@ impl PrefillSpec {
         ITEM_ROWS / shape.heads.group_size()
     }
 
-    /// Whether queries, probabilities, keys and values are rounded to f16 before they are multiplied.
-    pub const fn multiplies_f16(&self) -> bool {
-        matches!(self.tuning, PrefillTuning::Cooperative(_))
+    /// What it multiplies.
+    pub const fn operands(&self) -> Operands {
+        match self.tuning {
+            PrefillTuning::Cooperative(_) => Operands::Half,
+            PrefillTuning::General | PrefillTuning::Tiled(_) => Operands::Full,
+        }
     }
 
     fn tile_rows(&self) -> u32 {

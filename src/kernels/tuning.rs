@@ -10,6 +10,17 @@ use super::prefill::PrefillTuning;
 use super::product_tuning::{CooperativeRows, ProductTuning};
 use crate::device::Tier;
 
+/// What a kernel of attention multiplies. How far its result may be from the reference follows from this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Operands {
+    /// Queries, keys, probabilities and values as they are, in f32.
+    Full,
+    /// All of them rounded to f16.
+    Half,
+    /// Queries as two digits of 8 bits; the others as they are.
+    Digits,
+}
+
 /// The tuning of every kernel that has one; what is not chosen is as the methods say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tuning {

@@ -58,6 +58,19 @@ impl Tolerance {
         Self { relative: rounding + Self::attention(n_tokens, head_dim, product_rms).relative }
     }
 
+    /// Attention whose queries, with what is folded into them, are rounded to 32,512 steps of their head's largest channel;
+    /// keys are multiplied as whole numbers above the smallest of their group, and all else is as in [`Self::attention`].
+    ///
+    /// The largest channel is at most `sqrt(head_dim)` times the root mean square, and rounding loses `1 / sqrt(12)` of a step in
+    /// the mean, so a query carries an error of `sqrt(head_dim / 12) / 32512` of that. What it meets is a key's distance from the
+    /// smallest of its group: at most twice the largest key, which for keys spread evenly is `2 sqrt(3)` times their root mean
+    /// square. A product's error is then `sqrt(head_dim) / 32512` of `product_rms`; over `head_dim` independent products, and
+    /// through the softmax scale, it is the same for the score. The factor of 8 covers the tail.
+    pub fn attention_digits(n_tokens: usize, head_dim: u32, product_rms: f64) -> Self {
+        let rounding = 8.0 * f64::from(head_dim).sqrt() * product_rms / 32512.0;
+        Self { relative: rounding + Self::attention(n_tokens, head_dim, product_rms).relative }
+    }
+
     /// A sum of `n` products.
     pub fn dot(n: usize) -> Self {
         Self { relative: 8.0 * Self::U * ((n as f64).sqrt() + 2.0) }
@@ -156,6 +169,13 @@ mod tests {
     fn rounding_operands_to_f16_widens_the_bound_and_no_further() {
         let (plain, rounded) = (Tolerance::attention(100, 64, 1.0), Tolerance::attention_f16(100, 64, 1.0));
         assert!(rounded.relative > 100.0 * plain.relative && rounded.relative < 0.02, "{:e}", rounded.relative);
+    }
+
+    #[test]
+    fn queries_in_digits_are_nearer_than_operands_in_f16() {
+        let [plain, digits, half] = [Tolerance::attention, Tolerance::attention_digits, Tolerance::attention_f16]
+            .map(|tolerance| tolerance(100, 128, 4.0 / 3.0).relative);
+        assert!(plain < digits && digits < half / 4.0, "{plain:e}, {digits:e}, {half:e}");
     }
 
     #[test]

@@ -18,6 +18,7 @@ use crate::kernels::abi::{AttentionParams, MergeParams};
 use crate::kernels::executor::ListOffsets;
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
 use crate::kernels::plan::{AttentionPlan, Dispatch, Segment};
+use crate::kernels::tuning::Operands;
 use crate::kernels::{KernelSpec, Recorder, Slot, flat_grid, merge_states};
 use crate::pool::page_table::PageTable;
 use crate::reference::attention::{Context, attend};
@@ -204,12 +205,12 @@ impl Attention {
         Ok(self.outputs.poison(device)?)
     }
 
-    /// Compares what the last run left; `in_f16` where a kernel rounded what it multiplied to f16.
-    pub(super) fn check(&mut self, device: &Device, copy: usize, in_f16: bool) -> Result<Checked, EngineError> {
+    /// Compares what the last run left; given what a kernel multiplied.
+    pub(super) fn check(&mut self, device: &Device, copy: usize, operands: Operands) -> Result<Checked, EngineError> {
         let copy = copy % self.plans.len();
         if !self.expected.contains_key(&copy) {
             let samples = self.samples();
-            let expected = samples.into_par_iter().map(|sample| self.expected(copy, sample, in_f16)).collect();
+            let expected = samples.into_par_iter().map(|sample| self.expected(copy, sample, operands)).collect();
             self.expected.insert(copy, expected);
         }
         Ok(self.outputs.check(device, &self.expected[&copy])?)
@@ -240,7 +241,7 @@ impl Attention {
         samples
     }
 
-    fn expected(&self, copy: usize, (sequence, r, kv_head): Sample, in_f16: bool) -> Expected {
+    fn expected(&self, copy: usize, (sequence, r, kv_head): Sample, operands: Operands) -> Expected {
         let heads = self.rows.cache.shape.heads;
         let (group, width) = (heads.group_size(), heads.head_dim as usize);
         let (k, v) = self.cache.tokens(copy, sequence, kv_head);
@@ -250,14 +251,22 @@ impl Attention {
         let q = &self.q[first..first + group as usize * width];
         let n = (self.rows.first(sequence) + r + 1) as usize;
         let result = attend(&Context { heads: of_group, k: &k, v: &v }, q, n);
-        let bound = if in_f16 { Tolerance::attention_f16 } else { Tolerance::attention };
         Expected {
             row,
             kv_head: kv_head as usize,
             o: result.o,
             absolute: result.absolute,
             lse: result.lse,
-            tolerance: bound(n, heads.head_dim, PRODUCT_RMS),
+            tolerance: tolerance(operands)(n, heads.head_dim, PRODUCT_RMS),
         }
+    }
+}
+
+/// How far attention may be from f64, given what its kernel multiplies: by tokens, channels and root mean square of products.
+pub fn tolerance(operands: Operands) -> fn(usize, u32, f64) -> Tolerance {
+    match operands {
+        Operands::Full => Tolerance::attention,
+        Operands::Half => Tolerance::attention_f16,
+        Operands::Digits => Tolerance::attention_digits,
     }
 }

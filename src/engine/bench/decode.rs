@@ -9,20 +9,34 @@ use crate::engine::EngineError;
 use crate::kernels::attention::Format;
 use crate::kernels::decode::{DecodeSpec, DecodeTuning};
 use crate::kernels::pipeline::PipelineCache;
-use crate::kernels::tuning::Tuning;
+use crate::kernels::tuning::{Operands, Tuning};
 use crate::kernels::{KernelSpec, Recorder};
 
 /// (row, KV head) pairs that are compared, spread over the batch.
 const SAMPLES: usize = 4;
 const SEED: u64 = 13;
 
+/// One way to launch decode.
+#[derive(Debug)]
+struct Candidate {
+    label: String,
+    spec: KernelSpec,
+    operands: Operands,
+}
+
 /// Decode kernels of a format that give the same result, the one that the program uses first.
-fn candidates(device: &Device, format: Format, tuning: &Tuning) -> Vec<(String, KernelSpec)> {
+fn candidates(device: &Device, format: Format, tuning: &Tuning) -> Vec<Candidate> {
     let (tier, chosen) = (device.tier(), tuning.decode(&device.summary().kind, &format));
     let others = DecodeTuning::candidates(&format).into_iter().filter(|other| *other != chosen);
-    let named = |tuning: DecodeTuning| (tuning.to_string(), DecodeSpec { format, tier, tuning }.kernel());
+    let named = |tuning: DecodeTuning| {
+        let spec = DecodeSpec { format, tier, tuning }.kernel();
+        Candidate { label: tuning.to_string(), spec, operands: tuning.operands(&format) }
+    };
     let plain = format.codec.k.transform == Transform::None && format.codec.v.transform == Transform::None;
-    let plain = plain.then(|| ("straightforward".to_owned(), DecodeSpec { format, tier, tuning: chosen }.plain()));
+    let plain = plain.then(|| {
+        let spec = DecodeSpec { format, tier, tuning: chosen }.plain();
+        Candidate { label: "straightforward".to_owned(), spec, operands: Operands::Full }
+    });
     std::iter::once(chosen).chain(others).map(named).chain(plain).collect()
 }
 
@@ -30,7 +44,9 @@ fn candidates(device: &Device, format: Format, tuning: &Tuning) -> Vec<(String, 
 #[derive(Debug)]
 pub struct DecodeRun {
     attention: Attention,
-    candidates: Vec<(String, KernelSpec)>,
+    candidates: Vec<Candidate>,
+    /// What the kernel for sealed pages multiplies.
+    operands: Operands,
     /// For sealed pages; for all where none is sealed.
     kernel: Kernel,
     /// For open pages beside sealed ones.
@@ -52,9 +68,10 @@ impl DecodeRun {
         let attention = Attention::new(device, pipelines, rows, (SEED, SAMPLES), settings)?;
         let of_codec = |codec| candidates(device, spec.shape.format(codec), pipelines.tuning());
         let (candidates, of_open) = (of_codec(spec.codec), of_codec(HiddenCodec::F16));
-        let kernel = attention.kernel(device, pipelines, &candidates[0].1)?;
-        let open = attention.kernel(device, pipelines, &of_open[0].1)?;
-        Ok(Self { attention, candidates, kernel, open })
+        let kernel = attention.kernel(device, pipelines, &candidates[0].spec)?;
+        let open = attention.kernel(device, pipelines, &of_open[0].spec)?;
+        let operands = candidates[0].operands;
+        Ok(Self { attention, candidates, operands, kernel, open })
     }
 
     /// Copies of the cache that runs take turns over.
@@ -70,11 +87,16 @@ impl DecodeRun {
 
 impl KernelRun for DecodeRun {
     fn candidates(&self) -> Vec<String> {
-        self.candidates.iter().map(|(label, _)| label.clone()).collect()
+        self.candidates.iter().map(|candidate| candidate.label.clone()).collect()
     }
 
     fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError> {
-        self.kernel = self.attention.kernel(device, pipelines, &self.candidates[candidate].1)?;
+        let Candidate { spec, operands, .. } = &self.candidates[candidate];
+        self.kernel = self.attention.kernel(device, pipelines, spec)?;
+        if *operands != self.operands {
+            self.operands = *operands;
+            self.attention.forget();
+        }
         Ok(())
     }
 
@@ -99,7 +121,7 @@ impl KernelRun for DecodeRun {
     }
 
     fn check(&mut self, device: &Device, copy: usize) -> Result<Checked, EngineError> {
-        self.attention.check(device, copy, false)
+        self.attention.check(device, copy, self.operands)
     }
 
     fn spoil(&mut self, device: &Device, copy: usize) -> Result<(), EngineError> {

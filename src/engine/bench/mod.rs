@@ -38,6 +38,7 @@ use super::EngineError;
 use crate::device::Device;
 use crate::geometry::Bytes;
 use crate::kernels::{PipelineCache, Recorder};
+pub use attention::tolerance;
 pub use timed::TimedRuns;
 
 /// What one run does.

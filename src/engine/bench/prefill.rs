@@ -10,7 +10,7 @@ use crate::kernels::Recorder;
 use crate::kernels::attention::Format;
 use crate::kernels::pipeline::PipelineCache;
 use crate::kernels::prefill::{PrefillSpec, PrefillTuning};
-use crate::kernels::tuning::Tuning;
+use crate::kernels::tuning::{Operands, Tuning};
 
 /// (row, KV head) pairs that are compared, spread over the rows.
 const SAMPLES: usize = 6;
@@ -123,8 +123,9 @@ impl KernelRun for PrefillRun {
     }
 
     fn check(&mut self, device: &Device, copy: usize) -> Result<Checked, EngineError> {
-        let in_f16 = self.launches.iter().any(|launch| launch.spec.multiplies_f16());
-        self.attention.check(device, copy, in_f16)
+        let rounds = |launch: &&Launch| launch.spec.operands() != Operands::Full;
+        let operands = self.launches.iter().find(rounds).map_or(Operands::Full, |launch| launch.spec.operands());
+        self.attention.check(device, copy, operands)
     }
 
     fn spoil(&mut self, device: &Device, copy: usize) -> Result<(), EngineError> {

@@ -10,14 +10,16 @@ use super::{Check, Extent};
 use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext, lowrank};
 use crate::device::Device;
 use crate::engine::EngineError;
+use crate::engine::bench::tolerance;
 use crate::engine::paged_attention::{DevicePages, NewRows, PagedAttention, PagedAttentionConfig, SequenceId};
 use crate::geometry::Bytes;
 use crate::kernels::PipelineCache;
 use crate::kernels::attention::CacheShape;
 use crate::kernels::prefill::PrefillSpec;
 use crate::kernels::registry::{self, DEFAULT_PAGE_SIZE, cache_shapes};
+use crate::kernels::tuning::Operands;
 use crate::reference::attention::{Context, Row, attend};
-use crate::reference::compare::{Tolerance, nmse};
+use crate::reference::compare::nmse;
 
 /// Rows of the prefill check.
 const PREFILL_ROWS: u32 = 33;
@@ -115,6 +117,8 @@ pub(super) fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(Check)) 
 struct Sequence {
     id: SequenceId,
     codec: HiddenCodec,
+    /// What decode multiplies where it reads sealed pages.
+    decoded_by: Operands,
     /// `[tokens][num_kv_heads][head_dim]`, exact in f16.
     k: Vec<f32>,
     v: Vec<f32>,
@@ -148,8 +152,8 @@ struct Setup<'d> {
     parameters: Vec<HeadParameters>,
     sequences: Vec<Sequence>,
     shape: CacheShape,
-    /// Whether prefill rounds what it multiplies to f16: open pages are f16 in every sequence.
-    prefill_in_f16: bool,
+    /// What prefill multiplies: open pages are f16 in every sequence.
+    prefill: Operands,
 }
 
 impl<'d> Setup<'d> {
@@ -196,13 +200,16 @@ impl<'d> Setup<'d> {
         for (codec, n) in &batch.sequences {
             let id = attention.admit(*codec, n + extra)?;
             let (k, v, decoded_k, decoded_v) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-            sequences.push(Sequence { id, codec: *codec, k, v, decoded_k, decoded_v, sealed: Vec::new() });
+            let format = shape.format(*codec);
+            let decoded_by = cache.tuning().decode(&device.summary().kind, &format).operands(&format);
+            let sealed = Vec::new();
+            sequences.push(Sequence { id, codec: *codec, decoded_by, k, v, decoded_k, decoded_v, sealed });
         }
         let parameters =
             if parameters.is_empty() { vec![no_parameters(); heads.num_kv_heads as usize] } else { parameters };
         let open = shape.format(HiddenCodec::F16);
-        let prefill_in_f16 = PrefillSpec::new(open, cache.tuning().prefill(device.tier())).multiplies_f16();
-        Ok(Self { attention, parameters, sequences, shape, prefill_in_f16 })
+        let prefill = PrefillSpec::new(open, cache.tuning().prefill(device.tier())).operands();
+        Ok(Self { attention, parameters, sequences, shape, prefill })
     }
 
     /// Encodes on the CPU every page of a sequence that has become full.
@@ -318,12 +325,12 @@ fn check_rows(
             .into_par_iter()
             .map(|r| expected(&setup.shape, sequence, &q[r * q_width..(r + 1) * q_width], before + r))
             .collect();
+        let operands = if rows == 1 { sequence.decoded_by } else { setup.prefill };
         let errors = of_codec(&mut errors, sequence.codec);
         for (r, expected) in expected.iter().enumerate() {
             let row = i * rows + r;
             let got = &out.o[row * q_width..(row + 1) * q_width];
-            let bound = if rows > 1 && setup.prefill_in_f16 { Tolerance::attention_f16 } else { Tolerance::attention };
-            let tolerance = bound(before + r + 1, heads.head_dim, PRODUCT_RMS);
+            let tolerance = tolerance(operands)(before + r + 1, heads.head_dim, PRODUCT_RMS);
             let n = heads.num_qo_heads as usize;
             let ones: Vec<f64> = expected.lse.iter().map(|x| x.abs().max(1.0)).collect();
             let worst = tolerance.worst(got, &expected.o, &expected.absolute);
