@@ -1,8 +1,9 @@
 // Merges the attention states of one (row, query head) into its output.
 // Specification: src/kernels/merge_states.rs.
 //
-// Workgroup = (row, query head). First lanes own states: maximum and sum are joined in a tree. Then a lane owns four channels and
-// a stripe of states, four of which are asked for at once; stripes are added in order at the end.
+// Workgroup = (row, query head). Lanes own states, whose maximum and sum are joined in a tree; then a lane owns four channels and
+// a stripe of states, LOADS of which are asked for at once. The first of these are asked for before anything else, since a merge
+// is short and waits more than it computes. Stripes are added in order at the end.
 
 struct MergeParams {
   items: u32,     // first vec4 of the work list in `step`
@@ -25,6 +26,11 @@ var<workgroup> joined: array<vec2<f32>, WORKGROUP_SIZE>;  // (m, l) of a lane's 
 var<workgroup> factors: array<f32, WORKGROUP_SIZE>;       // of the states at hand
 var<workgroup> part: array<vec4<f32>, WORKGROUP_SIZE>;    // [stripe][channel / 4]
 
+// Callers ask only for states that there are, in all lanes alike, so that loads need not wait for a question.
+fn load_state(first: u32, stride: u32, state: u32, channel: u32) -> vec4<f32> {
+  return state_o[(first + state * stride) * VECS + channel];
+}
+
 fn join(a: vec2<f32>, b: vec2<f32>) -> vec2<f32> {
   let m = max(a.x, b.x);
   return vec2<f32>(m, exp2(a.x - m) * a.y + exp2(b.x - m) * b.y);
@@ -41,37 +47,52 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let n_states = item.z;
   let stride = item.w;
 
-  var mine = vec2<f32>(EMPTY, 0.0);
-  for (var i = li; i < n_states; i += WORKGROUP_SIZE) { mine = join(mine, state_ml[first + i * stride]); }
+  let channel = li % VECS;
+  let stripe = li / VECS;
+  var states: array<vec4<f32>, LOADS>;
+  for (var u = 0u; u < LOADS; u++) {  // unroll
+    if (u * STRIPES < n_states) { states[u] = load_state(first, stride, min(u * STRIPES + stripe, n_states - 1u), channel); }
+  }
+  var own = vec2<f32>(EMPTY, 0.0);
+  if (li < n_states) { own = state_ml[first + li * stride]; }
+  var mine = own;
+  for (var i = li + WORKGROUP_SIZE; i < n_states; i += WORKGROUP_SIZE) { mine = join(mine, state_ml[first + i * stride]); }
   joined[li] = mine;
   workgroupBarrier();
   for (var half = WORKGROUP_SIZE / 2u; half > 0u; half /= 2u) {
-    if (li < half) { joined[li] = join(joined[li], joined[li + half]); }
-    workgroupBarrier();
+    // Lanes that have no states are not joined.
+    if (half < n_states) {
+      if (li < half) { joined[li] = join(joined[li], joined[li + half]); }
+      workgroupBarrier();
+    }
   }
   let all = joined[0];
   // No token seen: the output is zero and the log-sum-exp is EMPTY.
   let some = all.y > 0.0;
   if (li == 0u) { lse[row * (NUM_KV_HEADS * GROUP_SIZE) + head] = select(EMPTY, all.x + log2(all.y), some); }
 
-  let channel = li % VECS;
-  let stripe = li / VECS;
   var sum = vec4<f32>(0.0);
   for (var base = 0u; base < n_states; base += WORKGROUP_SIZE) {
-    let end = min(WORKGROUP_SIZE, n_states - base);
+    let here = min(WORKGROUP_SIZE, n_states - base);
+    if (base > 0u) {
+      if (li < here) { own = state_ml[first + (base + li) * stride]; }
+      // A slower lane may still be reading what was here.
+      workgroupBarrier();
+    }
+    factors[li] = exp2(own.x - all.x);
     workgroupBarrier();
-    if (li < end) { factors[li] = exp2(state_ml[first + (base + li) * stride].x - all.x); }
-    workgroupBarrier();
-    if (stripe < STRIPES) {
-      for (var i = stripe; i < end; i += 4u * STRIPES) {
-        var states: array<vec4<f32>, 4>;
-        for (var u = 0u; u < 4u; u++) {  // unroll
-          states[u] = state_o[(first + (base + min(i + u * STRIPES, end - 1u)) * stride) * VECS + channel];
+    for (var batch = 0u; batch < here; batch += LOADS * STRIPES) {
+      if (base + batch > 0u) {
+        for (var u = 0u; u < LOADS; u++) {  // unroll
+          if (batch + u * STRIPES < here) {
+            let state = base + min(batch + u * STRIPES + stripe, here - 1u);
+            states[u] = load_state(first, stride, state, channel);
+          }
         }
-        for (var u = 0u; u < 4u; u++) {  // unroll
-          let factor = select(0.0, factors[min(i + u * STRIPES, end - 1u)], i + u * STRIPES < end);
-          sum += factor * states[u];
-        }
+      }
+      for (var u = 0u; u < LOADS; u++) {  // unroll
+        let place = batch + u * STRIPES + stripe;
+        if (place < here) { sum += factors[place] * states[u]; }
       }
     }
   }

@@ -2,19 +2,20 @@
 // Specification: src/kernels/prefill.rs.
 //
 // Lanes are ROW_GROUPS groups of ACROSS. A group owns 8 rows throughout; in QK a lane of it owns LANE_TOKENS tokens, in PV
-// LANE_VECS times four channels, ACROSS apart. Queries, keys and values pass through workgroup memory, decoded once for all rows.
+// LANE_VECS times four channels, ACROSS apart. Queries, keys and values pass through workgroup memory, decoded once for all rows;
+// probabilities too, PART_TOKENS at a time, since scores of more tokens fit in registers than there is room for there.
 
 const QUADS = TILE_ROWS / 4u;
 const CHUNK_VECS = CHUNK_CELLS * 2u;
 // Parts that a row's maximum is found in.
 const FOLDS = 4u;
-const ROTATED_ROWS = min(TILE_TOKENS * (QUADS + 1u) / ROW_VECS, 8u);
+const ROTATED_ROWS = min(PART_TOKENS * (QUADS + 1u) / ROW_VECS, 8u);
 
 var<workgroup> q_tile: array<array<array<vec4<f32>, 8>, ROW_GROUPS>, CHUNK_VECS>;        // four channels each
 var<workgroup> k_tile: array<array<array<vec4<f32>, ACROSS>, LANE_TOKENS>, CHUNK_VECS>;  // four channels each
 var<workgroup> v_tile: array<array<array<vec4<f32>, ACROSS>, LANE_VECS>, VALUE_TOKENS>;  // four channels each
 // Four rows each. One more than there are, so that neighbouring tokens lie in different banks.
-var<workgroup> p_tile: array<array<vec4<f32>, QUADS + 1u>, TILE_TOKENS>;
+var<workgroup> p_tile: array<array<vec4<f32>, QUADS + 1u>, PART_TOKENS>;
 var<workgroup> folded: array<array<vec4<f32>, FOLDS>, QUADS>;
 
 fn row_vec(i: u32) -> vec4<f32> {
@@ -121,39 +122,46 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     high_m = high_top;
     low_l *= low_fade;
     high_l *= high_fade;
-    for (var j = 0u; j < LANE_TOKENS; j++) {  // unroll
-      let a = select(vec4<f32>(0.0), exp2(s[2u * j] - low_m), s[2u * j] > vec4<f32>(MASKED));
-      let b = select(vec4<f32>(0.0), exp2(s[2u * j + 1u] - high_m), s[2u * j + 1u] > vec4<f32>(MASKED));
-      p_tile[j * ACROSS + x][rows * 2u] = a;
-      p_tile[j * ACROSS + x][rows * 2u + 1u] = b;
-      low_l += a;
-      high_l += b;
-    }
     for (var j = 0u; j < LANE_VECS; j++) {  // unroll
       acc[j * 8u] *= low_fade.x; acc[j * 8u + 1u] *= low_fade.y;
       acc[j * 8u + 2u] *= low_fade.z; acc[j * 8u + 3u] *= low_fade.w;
       acc[j * 8u + 4u] *= high_fade.x; acc[j * 8u + 5u] *= high_fade.y;
       acc[j * 8u + 6u] *= high_fade.z; acc[j * 8u + 7u] *= high_fade.w;
     }
-    for (var first = 0u; first < min(TILE_TOKENS, tile.n_tokens - start); first += VALUE_TOKENS) {
-      stage_values(li, tile, start + first);
-      workgroupBarrier();
-      for (var t = 0u; t < VALUE_TOKENS; t++) {
-        let a = p_tile[first + t][rows * 2u];
-        let b = p_tile[first + t][rows * 2u + 1u];
-        for (var j = 0u; j < LANE_VECS; j++) {  // unroll
-          let v = v_tile[t][j][x];
-          acc[j * 8u] = fma(vec4<f32>(a.x), v, acc[j * 8u]);
-          acc[j * 8u + 1u] = fma(vec4<f32>(a.y), v, acc[j * 8u + 1u]);
-          acc[j * 8u + 2u] = fma(vec4<f32>(a.z), v, acc[j * 8u + 2u]);
-          acc[j * 8u + 3u] = fma(vec4<f32>(a.w), v, acc[j * 8u + 3u]);
-          acc[j * 8u + 4u] = fma(vec4<f32>(b.x), v, acc[j * 8u + 4u]);
-          acc[j * 8u + 5u] = fma(vec4<f32>(b.y), v, acc[j * 8u + 5u]);
-          acc[j * 8u + 6u] = fma(vec4<f32>(b.z), v, acc[j * 8u + 6u]);
-          acc[j * 8u + 7u] = fma(vec4<f32>(b.w), v, acc[j * 8u + 7u]);
+    for (var part = 0u; part < PARTS; part++) {  // unroll
+      let at = start + part * PART_TOKENS;
+      if (at < tile.n_tokens) {
+        for (var i = 0u; i < PART_LANE; i++) {  // unroll
+          let low = s[2u * (part * PART_LANE + i)];
+          let high = s[2u * (part * PART_LANE + i) + 1u];
+          let a = select(vec4<f32>(0.0), exp2(low - low_m), low > vec4<f32>(MASKED));
+          let b = select(vec4<f32>(0.0), exp2(high - high_m), high > vec4<f32>(MASKED));
+          p_tile[i * ACROSS + x][rows * 2u] = a;
+          p_tile[i * ACROSS + x][rows * 2u + 1u] = b;
+          low_l += a;
+          high_l += b;
+        }
+        for (var first = 0u; first < min(PART_TOKENS, tile.n_tokens - at); first += VALUE_TOKENS) {
+          stage_values(li, tile, at + first);
+          workgroupBarrier();
+          for (var t = 0u; t < VALUE_TOKENS; t++) {
+            let a = p_tile[first + t][rows * 2u];
+            let b = p_tile[first + t][rows * 2u + 1u];
+            for (var j = 0u; j < LANE_VECS; j++) {  // unroll
+              let v = v_tile[t][j][x];
+              acc[j * 8u] = fma(vec4<f32>(a.x), v, acc[j * 8u]);
+              acc[j * 8u + 1u] = fma(vec4<f32>(a.y), v, acc[j * 8u + 1u]);
+              acc[j * 8u + 2u] = fma(vec4<f32>(a.z), v, acc[j * 8u + 2u]);
+              acc[j * 8u + 3u] = fma(vec4<f32>(a.w), v, acc[j * 8u + 3u]);
+              acc[j * 8u + 4u] = fma(vec4<f32>(b.x), v, acc[j * 8u + 4u]);
+              acc[j * 8u + 5u] = fma(vec4<f32>(b.y), v, acc[j * 8u + 5u]);
+              acc[j * 8u + 6u] = fma(vec4<f32>(b.z), v, acc[j * 8u + 6u]);
+              acc[j * 8u + 7u] = fma(vec4<f32>(b.w), v, acc[j * 8u + 7u]);
+            }
+          }
+          workgroupBarrier();
         }
       }
-      workgroupBarrier();
     }
   }
 

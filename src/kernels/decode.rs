@@ -163,7 +163,7 @@ impl DecodeTuning {
 }
 
 /// Tiles that are worth trying: many lanes with few tokens each, and the other way round; from four to sixteen loads in flight.
-const TILES: [DecodeTile; 16] = [
+const TILES: [DecodeTile; 17] = [
     DecodeTile::new(128, 1, 8, 8).ahead(),
     DecodeTile::new(128, 1, 8, 8),
     DecodeTile::new(64, 1, 8, 8).ahead(),
@@ -171,6 +171,7 @@ const TILES: [DecodeTile; 16] = [
     DecodeTile::new(128, 1, 4, 4).ahead(),
     DecodeTile::new(64, 1, 2, 4).ahead(),
     DecodeTile::new(128, 2, 4, 8).ahead(),
+    DecodeTile::new(128, 2, 2, 4).ahead(),
     DecodeTile::new(64, 2, 4, 8).ahead(),
     DecodeTile::new(64, 2, 1, 4).ahead(),
     DecodeTile::new(64, 4, 1, 4).ahead(),

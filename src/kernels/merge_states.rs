@@ -25,8 +25,10 @@ const BINDINGS: &[Binding] = &[
     ("lse", Access::ReadWrite),
 ];
 
-/// Lanes: enough for the widest output, of 512 channels, and four stripes of states of common ones.
-const WORKGROUP_SIZE: u32 = 128;
+/// Lanes: eight stripes of states of common widths, and two of the widest output, of 512 channels.
+const WORKGROUP_SIZE: u32 = 256;
+/// States that a lane asks for at once: with the stripes as many as 32K tokens have.
+const LOADS: u32 = 8;
 
 /// Workgroups for so many items.
 pub const fn grid(shape: &CacheShape, n_items: u32) -> [u32; 3] {
@@ -36,7 +38,8 @@ pub const fn grid(shape: &CacheShape, n_items: u32) -> [u32; 3] {
 /// The merge kernel of a cache shape.
 pub fn kernel(shape: &CacheShape) -> KernelSpec {
     let mut constants = shape.constants();
-    constants.push(("WORKGROUP_SIZE".into(), Constant::U32(WORKGROUP_SIZE)));
+    let numbers = [("WORKGROUP_SIZE", WORKGROUP_SIZE), ("LOADS", LOADS)];
+    constants.extend(numbers.map(|(name, value)| (name.into(), Constant::U32(value))));
     KernelSpec {
         name: "merge_states",
         constants,

@@ -89,7 +89,15 @@ impl PrefillTuning {
 
     /// Everything that is worth measuring for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
-        let tiles = [(64, 64, 2, 2), (64, 64, 4, 2), (64, 64, 2, 1), (32, 64, 2, 4), (32, 64, 4, 4), (32, 128, 2, 1)];
+        let tiles = [
+            (64, 64, 2, 2),
+            (64, 128, 2, 1),
+            (64, 64, 4, 2),
+            (64, 64, 2, 1),
+            (32, 64, 2, 4),
+            (32, 64, 4, 4),
+            (32, 128, 2, 1),
+        ];
         let tiled = tiles.map(|(rows, tokens, vecs, cells)| Self::Tiled(PrefillTile { rows, tokens, vecs, cells }));
         let cooperative = CooperativeTile::ALL.map(Self::Cooperative);
         let all = [Self::General].into_iter().chain(tiled).chain(cooperative);
@@ -194,11 +202,16 @@ impl Mapping {
         self.head_vecs.div_ceil(self.across)
     }
 
+    /// Tokens whose probabilities are in workgroup memory at once.
+    const fn part_tokens(&self) -> u32 {
+        if self.tokens < 64 { self.tokens } else { 64 }
+    }
+
     /// Workgroup memory: staged queries and keys, staged values, probabilities, parts of maxima.
     const fn bytes(&self) -> u32 {
         let staged = (self.rows + self.tokens) * self.cells * 2;
         let values = self.value_tokens * self.lane_vecs() * self.across;
-        let probabilities = self.tokens * (self.rows / 4 + 1);
+        let probabilities = self.part_tokens() * (self.rows / 4 + 1);
         16 * (staged + values + probabilities + self.rows)
     }
 
@@ -211,6 +224,9 @@ impl Mapping {
             ("ACROSS", self.across),
             ("LANE_TOKENS", self.tokens / self.across),
             ("LANE_VECS", self.lane_vecs()),
+            ("PART_TOKENS", self.part_tokens()),
+            ("PARTS", self.tokens / self.part_tokens()),
+            ("PART_LANE", self.part_tokens() / self.across),
             ("CHUNK_CELLS", self.cells),
             ("VALUE_TOKENS", self.value_tokens),
             // Cells that a lane may decode of one load: all lanes should have some.
