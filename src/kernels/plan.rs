@@ -291,9 +291,9 @@ impl Planner {
         for (pass, (segment, turned)) in segments.iter().zip(turned).enumerate() {
             // Only segments of one session may not share a dispatch.
             let pass = segments[..pass].iter().filter(|other| std::ptr::eq(other.table, segment.table)).count();
+            let mut list = List::new(segment, layer, &heads);
             for kv_head in 0..heads.num_kv_heads {
-                let list =
-                    List { segment, layer, kv_head, num_kv_heads: heads.num_kv_heads, group: heads.group_size() };
+                list.kv_head = kv_head;
                 if segment.table.layers().owns(layer) && !segment.table.is_closed(layer, kv_head) {
                     list.append(parts);
                     // Pages belong to the session, not to one of its segments.

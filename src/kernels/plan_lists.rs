@@ -1,11 +1,14 @@
 //! The work of one list of pages in a step: the items that append to it, seal it, and attend to it.
 
+use std::ops::Range;
+
 use super::abi::{AppendItem, DecodeItem, MergeItem, PageBoundsItem, PrefillItem, QuestItem, ScoreItem, SealItem};
 use super::by_place::ByPlace;
 use super::decode::DecodeSpec;
 use super::plan::{Place, ScorePlace, Segment};
 use super::score;
 use crate::compression::hidden::HiddenCodec;
+use crate::geometry::HeadGeometry;
 use crate::pool::page_table::{PageTable, Quest, Run};
 
 /// Items of a layer, by where their pages lie.
@@ -33,6 +36,21 @@ pub(super) struct List<'a, 't> {
     pub(super) kv_head: u32,
     pub(super) num_kv_heads: u32,
     pub(super) group: u32,
+    /// Pages of the tail that the rows are in. Divisions are what a plan of many lists spends its time on.
+    pub(super) pages: Range<u32>,
+    pub(super) pages_of_chunk: u32,
+}
+
+impl<'a, 't> List<'a, 't> {
+    /// The first KV head of a layer.
+    pub(super) fn new(segment: &'a Segment<'t>, layer: u32, heads: &HeadGeometry) -> Self {
+        let (num_kv_heads, group) = (heads.num_kv_heads, heads.group_size());
+        let (size, first) =
+            (segment.table.shape().page.page_size, segment.first_index - segment.table.page_position(0));
+        let (pages, pages_of_chunk) =
+            (first / size..(first + segment.n_rows).div_ceil(size), DecodeSpec::KV_CHUNK / size);
+        Self { segment, layer, kv_head: 0, num_kv_heads, group, pages, pages_of_chunk }
+    }
 }
 
 impl List<'_, '_> {
@@ -72,7 +90,7 @@ impl List<'_, '_> {
         let size = self.page_size();
         let first = self.place(s.first_index);
         let end = first + s.n_rows;
-        let runs = self.table().open_runs(self.layer, self.kv_head, first / size..end.div_ceil(size));
+        let runs = self.table().open_runs(self.layer, self.kv_head, self.pages.clone());
         runs.for_each(|run| {
             let items = parts.append.of(reading(&run));
             for (page, page_entry) in (run.offset / size..(run.offset + run.n_tokens).div_ceil(size)).zip(run.entry..) {
@@ -83,7 +101,7 @@ impl List<'_, '_> {
                     kv_head: self.kv_head,
                     page_entry,
                     layer_stride: run.layer_stride,
-                    slot_in_page: place % size,
+                    slot_in_page: place - page * size,
                     pad: [0; 2],
                 });
             }
@@ -186,7 +204,7 @@ impl List<'_, '_> {
         let (q_row, list) = (self.q_row(), self.owner());
         let items = parts.decode.of(reading(run));
         let (mut start, end) = (run.offset, run.offset + run.n_tokens);
-        let (mut page_lo, pages_of_chunk) = (run.entry, chunk / size);
+        let mut page_lo = run.entry;
         while start < end {
             let until = ((start / chunk + 1) * chunk).min(end);
             items.push(DecodeItem {
@@ -201,7 +219,7 @@ impl List<'_, '_> {
             });
             parts.n_states += self.group;
             // Only the first chunk of a run may have begun before it.
-            page_lo += if until - start == chunk { pages_of_chunk } else { (until - start) / size };
+            page_lo += if until - start == chunk { self.pages_of_chunk } else { (until - start) / size };
             start = until;
         }
     }
@@ -209,7 +227,7 @@ impl List<'_, '_> {
     /// A decode row attends to everything, or to pages that it chooses.
     pub(super) fn decode(&self, parts: &mut LayerParts, merge: &mut Vec<MergeItem>) {
         let state_lo = parts.n_states;
-        let n_full = self.place(self.segment.first_index) / self.page_size();
+        let n_full = self.pages.start;
         let quest = self.table().shape().quest;
         match quest.filter(|quest| self.layer >= quest.dense_layers && n_full > quest.pages) {
             Some(quest) => self.decode_chosen(quest, n_full, parts),
