@@ -206,7 +206,7 @@ fn products_of_few_rows_are_right_and_spoiled_weights_are_found_gpu() {
         assert_eq!(figures.flop, f64::from(2 * rows * 264 * 200), "two of every weight");
     }
     // Every layout of the tuning gives the same result.
-    let spec = ProductSpec { rows: 4, k: 264, cols: 200, decode: true };
+    let spec = ProductSpec { rows: 16, k: 264, cols: 200, decode: true };
     let mut run = ProductRun::new(device, &mut pipelines, &spec, &HOT).expect("it fits");
     let labels = run.candidates();
     assert!(labels.len() > 4, "{labels:?}");

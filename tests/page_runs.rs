@@ -3,8 +3,11 @@
 //!
 //! A run is checked as a shader reads it: entry by entry through what the table buffer would hold, down to the page.
 
+use std::collections::BTreeMap;
+
 use concertina::compression::hidden::HiddenCodec;
 use concertina::geometry::{Bytes, PageGeometry};
+use concertina::pool::arena_map::ArenaMap;
 use concertina::pool::page_table::{Capacity, Layers, PageTable, Run, TableRanges, TableShape, Window};
 use concertina::pool::{PageId, PagePool, PoolError, PoolLayout};
 use proptest::prelude::*;
@@ -371,16 +374,27 @@ fn check(runs: &[Run], expected: &Expected, buffer: &[u32], slots: &std::ops::Ra
     ensure(!runs.windows(2).any(adjacent), || format!("{runs:?} could be fewer"))
 }
 
-/// Whether two layers' lists are spread alike, from their pages alone.
-fn spread_alike(s: &Session, table: &PageTable, a: u32, b: u32) -> bool {
+/// Which arena takes the place of which from layer `a` to `b`, page by page; `None` where the lists are not alike.
+fn spread_alike(s: &Session, table: &PageTable, a: u32, b: u32) -> Option<BTreeMap<u16, u16>> {
     let owns = |layer: u32| s.owners[layer as usize] == layer;
     let spread = |layer, head| {
         let (in_codec, open) = table.list(layer, head);
         let kept = &s.kept[s.list(layer, head)];
-        let arenas = |pages: &[PageId]| pages.iter().map(|page| page.arena).collect::<Vec<_>>();
-        (kept.as_ref().map(Vec::len), arenas(&in_codec), arenas(open))
+        let arenas = in_codec.iter().chain(open).map(|page| page.arena).collect::<Vec<_>>();
+        (arenas, kept.as_ref().map(Vec::len), in_codec.len())
     };
-    owns(a) && owns(b) && (0..s.num_kv_heads).all(|head| spread(a, head) == spread(b, head))
+    let (mut there, mut back) = (BTreeMap::new(), BTreeMap::new());
+    let alike = owns(a)
+        && owns(b)
+        && (0..s.num_kv_heads).all(|head| {
+            let ((from, kept, n), (to, other_kept, other_n)) = (spread(a, head), spread(b, head));
+            (kept, n, from.len()) == (other_kept, other_n, to.len())
+                && from.iter().zip(&to).all(|(from, to)| {
+                    there.insert(*from, *to).is_none_or(|before| before == *to)
+                        && back.insert(*to, *from).is_none_or(|before| before == *from)
+                })
+        });
+    alike.then_some(there)
 }
 
 fn check_table(
@@ -415,11 +429,17 @@ fn check_table(
         ensure(table.n_held(layer, head) == held, || format!("layer {layer} holds {held} tokens"))?;
     }
     for layer in 1..s.num_layers() {
-        let alike = table.alike(layer - 1, layer);
-        ensure(alike == spread_alike(s, table, layer - 1, layer), || format!("layers {} and {layer}", layer - 1))?;
+        let mut arenas = ArenaMap::default();
+        let alike = table.alike(layer - 1, layer, &mut arenas);
+        let expected = spread_alike(s, table, layer - 1, layer);
+        ensure(alike == expected.is_some(), || format!("layers {} and {layer}", layer - 1))?;
+        for (from, to) in expected.into_iter().flatten() {
+            ensure(arenas.of(from) == to, || format!("arena {to} of layer {layer} takes the place of {from}"))?;
+        }
         for (head, place) in (0..s.num_kv_heads).flat_map(|head| places.iter().map(move |place| (head, *place))) {
             let next = runs(layer - 1, head, place).into_iter();
-            let next: Vec<_> = next.map(|run| Run { entry: run.entry + run.layer_stride, ..run }).collect();
+            let moved = |run: Run| Run { entry: run.entry + run.layer_stride, arena: arenas.of(run.arena), ..run };
+            let next: Vec<_> = next.map(moved).collect();
             ensure(!alike || next == runs(layer, head, place), || format!("layer {layer} is not a stride away"))?;
         }
     }
@@ -556,6 +576,7 @@ fn a_wrong_run_is_noticed() {
         change(&mut runs);
         assert!(noticed(&runs).is_err(), "{wrong} should be noticed");
     }
-    assert!(table.alike(0, 1) == spread_alike(&s, &table, 0, 1), "a layer that shares is like none");
-    assert!(!table.alike(0, 2) && table.seen_runs(0, 1, 97).next().is_none(), "and a closed list has nothing");
+    let alike = |a, b| table.alike(a, b, &mut ArenaMap::default());
+    assert!(!alike(0, 1) && spread_alike(&s, &table, 0, 1).is_none(), "a layer that shares is like none");
+    assert!(!alike(0, 2) && table.seen_runs(0, 1, 97).next().is_none(), "and a closed list has nothing");
 }

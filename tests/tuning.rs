@@ -213,7 +213,7 @@ fn logits(tuning: &Tuning, tokens: &[u32], next: u32) -> [Vec<f32>; 2] {
 fn another_tuning_gives_other_bits_of_the_same_answer_gpu() {
     let mut tuned = Tuning::default();
     tuned.decode.insert("f16/g3-d64".parse().expect("a class"), "tiled:64:1:8:8:ahead".parse().expect("a tile"));
-    tuned.product = Some("few4x8x16:8:16,many64x64x16:1".parse().expect("a layout"));
+    tuned.product = Some("few8x8x8x16:8:16:128,many64x64x16:1".parse().expect("a layout"));
     let tokens = common::tokens(3, 70, 40_000);
     let next = 1234;
     let (by_default, by_file, again) =

@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::geometry::ModelGeometry;
 use crate::kernels::abi::{EmbedParams, MatmulParams, SampleParams};
 use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product};
-use crate::kernels::product_tuning::{CooperativeRows, ProductTuning};
+use crate::kernels::product_tuning::{CooperativeRows, FewRows, ProductTuning};
 use crate::kernels::{KernelError, Pipeline, PipelineCache, Recorder, Slot, embed, flat_grid, sample};
 
 /// A kernel with its buffers.
@@ -51,9 +51,9 @@ struct Linear {
     /// By rows, ascending.
     few: Vec<Few>,
     many: Bound,
+    few_layout: FewRows,
     /// Rows and columns of its workgroups.
     many_tile: [u32; 2],
-    tuning: ProductTuning,
     cols: u32,
     cells: u32,
     eps: f32,
@@ -86,7 +86,7 @@ impl Linear {
         let params = self.params(span, 0);
         let fitting = self.few.iter().find(|few| few.rows >= span.n_rows).or_else(|| self.few.last());
         let few = fitting.expect("a product is compiled for one row at least");
-        few.bound.dispatch(recorder, &params, matmul::grid(&params, few.rows, self.tuning.few.width()));
+        few.bound.dispatch(recorder, &params, matmul::grid(&params, few.rows, self.few_layout.width(few.rows)));
     }
 
     /// Outputs from `first_col` on.
@@ -151,16 +151,17 @@ impl Builder<'_> {
                 None => Bound::new(self.device, &pipeline, &[x, &w.buffer, y]),
             })
         };
+        let few_layout = tuning.few.for_cols(w.rows);
         let mut few = Vec::new();
-        for rows in tuning.few.rows(most) {
-            few.push(Few { rows, bound: bound(product.matvec(rows, tuning.few))? });
+        for rows in few_layout.rows(most) {
+            few.push(Few { rows, bound: bound(product.matvec(rows, few_layout))? });
         }
         let (spec, many_tile) = match self.cooperative {
             Some(tile) => (product.matmul_coop(tile), [tile.rows, tile.cols]),
             None => (product.matmul(tuning.many), tuning.many.size()),
         };
         let many = bound(spec)?;
-        Ok(Linear { few, many, many_tile, tuning, cols: w.rows, cells: w.cols / 8, eps: self.eps })
+        Ok(Linear { few, many, few_layout, many_tile, cols: w.rows, cells: w.cols / 8, eps: self.eps })
     }
 }
 

@@ -14,10 +14,17 @@ impl<T, P> Default for ByPlace<T, P> {
 
 impl<T: Copy, P: Copy + Ord> ByPlace<T, P> {
     pub(crate) fn push(&mut self, place: P, item: T) {
-        match self.0.iter_mut().find(|(p, _)| *p == place) {
-            Some((_, items)) => items.push(item),
-            None => self.0.push((place, vec![item])),
-        }
+        self.of(place).push(item);
+    }
+
+    /// The items of a place, to add to. The place moves to the front, since what comes next is mostly of one of the last places.
+    pub(crate) fn of(&mut self, place: P) -> &mut Vec<T> {
+        let at = self.0.iter().position(|(p, _)| *p == place).unwrap_or_else(|| {
+            self.0.push((place, Vec::new()));
+            self.0.len() - 1
+        });
+        self.0.swap(0, at);
+        &mut self.0[0].1
     }
 
     /// Moves all items to the end of `list`; for every place that has some, where.

@@ -16,10 +16,16 @@
 //! second reading. Gate and up stand beside each other, so that one lane has both.
 //!
 //! **Mapping.** `matvec`: a workgroup has all rows, 1 to 16, so that weights are read once; lanes beside each other own columns, and
-//! the others slices of k, added as a tree. `matmul`: tiles of 64 or 128 rows and columns staged through workgroup
-//! memory, 8 x 8 outputs in a lane's registers; `matmul_direct` the same without staging, which is faster on software Vulkan. In all, the order in which products are added depends on neither
-//! the number of rows nor the row's place, which is what batch invariance needs; decode rows always go through
-//! `matvec` and prefill rows always through `matmul`. Sizes are those of a [`ProductTuning`](super::product_tuning::ProductTuning).
+//! the others rows, 8 to a lane, and slices of k, which are added at the end. `matmul`: tiles of 64 or 128 rows and columns staged
+//! through workgroup memory, 8 x 8 outputs in a lane's registers; `matmul_direct` the same without staging, which is faster on
+//! software Vulkan. In all, the order in which products are added depends on neither the number of rows nor the row's place, which
+//! is what batch invariance needs; decode rows always go through `matvec` and prefill rows always through `matmul`. Sizes are those
+//! of a [`ProductTuning`](super::product_tuning::ProductTuning).
+//!
+//! **What limits 16 rows.** Workgroup memory and the first cache return 128 bytes per clock of a multiprocessor. A lane of 8 rows by
+//! 8 columns reads 24 vec4 (16 of inputs, 8 of weights) for 512 multiply-adds, which is 96 clocks of that port beside 128 of
+//! arithmetic; one of 16 rows by 4 columns needs 144. Every workgroup reads all inputs, `2 * rows / width` of the bytes of its
+//! weights: half of them at 64 columns, as many at 32.
 //!
 //! **Cooperative matrices** (`matmul_coop`, tier `cooperative` alone): inputs, after their gain, are rounded to f16, weights are f16
 //! anyway, sums are f32. An input beyond 65,504 becomes infinite. The bound is
@@ -135,23 +141,29 @@ impl Product {
         self.kernel("matmul_coop", &modules::MATMUL_COOP, &numbers)
     }
 
-    /// The product for few rows, `rows` to a workgroup: one of [`FewRows::rows`].
-    pub fn matvec(self, rows: u32, tuning: FewRows) -> KernelSpec {
-        let outputs = if self.output == Output::Activate { tuning.width() / 2 } else { tuning.width() };
-        let summed = tuning.summed(rows);
+    /// The product for few rows, `rows` to a workgroup: one of [`FewRows::rows`]; `layout` is one of [`FewRows::forms`].
+    pub fn matvec(self, rows: u32, layout: FewRows) -> KernelSpec {
+        let width = layout.width(rows);
+        let outputs = if self.output == Output::Activate { width / 2 } else { width };
+        let (row_groups, summed) = (layout.row_groups(rows), layout.summed(rows));
+        let stagers = layout.stagers(rows);
         let numbers = [
             ("ROWS", rows),
-            ("COLS", tuning.cols),
-            ("COL_VECS", tuning.cols / 4),
-            ("COLUMN_LANES", tuning.column_lanes),
-            ("SLICES", tuning.slices),
-            ("LANES", tuning.lanes()),
-            ("STEPS", tuning.steps(rows)),
-            ("STAGED_ROWS", tuning.staged_rows(rows)),
+            ("LANE_ROWS", rows / row_groups),
+            ("ROW_GROUPS", row_groups),
+            ("COLS", layout.cols(rows)),
+            ("COL_VECS", layout.cols(rows) / 4),
+            ("COLUMN_LANES", layout.column_lanes),
+            ("SLICES", layout.slices),
+            ("LANES", layout.lanes(rows)),
+            ("STEPS", layout.steps(rows)),
+            ("BUFFERS", layout.buffers(rows)),
+            ("STAGERS", stagers),
+            ("STAGED_ROWS", rows.div_ceil(stagers)),
             ("SUMMED", summed),
-            ("PARTS", rows / summed),
+            ("PARTS", rows / row_groups / summed),
             ("OUTPUTS", outputs),
-            ("PAD_VECS", tuning.pad_vecs(rows)),
+            ("PAD_VECS", layout.pad_vecs(rows)),
         ];
         self.kernel("matvec", &modules::MATVEC, &numbers)
     }

@@ -33,6 +33,7 @@ pub mod move_pages;
 pub mod parameters;
 pub mod pipeline;
 pub mod plan;
+mod plan_lists;
 pub mod prefill;
 pub mod prefill_coop;
 pub mod product_tuning;

@@ -6,9 +6,10 @@
 //! together. Items are grouped by codec and arena, one dispatch each, so sequences with different codecs share a step.
 //!
 //! Layers that follow each other and whose lists are alike share one set of work lists: items name the page of the
-//! first such layer and the distance between layers. With a single arena and nothing evicted that is every layer.
+//! first such layer and the distance between layers, and only dispatches name arenas. So it does not matter that each layer's
+//! pages lie in an arena of their own, as long as they are spread alike. With nothing evicted that is mostly every layer.
 //!
-//! Decode splits what was kept, and the tail, at multiples of [`DecodeSpec::KV_CHUNK`] from their starts, whatever else is in
+//! Decode splits what was kept, and the tail, at multiples of [`DecodeSpec::KV_CHUNK`](super::decode::DecodeSpec::KV_CHUNK) from their starts, whatever else is in
 //! the batch. A tile of prompt rows of a sequence that is sealed stays within a page, because its rows read that page open.
 
 use std::ops::Range;
@@ -19,11 +20,12 @@ use super::abi::{
 use super::attention::CacheShape;
 pub(crate) use super::by_place::ByPlace;
 use super::by_place::len_u32;
-use super::decode::DecodeSpec;
+use super::plan_lists::{LayerParts, List};
 use super::prefill::PrefillSpec;
 use super::score;
 use crate::compression::hidden::{HiddenCodec, Transform};
-use crate::pool::page_table::{PageTable, Run};
+use crate::pool::arena_map::ArenaMap;
+use crate::pool::page_table::PageTable;
 
 /// Consecutive rows of one sequence.
 #[derive(Clone, Debug)]
@@ -125,7 +127,7 @@ pub struct LayerPlan {
 }
 
 /// Work lists of a step.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct AttentionPlan {
     /// Distinct layer plans.
     pub plans: Vec<LayerPlan>,
@@ -166,10 +168,26 @@ impl LayerPlan {
         score.clear();
         self.first_layer = first_layer;
     }
-}
 
-const fn reading(run: &Run) -> Place {
-    Place { codec: run.codec, arena: run.arena, sealed_arena: run.arena }
+    /// The work of the layer before, whose arenas are others here.
+    fn follow(&mut self, before: &Self, arenas: &ArenaMap) {
+        let moved = |at: &Place| {
+            let (arena, sealed_arena) = (arenas.of(at.arena), arenas.of(at.sealed_arena));
+            Place { arena, sealed_arena, ..*at }
+        };
+        let dispatch = |(at, range): &Dispatch| (moved(at), range.clone());
+        self.clear(before.first_layer);
+        self.append.extend(before.append.iter().map(dispatch));
+        self.seal.extend(before.seal.iter().map(dispatch));
+        self.decode.extend(before.decode.iter().map(dispatch));
+        self.prefill.extend(before.prefill.iter().map(dispatch));
+        self.merge = before.merge.clone();
+        self.bounds.extend(before.bounds.iter().map(dispatch));
+        self.quest.extend(before.quest.iter().map(|(arena, range)| (arenas.of(*arena), range.clone())));
+        let scored =
+            |(at, range): &(ScorePlace, Range<u32>)| (ScorePlace { place: moved(&at.place), ..*at }, range.clone());
+        self.score.extend(before.score.iter().map(scored));
+    }
 }
 
 impl AttentionPlan {
@@ -219,6 +237,8 @@ pub struct Planner {
     spare: Vec<LayerPlan>,
     /// Of each segment, its first page among those whose keys are turned back.
     turned: Vec<u32>,
+    /// From the arenas of a layer to those of the next.
+    arenas: ArenaMap,
 }
 
 impl Planner {
@@ -238,9 +258,13 @@ impl Planner {
             }
         }
         for layer in 0..num_layers {
-            let alike = layer > 0 && segments.iter().all(|s| s.may_share(layer) && s.table.alike(layer - 1, layer));
-            if !alike {
+            self.arenas.clear();
+            let arenas = &mut self.arenas;
+            let alike = |s: &Segment<'_>| s.may_share(layer) && s.table.alike(layer - 1, layer, arenas);
+            if layer == 0 || !segments.iter().all(alike) {
                 self.add_layer(shape, layer, segments);
+            } else if !self.arenas.is_identity() {
+                self.add_moved();
             }
             self.plan.of_layer.push(self.plan.plans.len() - 1);
         }
@@ -252,17 +276,24 @@ impl Planner {
         &self.plan
     }
 
+    /// The plan of the layer before, in the arenas of this one.
+    fn add_moved(&mut self) {
+        let mut of_layer = self.spare.pop().unwrap_or_default();
+        of_layer.follow(self.plan.plans.last().expect("a layer before it has a plan"), &self.arenas);
+        self.plan.plans.push(of_layer);
+    }
+
     fn add_layer(&mut self, shape: &CacheShape, layer: u32, segments: &[Segment<'_>]) {
-        let Self { plan, parts, spare, turned } = self;
+        let Self { plan, parts, spare, turned, .. } = self;
         (parts.n_states, parts.n_page_scores) = (0, 0);
         let merge_start = len_u32(&plan.merge);
         let heads = shape.heads;
         for (pass, (segment, turned)) in segments.iter().zip(turned).enumerate() {
             // Only segments of one session may not share a dispatch.
             let pass = segments[..pass].iter().filter(|other| std::ptr::eq(other.table, segment.table)).count();
+            let mut list = List::new(segment, layer, &heads);
             for kv_head in 0..heads.num_kv_heads {
-                let list =
-                    List { segment, layer, kv_head, num_kv_heads: heads.num_kv_heads, group: heads.group_size() };
+                list.kv_head = kv_head;
                 if segment.table.layers().owns(layer) && !segment.table.is_closed(layer, kv_head) {
                     list.append(parts);
                     // Pages belong to the session, not to one of its segments.
@@ -296,280 +327,5 @@ impl Planner {
         parts.quest.lay_out(&mut plan.quest, &mut of_layer.quest);
         parts.score.lay_out(&mut plan.score, &mut of_layer.score);
         plan.plans.push(of_layer);
-    }
-}
-
-#[derive(Clone, Debug, Default)]
-struct LayerParts {
-    append: ByPlace<AppendItem, Place>,
-    seal: ByPlace<SealItem, Place>,
-    decode: ByPlace<DecodeItem, Place>,
-    prefill: ByPlace<PrefillItem, Place>,
-    score: ByPlace<ScoreItem, ScorePlace>,
-    bounds: ByPlace<PageBoundsItem, Place>,
-    quest: ByPlace<QuestItem, u16>,
-    n_page_scores: u32,
-    n_states: u32,
-    /// What the row at hand reads.
-    runs: Vec<Run>,
-}
-
-/// One list of pages and the rows that attend to it.
-struct List<'a, 't> {
-    segment: &'a Segment<'t>,
-    layer: u32,
-    kv_head: u32,
-    num_kv_heads: u32,
-    group: u32,
-}
-
-impl List<'_, '_> {
-    fn table(&self) -> &PageTable {
-        self.segment.table
-    }
-
-    fn page_size(&self) -> u32 {
-        self.table().shape().page.page_size
-    }
-
-    /// The owner of the cache that is read, as a list: whose bases lift latents.
-    fn owner(&self) -> u32 {
-        self.table().layers().owner(self.layer) * self.num_kv_heads + self.kv_head
-    }
-
-    /// Place in the tail of the row at a position.
-    fn place(&self, position: u32) -> u32 {
-        position - self.table().page_position(0)
-    }
-
-    /// What the row at a position reads, all tokens up to its own.
-    fn runs(&self, position: u32) -> impl Iterator<Item = Run> + '_ {
-        self.table().seen_runs(self.layer, self.kv_head, self.place(position))
-    }
-
-    fn append(&self, parts: &mut LayerParts) {
-        let s = self.segment;
-        if s.n_rows == 0 {
-            return;
-        }
-        let size = self.page_size();
-        let first = self.place(s.first_index);
-        let end = first + s.n_rows;
-        for run in self.table().open_runs(self.layer, self.kv_head, first / size..end.div_ceil(size)) {
-            for (page, entry) in (run.offset / size..(run.offset + run.n_tokens).div_ceil(size)).zip(run.entry..) {
-                let (place, until) = (first.max(page * size), end.min((page + 1) * size));
-                let item = AppendItem {
-                    row_lo: s.row_lo + place - first,
-                    n_rows: until - place,
-                    kv_head: self.kv_head,
-                    page_entry: entry,
-                    layer_stride: run.layer_stride,
-                    slot_in_page: place % size,
-                    pad: [0; 2],
-                };
-                parts.append.push(reading(&run), item);
-            }
-        }
-    }
-
-    fn seal(&self, turned: u32, parts: &mut LayerParts) {
-        let pages = self.table().sealing_pages();
-        for page in pages.clone() {
-            let (layer, head) = (self.layer, self.kv_head);
-            let open = self.table().open_runs(layer, head, page..page + 1).next();
-            let open = open.expect("a page that is sealed in this step should still be open");
-            let sealed = self.table().sealed_runs(layer, head, page..page + 1).next();
-            let sealed = sealed.expect("a page that is sealed in this step should have a place");
-            let item = SealItem {
-                open_entry: open.entry,
-                open_stride: open.layer_stride,
-                list: self.owner(),
-                first_position: self.table().page_position(page),
-                sealed_entry: sealed.entry,
-                sealed_stride: sealed.layer_stride,
-                angles: turned + page - pages.start,
-                positions: 0,
-            };
-            parts.seal.push(Place { codec: sealed.codec, arena: open.arena, sealed_arena: sealed.arena }, item);
-        }
-    }
-
-    /// Bounds of the pages that this step fills.
-    fn bounds(&self, parts: &mut LayerParts) {
-        let (table, layer, head) = (self.table(), self.layer, self.kv_head);
-        if table.shape().quest.is_none() {
-            return;
-        }
-        for page in table.filled_pages() {
-            let open = table.open_runs(layer, head, page..page + 1).next();
-            let open = open.expect("a page that this step fills should be open");
-            let (arena, entry, stride, slot) = table.bounds_of(layer, head, page);
-            let item = PageBoundsItem {
-                page: open.entry,
-                page_stride: open.layer_stride,
-                bounds: entry,
-                bounds_stride: stride,
-                slot,
-                pad: [0; 3],
-            };
-            parts.bounds.push(Place { codec: HiddenCodec::F16, arena: open.arena, sealed_arena: arena }, item);
-        }
-    }
-
-    /// What a decode row reads: everything, or the pages that it chooses, and its own.
-    fn read_by_decode(&self, parts: &mut LayerParts, runs: &mut Vec<Run>) {
-        let (table, layer, head) = (self.table(), self.layer, self.kv_head);
-        let place = self.place(self.segment.first_index);
-        let size = self.page_size();
-        let n_full = place / size;
-        let quest = table.shape().quest.filter(|quest| layer >= quest.dense_layers && n_full > quest.pages);
-        let Some(quest) = quest else {
-            runs.extend(self.runs(self.segment.first_index));
-            return;
-        };
-        let (mut out, n_entries) = table.chosen(head);
-        let until = out + n_entries;
-        // Runs of pages in one arena, cut where their bounds change pages of another.
-        for run in table.full_runs(layer, head, place) {
-            let mut first = run.offset / size;
-            let end = first + run.n_tokens / size;
-            while first < end {
-                let (arena, _, stride, slot) = table.bounds_of(layer, head, first);
-                let mut next = first + 1;
-                while next < end && table.bounds_of(layer, head, next).0 == arena {
-                    next += 1;
-                }
-                let n_pages = next - first;
-                // In proportion, rounded up.
-                let share = (u64::from(quest.pages) * u64::from(n_pages)).div_ceil(u64::from(n_full));
-                let n_chosen =
-                    u32::try_from(share).expect("a part is no larger than its whole").min(n_pages).min(until - out);
-                let (_, bounds, ..) = table.bounds_of(layer, head, first - slot);
-                let item = QuestItem {
-                    q_row: self.segment.row_lo * self.num_kv_heads + head,
-                    pages: run.entry + first - run.offset / size,
-                    layer_stride: run.layer_stride,
-                    n_pages,
-                    bounds: bounds - (first - slot) / size,
-                    bounds_stride: stride,
-                    first_page: first,
-                    n_chosen,
-                    out,
-                    scores: parts.n_page_scores,
-                    pad: [0; 2],
-                };
-                parts.quest.push(arena, item);
-                parts.n_page_scores += n_pages;
-                let chosen = Run { entry: out, layer_stride: 0, offset: 0, n_tokens: n_chosen * size, ..run };
-                runs.push(chosen);
-                out += n_chosen;
-                first = next;
-            }
-        }
-        runs.extend(table.own_run(layer, head, place));
-    }
-
-    fn decode(&self, parts: &mut LayerParts, merge: &mut Vec<MergeItem>) {
-        let (size, chunk) = (self.page_size(), DecodeSpec::KV_CHUNK);
-        let q_row = self.segment.row_lo * self.num_kv_heads + self.kv_head;
-        let state_lo = parts.n_states;
-        let mut n_states = 0;
-        let mut runs = std::mem::take(&mut parts.runs);
-        self.read_by_decode(parts, &mut runs);
-        for run in runs.drain(..) {
-            let (mut start, end) = (run.offset, run.offset + run.n_tokens);
-            while start < end {
-                let until = ((start / chunk + 1) * chunk).min(end);
-                let item = DecodeItem {
-                    q_row,
-                    n_tokens: until - start,
-                    page_lo: run.entry + (start - run.offset) / size,
-                    slot: parts.n_states,
-                    layer_stride: run.layer_stride,
-                    list: self.owner(),
-                    member: run.member,
-                    pad: 0,
-                };
-                parts.decode.push(reading(&run), item);
-                parts.n_states += self.group;
-                n_states += 1;
-                start = until;
-            }
-        }
-        parts.runs = runs;
-        merge.push(MergeItem { q_row, state_lo, n_states, stride: self.group });
-    }
-
-    fn prefill(&self, tile_positions: u32, parts: &mut LayerParts, merge: &mut Vec<MergeItem>) {
-        let s = self.segment;
-        let size = self.page_size();
-        let mut done = 0;
-        while done < s.n_rows {
-            let first_index = s.first_index + done;
-            let mut n_rows = tile_positions.min(s.n_rows - done);
-            if self.table().shape().codec.seals() {
-                n_rows = n_rows.min(size - self.place(first_index) % size);
-            }
-            let stride = n_rows * self.group;
-            let state_lo = parts.n_states;
-            let mut n_states = 0;
-            for run in self.runs(first_index + n_rows - 1) {
-                let item = PrefillItem {
-                    row_lo: s.row_lo + done,
-                    n_rows,
-                    kv_head: self.kv_head,
-                    page_lo: run.entry,
-                    n_tokens: run.n_tokens,
-                    first_token: run.position,
-                    first_index,
-                    slot: parts.n_states,
-                    layer_stride: run.layer_stride,
-                    list: self.owner(),
-                    member: run.member,
-                    pad: 0,
-                };
-                parts.prefill.push(reading(&run), item);
-                parts.n_states += stride;
-                n_states += 1;
-            }
-            merge.extend((0..n_rows).map(|r| MergeItem {
-                q_row: (s.row_lo + done + r) * self.num_kv_heads + self.kv_head,
-                state_lo: state_lo + r * self.group,
-                n_states,
-                stride,
-            }));
-            done += n_rows;
-        }
-    }
-
-    /// What the scored rows give each token that they see.
-    fn score(&self, pass: usize, rows_max: u32, parts: &mut LayerParts) {
-        let s = self.segment;
-        let list = self.table().layers().list(self.layer) * self.num_kv_heads + self.kv_head;
-        for scored in s.scores.iter().filter(|scored| scored.first < s.n_rows) {
-            let rows = scored.first..s.n_rows;
-            for (piece, first) in (0..).zip(rows.clone().step_by(rows_max as usize)) {
-                let n_rows = rows_max.min(rows.end - first);
-                for run in self.runs(s.first_index + s.n_rows - 1) {
-                    let place = ScorePlace { pass: (pass, piece), largest: scored.largest, place: reading(&run) };
-                    for start in (0..run.n_tokens).step_by(score::TOKENS as usize) {
-                        let item = ScoreItem {
-                            row_lo: s.row_lo + first,
-                            n_rows,
-                            kv_head: self.kv_head,
-                            page_lo: run.entry + start / self.page_size(),
-                            n_tokens: score::TOKENS.min(run.n_tokens - start),
-                            first_token: run.position + start,
-                            first_index: s.first_index + first,
-                            out: scored.at + list * scored.capacity + run.index + start,
-                            layer_stride: run.layer_stride,
-                            list: self.owner(),
-                            pad: [0; 2],
-                        };
-                        parts.score.push(place, item);
-                    }
-                }
-            }
-        }
     }
 }

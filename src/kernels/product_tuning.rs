@@ -11,9 +11,12 @@ const FEW_ROWS: [u32; 4] = [1, 4, 8, 16];
 /// `matvec`: a product of few rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FewRows {
-    /// Output columns of a lane: 4 or 8. Every input that is read from workgroup memory feeds as many multiply-adds.
+    /// Rows of a lane at most; more are shared out over groups of lanes that read the same weights.
+    pub lane_rows: u32,
+    /// Columns of a lane, 4 or 8, in workgroups of more than 4 rows: every input that is read from workgroup memory feeds as many
+    /// multiply-adds. Up to 4 rows it is 4, since more lanes then have more loads in flight.
     pub cols: u32,
-    /// Lanes beside each other; a workgroup has `cols * column_lanes` columns.
+    /// Lanes beside each other.
     pub column_lanes: u32,
     /// Slices of k: a power of two.
     pub slices: u32,
@@ -21,6 +24,9 @@ pub struct FewRows {
     pub loads: u32,
     /// Rows of a workgroup at most.
     pub max_rows: u32,
+    /// Workgroups that a product should have: where a matrix has too few columns, k is cut into more slices and a workgroup has
+    /// fewer columns.
+    pub groups: u32,
 }
 
 /// A product of many rows.
@@ -95,14 +101,44 @@ pub struct ProductTuning {
 }
 
 impl FewRows {
+    /// Columns beside each other whose weights are 64 bytes: with fewer, a load takes parts of what memory gives at once.
+    const NARROWEST: u32 = 4;
+
+    /// The layout for a matrix of `cols` columns. It does not depend on rows, nor may it: slices decide the order of additions.
+    #[must_use]
+    pub fn for_cols(&self, cols: u32) -> Self {
+        let enough = |form: &Self| cols.div_ceil(form.width(self.max_rows)) >= self.groups;
+        let narrowest = || self.forms().last().expect("there is one form at least");
+        self.forms().find(enough).unwrap_or_else(narrowest)
+    }
+
+    /// The layouts of [`Self::for_cols`], the widest first.
+    pub fn forms(&self) -> impl Iterator<Item = Self> + use<> {
+        let (narrows, widest) = (self.groups > 1, Self { groups: 1, ..*self });
+        std::iter::successors(Some(widest), move |form| {
+            let next = Self { column_lanes: form.column_lanes / 2, slices: form.slices * 2, ..*form };
+            (narrows && next.column_lanes >= Self::NARROWEST && next.is_sound()).then_some(next)
+        })
+    }
+
     /// Lanes of a workgroup.
-    pub const fn lanes(&self) -> u32 {
-        self.column_lanes * self.slices
+    pub const fn lanes(&self, rows: u32) -> u32 {
+        self.column_lanes * self.slices * self.row_groups(rows)
     }
 
     /// Columns of a workgroup.
-    pub const fn width(&self) -> u32 {
-        self.cols * self.column_lanes
+    pub const fn width(&self, rows: u32) -> u32 {
+        self.cols(rows) * self.column_lanes
+    }
+
+    /// Columns of a lane.
+    pub(super) const fn cols(&self, rows: u32) -> u32 {
+        if rows <= 4 { 4 } else { self.cols }
+    }
+
+    /// Groups of lanes with rows of their own.
+    pub(super) const fn row_groups(&self, rows: u32) -> u32 {
+        rows.div_ceil(self.lane_rows)
     }
 
     /// The row counts of a workgroup that a product of at most `most` rows can need.
@@ -116,39 +152,52 @@ impl FewRows {
         FEW_ROWS.into_iter().find(|rows| *rows >= n_rows).unwrap_or(self.max_rows).min(self.max_rows)
     }
 
+    /// vec4s of the inputs of a cell of every slice.
+    const fn staged(&self, rows: u32) -> u32 {
+        rows * 2 * self.slices
+    }
+
     /// Cells of a slice that are multiplied at once.
     pub(super) fn steps(&self, rows: u32) -> u32 {
-        let in_flight = self.loads / self.cols;
-        let room = PAD_VECS / (rows * 2 * self.slices);
+        let in_flight = self.loads / self.cols(rows);
+        let room = PAD_VECS / (2 * self.staged(rows));
         in_flight.min(room).max(1)
     }
 
-    /// Rows whose sums are in workgroup memory at once.
+    /// Staging buffers: with 2, one barrier a tile suffices.
+    pub(super) fn buffers(&self, rows: u32) -> u32 {
+        (PAD_VECS / (self.staged(rows) * self.steps(rows))).min(2)
+    }
+
+    /// Rows of a lane whose sums are in workgroup memory at once.
     pub(super) fn summed(&self, rows: u32) -> u32 {
-        (PAD_VECS / (self.cols / 4 * self.lanes())).clamp(1, rows)
+        (PAD_VECS / (self.cols(rows) / 4 * self.lanes(rows))).clamp(1, rows / self.row_groups(rows))
     }
 
     /// vec4s of workgroup memory.
     pub(super) fn pad_vecs(&self, rows: u32) -> u32 {
-        let inputs = rows * 2 * self.steps(rows) * self.slices;
-        inputs.max(self.summed(rows) * self.cols / 4 * self.lanes())
+        let inputs = self.staged(rows) * self.steps(rows) * self.buffers(rows);
+        inputs.max(self.summed(rows) * self.cols(rows) / 4 * self.lanes(rows))
     }
 
-    /// Rows of which a lane stages inputs.
-    pub(super) const fn staged_rows(&self, rows: u32) -> u32 {
-        rows.div_ceil(self.column_lanes)
+    /// Lanes that stage the inputs of one slice, each half a cell of rows of its own.
+    pub(super) const fn stagers(&self, rows: u32) -> u32 {
+        self.lanes(rows) / (2 * self.slices)
     }
 
     fn is_sound(&self) -> bool {
-        [4, 8].contains(&self.cols)
+        FEW_ROWS.contains(&self.max_rows)
+            && [1, 4, 8, 16].contains(&self.lane_rows)
+            && [4, 8].contains(&self.cols)
             && self.column_lanes.is_power_of_two()
             && (2..=16).contains(&self.column_lanes)
             && self.slices.is_power_of_two()
-            && (2..=64).contains(&self.slices)
-            && (32..=256).contains(&self.lanes())
+            && (4..=64).contains(&self.slices)
+            && self.lanes(1) >= 32
+            && self.lanes(self.max_rows) <= 256
             && (1..=16).contains(&self.loads)
-            && FEW_ROWS.contains(&self.max_rows)
-            && self.max_rows * 2 * self.slices <= PAD_VECS
+            && self.staged(self.max_rows) <= PAD_VECS
+            && self.groups > 0
     }
 }
 
@@ -178,8 +227,8 @@ impl Tile {
     }
 }
 
-const fn few(cols: u32, column_lanes: u32, slices: u32, loads: u32, max_rows: u32) -> FewRows {
-    FewRows { cols, column_lanes, slices, loads, max_rows }
+const fn few([lane_rows, cols, column_lanes, slices]: [u32; 4], loads: u32, max_rows: u32, groups: u32) -> FewRows {
+    FewRows { lane_rows, cols, column_lanes, slices, loads, max_rows, groups }
 }
 
 const fn many(rows: u32, cols: u32, depth: u32, buffers: u32) -> ManyRows {
@@ -188,9 +237,9 @@ const fn many(rows: u32, cols: u32, depth: u32, buffers: u32) -> ManyRows {
 
 impl ProductTuning {
     /// For GPUs.
-    pub const GPU: Self = Self { few: few(4, 8, 32, 8, 16), many: many(128, 128, 8, 2) };
+    pub const GPU: Self = Self { few: few([8, 8, 8, 16], 8, 16, 128), many: many(128, 128, 8, 2) };
     /// For software Vulkan, where compiling a large kernel costs more than reading weights again from a cache.
-    pub const CPU: Self = Self { few: few(4, 16, 4, 4, 4), many: ManyRows::Direct };
+    pub const CPU: Self = Self { few: few([4, 4, 16, 4], 4, 4, 1), many: ManyRows::Direct };
 
     /// What an adapter of a kind, as `concertina devices` names them, gets where nothing is chosen.
     pub fn of_kind(adapter_kind: &str) -> Self {
@@ -201,12 +250,12 @@ impl ProductTuning {
     pub fn candidates() -> Vec<Self> {
         let fews = [
             Self::GPU.few,
-            few(4, 8, 32, 4, 16),
-            few(4, 8, 16, 8, 16),
-            few(4, 16, 16, 8, 16),
-            few(8, 4, 32, 8, 16),
-            few(8, 8, 32, 8, 16),
-            few(8, 8, 16, 8, 16),
+            few([8, 8, 8, 16], 8, 16, 256),
+            few([8, 8, 8, 16], 8, 16, 1),
+            few([8, 8, 8, 16], 16, 16, 128),
+            few([8, 8, 16, 8], 8, 16, 64),
+            few([8, 4, 8, 16], 8, 16, 128),
+            few([16, 8, 8, 16], 8, 16, 128),
             Self::CPU.few,
         ];
         let manys = [
@@ -224,7 +273,8 @@ impl ProductTuning {
 }
 
 impl fmt::Display for ProductTuning {
-    /// `few4x8x32:8:16,many128x128x8:2`: columns of a lane, lanes, slices, loads, rows; rows, columns, depth, buffers.
+    /// `few8x8x8x16:8:16:128,many128x128x8:2`: rows and columns of a lane, lanes, slices, loads, rows, workgroups; rows, columns,
+    /// depth, buffers.
     /// `direct` in place of the latter where nothing is staged.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "few{},", self.few)?;
@@ -237,8 +287,8 @@ impl fmt::Display for ProductTuning {
 
 impl fmt::Display for FewRows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { cols, column_lanes, slices, loads, max_rows } = self;
-        f.pad(&format!("{cols}x{column_lanes}x{slices}:{loads}:{max_rows}"))
+        let Self { lane_rows, cols, column_lanes, slices, loads, max_rows, groups } = self;
+        f.pad(&format!("{lane_rows}x{cols}x{column_lanes}x{slices}:{loads}:{max_rows}:{groups}"))
     }
 }
 
@@ -262,8 +312,8 @@ impl FromStr for ProductTuning {
         };
         let (a, b) = text.split_once(',').ok_or_else(wrong)?;
         let a = numbers(a, "few").ok_or_else(wrong)?;
-        let [cols, column_lanes, slices, loads, max_rows] = a[..] else { return Err(wrong()) };
-        let few = FewRows { cols, column_lanes, slices, loads, max_rows };
+        let [lane_rows, cols, column_lanes, slices, loads, max_rows, groups] = a[..] else { return Err(wrong()) };
+        let few = few([lane_rows, cols, column_lanes, slices], loads, max_rows, groups);
         let (many, sound) = if b == "direct" {
             (ManyRows::Direct, true)
         } else {
@@ -298,13 +348,17 @@ mod tests {
         }
         for wrong in [
             "",
-            "few4x8x32:8:16",
-            "few4x8x32:8:16,many128x128x8",
-            "few4x8x31:8:16,many128x128x8:2",
-            "few4x8x32:8:3,many128x128x8:2",
-            "few4x8x64:8:16,many128x128x8:2",
-            "few4x8x32:8:16,many128x128x16:2",
-            "few4x8x32:8:16,many128x96x8:2",
+            "few8x8x8x16:8:16:128",
+            "few8x8x8x16:8:16:128,many128x128x8",
+            "few8x8x8x16:8:16,many128x128x8:2",
+            "few8x8x8x15:8:16:128,many128x128x8:2",
+            "few8x8x8x16:8:3:128,many128x128x8:2",
+            "few8x8x8x16:8:16:0,many128x128x8:2",
+            "few0x8x8x16:8:16:128,many128x128x8:2",
+            "few8x8x8x64:8:16:128,many128x128x8:2",
+            "few4294967295x8x8x4294967295:8:16:128,many128x128x8:2",
+            "few8x8x8x16:8:16:128,many128x128x16:2",
+            "few8x8x8x16:8:16:128,many128x96x8:2",
         ] {
             assert!(wrong.parse::<ProductTuning>().is_err(), "'{wrong}' should be refused");
         }
@@ -316,5 +370,17 @@ mod tests {
         assert_eq!([1, 2, 4, 5, 9, 16, 17, 64].map(|n| few.rows_for(n)), [1, 4, 4, 8, 16, 16, 16, 16]);
         assert_eq!([1, 2, 4, 5, 64].map(|n| ProductTuning::CPU.few.rows_for(n)), [1, 4, 4, 4, 4]);
         assert_eq!(few.rows(6).collect::<Vec<_>>(), [1, 4, 8], "what 1 to 6 rows can need");
+    }
+
+    #[test]
+    fn a_matrix_of_few_columns_is_cut_into_more_slices() {
+        let few = ProductTuning::GPU.few;
+        let layout = |cols: u32| few.for_cols(cols);
+        let groups = |cols: u32| cols.div_ceil(layout(cols).width(16));
+        assert_eq!([28_672, 14_336, 8_192, 4_096].map(groups), [448, 224, 128, 128], "workgroups of 16 rows");
+        assert_eq!((layout(8_192).slices, layout(8_128).slices), (16, 32), "half as wide where there would be fewer");
+        assert_eq!(layout(8_128).lanes(16), layout(8_192).lanes(16), "by as many lanes");
+        assert_eq!(layout(64), few.forms().last().expect("a form"), "as narrow as it gets");
+        assert_eq!(ProductTuning::CPU.few.for_cols(64), ProductTuning::CPU.few, "where the number is no matter");
     }
 }

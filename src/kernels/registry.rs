@@ -81,7 +81,7 @@ pub fn all_specs() -> Vec<KernelSpec> {
 
 /// A product for many rows, and for few, as many to a workgroup as there can be.
 fn product_specs(product: Product, tuning: ProductTuning) -> Vec<KernelSpec> {
-    let few = tuning.few.rows(u32::MAX).map(|rows| product.matvec(rows, tuning.few));
+    let few = tuning.few.forms().flat_map(|form| form.rows(u32::MAX).map(move |rows| product.matvec(rows, form)));
     std::iter::once(product.matmul(tuning.many)).chain(few).collect()
 }
 

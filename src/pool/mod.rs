@@ -23,6 +23,7 @@
 //! a session that ends early leaves bytes unused until it ends.
 
 pub mod arena;
+pub mod arena_map;
 pub mod budget;
 pub mod device;
 pub mod page_table;

@@ -166,6 +166,8 @@ pub struct PageTable {
     pub(super) admitted: Capacity,
     /// Entries of each part of a list.
     pub(super) capacity: [u32; PARTS.len()],
+    /// Entries before each part of a list, and of a whole list.
+    pub(super) starts: [u32; PARTS.len() + 1],
     /// `[layer][kv_head]` lists.
     pub(super) lists: Vec<PageList>,
     /// Position of the tail's first token.
@@ -216,12 +218,18 @@ impl PageTable {
         let pages = |per_list: u32| shape.num_lists().saturating_mul(per_list);
         let committed =
             [pages(open + bounds), pages(sealed).saturating_add(admitted.kept_pages), admitted.merged_pages];
+        let mut starts = [0_u32; PARTS.len() + 1];
+        for (part, n) in capacity.iter().enumerate() {
+            // Saturating: no buffer has so many entries.
+            starts[part + 1] = starts[part].saturating_add(*n);
+        }
         Self {
             shape,
             layers: layers.clone(),
             region: 0,
             admitted,
             capacity,
+            starts,
             lists: vec![PageList::default(); shape.num_lists() as usize],
             tail_start: 0,
             tail: 0,
@@ -259,9 +267,8 @@ impl PageTable {
 
     /// Entries of the table's region.
     fn entries(&self) -> u32 {
-        let of_list = self.capacity.iter().fold(0, |sum: u32, part| sum.saturating_add(*part));
         // Saturating: no buffer has so many entries.
-        self.shape.num_lists().saturating_mul(of_list).saturating_add(Self::chosen_entries(&self.shape))
+        self.shape.num_lists().saturating_mul(self.list_capacity()).saturating_add(Self::chosen_entries(&self.shape))
     }
 
     /// Entries behind the lists for what decode rows choose: of each KV head the pages, and one more for every arena that they

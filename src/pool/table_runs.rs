@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::PageId;
+use super::arena_map::ArenaMap;
 use super::page_table::{CHOSEN_SPARE, PARTS, PageList, PageTable, Part};
 use crate::compression::hidden::HiddenCodec;
 
@@ -30,11 +31,11 @@ pub struct Run {
 }
 
 impl PageTable {
-    pub(super) fn list_capacity(&self) -> u32 {
-        self.capacity.iter().sum()
+    pub(super) const fn list_capacity(&self) -> u32 {
+        self.starts[PARTS.len()]
     }
 
-    pub(super) fn layer_stride(&self) -> u32 {
+    pub(super) const fn layer_stride(&self) -> u32 {
         self.shape.num_kv_heads * self.list_capacity()
     }
 
@@ -43,10 +44,9 @@ impl PageTable {
         self.entry_of(self.layers.list(layer), kv_head, part)
     }
 
-    pub(super) fn entry_of(&self, list_layer: u32, kv_head: u32, part: Part) -> u32 {
+    pub(super) const fn entry_of(&self, list_layer: u32, kv_head: u32, part: Part) -> u32 {
         let list = list_layer * self.shape.num_kv_heads + kv_head;
-        let before: u32 = PARTS.iter().take(part as usize).map(|part| self.capacity[*part as usize]).sum();
-        self.region + list * self.list_capacity() + before
+        self.region + list * self.list_capacity() + self.starts[part as usize]
     }
 
     pub(super) fn list_at(&self, layer: u32, kv_head: u32) -> &PageList {
@@ -233,17 +233,17 @@ impl PageTable {
         runs.map(move |run| Run { n_tokens: run.n_tokens.min(place + 1 - run.offset), ..run })
     }
 
-    /// Whether two layers that follow each other can share work lists: their pages lie in the same arenas, and their lists
-    /// follow each other and are equally long.
-    pub fn alike(&self, a: u32, b: u32) -> bool {
+    /// Whether two layers that follow each other can share work lists: their lists follow each other, are equally long, and are
+    /// spread over arenas alike, `b` in the one that takes the place of `a`'s. `arenas` learns which that are.
+    pub fn alike(&self, a: u32, b: u32, arenas: &mut ArenaMap) -> bool {
         self.layers.owns(a)
             && self.layers.owns(b)
             && self.layers.list(a) + 1 == self.layers.list(b)
             && [a, b].iter().all(|layer| self.merged_with[self.layers.list(*layer) as usize].is_none())
             && (0..self.shape.num_kv_heads).all(|head| {
                 let (a, b) = (self.list_at(a, head), self.list_at(b, head));
-                let spread = a.parts.iter().zip(&b.parts).all(|(a, b)| a.runs == b.runs);
-                spread && (a.kept, a.closed) == (b.kept, b.closed)
+                (a.kept, a.closed) == (b.kept, b.closed)
+                    && a.parts.iter().zip(&b.parts).all(|(a, b)| arenas.takes(&a.runs, &b.runs))
             })
     }
 

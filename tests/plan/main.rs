@@ -5,6 +5,7 @@
 
 mod check;
 mod setup;
+mod steps;
 
 use std::ops::Range;
 
@@ -15,19 +16,21 @@ use concertina::kernels::abi::ScoreItem;
 use concertina::kernels::plan::{AttentionPlan, Dispatch, ObservedRows, ScoredRows, Segment};
 use concertina::kernels::score;
 use concertina::pool::PageId;
+use concertina::pool::arena_map::ArenaMap;
 use concertina::pool::page_table::TableShape;
 use proptest::prelude::*;
-use setup::{CAPACITY, Evicted, KV_HEADS, LAYERS, Sequence, codecs, segments, sequences, setup};
+use setup::{CAPACITY, Evicted, KV_HEADS, LAYERS, Sequence, Setup, codecs, segments, sequences, setup};
 
 fn batches() -> impl Strategy<Value = (u32, Vec<Sequence>)> {
     prop::sample::select(vec![16_u32, 64])
         .prop_flat_map(|page_size| sequences(page_size).prop_map(move |sequences| (page_size, sequences)))
 }
 
-/// Whether dispatches share out all items of a list.
+/// Whether dispatches share out all items of a list, which layers that are alike have in common.
 fn shared_out<'d, P: 'd>(dispatches: impl Iterator<Item = &'d (P, Range<u32>)>, items: usize) -> bool {
     let mut ranges: Vec<_> = dispatches.map(|(_, range)| (range.start, range.end)).collect();
     ranges.sort_unstable();
+    ranges.dedup();
     let joined = ranges.windows(2).all(|w| w[0].1 == w[1].0);
     joined && ranges.first().is_none_or(|r| r.0 == 0) && ranges.last().map_or(0, |r| r.1) as usize == items
 }
@@ -50,9 +53,12 @@ proptest! {
         }
         for layer in 1..LAYERS {
             // Lists that are equally long, spread alike, and of layers that follow each other and share with none.
-            let alike = setup.tables.iter().all(|table| table.alike(layer - 1, layer));
+            let mut arenas = ArenaMap::default();
+            let alike = setup.tables.iter().all(|table| table.alike(layer - 1, layer, &mut arenas));
             let [before, here] = [layer - 1, layer].map(|layer| plan.of_layer[layer as usize]);
-            prop_assert_eq!(before == here, alike, "layers {} and {}", layer - 1, layer);
+            prop_assert_eq!(before == here, alike && arenas.is_identity(), "layers {} and {}", layer - 1, layer);
+            let [before, here] = [before, here].map(|at| plan.plans[at].first_layer);
+            prop_assert_eq!(before == here, alike, "items of layers {} and {}", layer - 1, layer);
         }
         let plain = |s: &Sequence| s.evicted.is_none() && (0..LAYERS).all(|layer| s.owns(layer));
         if arena_slabs == 4096 && sequences.iter().all(plain) {
@@ -64,8 +70,7 @@ proptest! {
         prop_assert!(shared_out(plan.plans.iter().flat_map(|p| &p.prefill), plan.prefill.len()));
         prop_assert!(shared_out(plan.plans.iter().flat_map(|p| &p.score), plan.score.len()));
         let again = AttentionPlan::new(&setup.shape, LAYERS, &segments);
-        prop_assert_eq!((again.append, again.seal, again.score), (plan.append, plan.seal, plan.score));
-        prop_assert_eq!((again.decode, again.prefill, again.merge), (plan.decode, plan.prefill, plan.merge));
+        prop_assert_eq!(again, plan);
     }
 
     #[test]
@@ -167,6 +172,23 @@ fn layers_whose_lists_differ_have_plans_of_their_own() {
     assert_eq!(of_layer(&[Sequence { evicted: Some(closed), ..in_pairs.clone() }]), [0, 1, 2, 2], "one has a tail");
     let shared = Sequence { owners: vec![0, 0, 2, 3], ..Sequence::full(70, 1, true) };
     assert_eq!(of_layer(&[shared]), [0, 1, 2, 2], "who shares has a plan of its own: it appends nothing");
+}
+
+/// Every layer finds room in the arena that it prefers.
+#[test]
+fn layers_that_are_spread_alike_over_other_arenas_share_their_items() {
+    let sequence = Sequence::full(12 * 64 - 1, 1, true);
+    let setup_of = |slabs| setup(std::slice::from_ref(&sequence), 3, 64, slabs);
+    let plan_of = |setup: &Setup| AttentionPlan::new(&setup.shape, LAYERS, &segments(setup));
+    let whole = plan_of(&setup_of(4096));
+    let setup = setup_of(40);
+    let plan = plan_of(&setup);
+    (0..LAYERS).for_each(|layer| check(&setup, &plan, layer).unwrap_or_else(|e| panic!("layer {layer}: {e}")));
+    assert_eq!(plan.of_layer, [0, 1, 2, 3], "every layer reads an arena of its own");
+    assert_eq!((plan.decode, plan.merge), (whole.decode, whole.merge), "and the items of the first");
+    let mut wrong = plan_of(&setup);
+    wrong.of_layer[2] = 1;
+    assert!(check(&setup, &wrong, 2).is_err(), "a layer that reads the arenas of another is noticed");
 }
 
 #[test]

@@ -66,14 +66,14 @@ pub struct ProductRun {
 const PRODUCT: Product = Product { input: Input::Plain, output: Output::Replace };
 
 /// Layouts of `matvec`, the one that the program uses first.
-fn few(device: &Device, tuning: &Tuning, rows: u32) -> Vec<Candidate> {
+fn few(device: &Device, tuning: &Tuning, rows: u32, cols: u32) -> Vec<Candidate> {
     let chosen = tuning.product(&device.summary().kind);
     let mut candidates: Vec<Candidate> = Vec::new();
     for few in std::iter::once(chosen).chain(ProductTuning::candidates()).map(|tuning| tuning.few) {
-        let rows = few.rows_for(rows);
-        let spec = PRODUCT.matvec(rows, few);
+        let (rows, layout) = (few.rows_for(rows), few.for_cols(cols));
+        let spec = PRODUCT.matvec(rows, layout);
         if candidates.iter().all(|known| known.spec != spec) {
-            candidates.push(Candidate { label: few.to_string(), spec, tile: [rows, few.width()] });
+            candidates.push(Candidate { label: few.to_string(), spec, tile: [rows, layout.width(rows)] });
         }
     }
     candidates
@@ -121,7 +121,7 @@ impl ProductRun {
         let y = device.storage("y", Bytes(u64::from(rows) * u64::from(cols) * WORD_BYTES))?;
         let w = copies(device, "weights", &packed, n_copies(packed.len() as u64 * F16_BYTES, settings))?;
         let tuning = pipelines.tuning();
-        let candidates = if decode { few(device, tuning, rows) } else { many(device, tuning) };
+        let candidates = if decode { few(device, tuning, rows, cols) } else { many(device, tuning) };
         let pipeline = pipelines.get(device, &candidates[0].spec)?;
         let mut run =
             Self { spec: *spec, candidates, chosen: 0, pipeline, groups: Vec::new(), x, y, w, x_values, w_values };

@@ -99,7 +99,7 @@ pub fn tune_cases(sizes: Sizes) -> Vec<TuneCase> {
     let of_prompt = prefill((name, prompt), rows, shape(kv_heads, 4, 128, DEFAULT_PAGE_SIZE), &["f16"]);
     cases.extend(of_prompt.into_iter().map(|case| TuneCase { case, choice: Choice::Prefill }));
     let (width, many) = if small { (512, 128) } else { (4096, 1024) };
-    let spec = ProductSpec { rows: 8, k: width, cols: width, decode: true };
+    let spec = ProductSpec { rows: 16, k: width, cols: width, decode: true };
     cases.push(TuneCase { case: product(spec), choice: Choice::FewRows });
     let spec = ProductSpec { rows: many, decode: false, ..spec };
     cases.push(TuneCase { case: product(spec), choice: Choice::ManyRows });

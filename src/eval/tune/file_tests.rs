@@ -11,7 +11,7 @@ fn tuning() -> Tuning {
         tuning.decode.insert(class.parse().expect("a class"), tile.parse().expect("a tile"));
     }
     tuning.prefill = Some("general".parse().expect("a launch of prefill"));
-    tuning.product = Some("few4x8x32:8:16,many128x128x8:2".parse().expect("a layout"));
+    tuning.product = Some("few8x8x8x16:8:16:128,many128x128x8:2".parse().expect("a layout"));
     tuning
 }
 
@@ -85,7 +85,7 @@ fn wrong_values_are_refused_by_name() {
         ("tiled:64:2:4:8:ahead", "tiled:64:2:16:8:ahead", "can not run as"),
         ("kivi4/g4-d128", "kivi4/g99-d128", "is no class of formats"),
         ("kivi4/g4-d128", "kivi5/g4-d128", "is no class of formats"),
-        ("few4x8x32:8:16", "few4x8x31:8:16", "no product is written"),
+        ("few8x8x8x16:8", "few8x8x8x15:8", "no product is written"),
         ("\"general\",\n        \"product", "\"quick\",\n        \"product", "is no tuning of prefill"),
         ("\"cooperative_product\": null", "\"cooperative_product\": \"cooperative128x128\"", "subgroup tier"),
         ("\"cooperative_product\": null", "\"cooperative_product\": 7", "expected a string"),

@@ -14,7 +14,7 @@ use crate::kernels::abi::{AppendItem, AppendParams, EmbedParams, MatmulParams, M
 use crate::kernels::append::{self, Positions};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::matmul::{self, Input, NO_LIST, Output, Product};
-use crate::kernels::product_tuning::{CooperativeRows, ProductTuning};
+use crate::kernels::product_tuning::{CooperativeRows, FewRows, ProductTuning};
 use crate::kernels::run_once::run_once;
 use crate::kernels::sample::Sampling;
 use crate::kernels::{KernelSpec, PipelineCache, embed, flat_grid, merge_states, sample};
@@ -35,8 +35,11 @@ const OTHERS: usize = 2 + SAMPLING.len() + 2;
 pub(super) fn count(tier: Tier) -> usize {
     let tiles = if tier == Tier::Cooperative { CooperativeRows::ALL.len() } else { 0 };
     let cooperative = tiles * Product::ALL.len() * MANY_ROWS.len();
-    let kinds: usize = ProductTuning::candidates().into_iter().map(|tuning| kinds(tuning).count()).sum();
-    OTHERS + cooperative + kinds * (MANY_ROWS.len() + FEW_ROWS.len())
+    let of_tuning = |tuning| {
+        let rows = MANY_ROWS.len() + few_forms(tuning).count() * FEW_ROWS.len();
+        kinds(tuning).count() * rows
+    };
+    OTHERS + cooperative + ProductTuning::candidates().into_iter().map(of_tuning).sum::<usize>()
 }
 
 const SAMPLING: [(&str, Sampling); 5] = [
@@ -372,6 +375,13 @@ fn kinds(tuning: ProductTuning) -> impl Iterator<Item = Product> {
     Product::ALL.into_iter().filter(move |product| all || product.output != Output::Replace)
 }
 
+/// The layouts of few rows that candidates before this one do not have.
+fn few_forms(tuning: ProductTuning) -> impl Iterator<Item = FewRows> {
+    let others = ProductTuning::candidates().into_iter().take_while(move |other| *other != tuning);
+    let known: Vec<_> = others.flat_map(|other| other.few.forms()).collect();
+    tuning.few.forms().filter(move |form| !known.contains(form))
+}
+
 /// The products of one layout: some kinds, of few rows and of many.
 fn products(bench: &mut Bench<'_>, tuning: ProductTuning, each: &mut dyn FnMut(Check)) -> Result<(), EngineError> {
     let layout = tuning.to_string();
@@ -380,11 +390,13 @@ fn products(bench: &mut Bench<'_>, tuning: ProductTuning, each: &mut dyn FnMut(C
             let case = ProductCase::new(bench, product, rows);
             each(case.run(bench, &product.matmul(tuning.many), tuning.many.size(), &layout)?);
         }
-        for rows in FEW_ROWS {
-            let few = tuning.few;
-            let case = ProductCase::new(bench, product, rows);
-            let per_group = few.rows_for(rows);
-            each(case.run(bench, &product.matvec(per_group, few), [per_group, few.width()], &layout)?);
+        for few in few_forms(tuning) {
+            for rows in FEW_ROWS {
+                let case = ProductCase::new(bench, product, rows);
+                let per_group = few.rows_for(rows);
+                let size = [per_group, few.width(per_group)];
+                each(case.run(bench, &product.matvec(per_group, few), size, &format!("few{few}"))?);
+            }
         }
     }
     Ok(())
