@@ -24,7 +24,7 @@ struct Origin {
   page: u32,    // first cell of its page
   token: u32,   // its place there
   turn: u32,    // first vec4 in `step` of the angles by which its key is turned
-  is_here: u32, // 1: in this run
+  is_here: u32, // 1: of this run
 }
 
 var<immediate> par: GatherParams;
@@ -45,6 +45,15 @@ fn row_vec(i: u32) -> vec4<f32> {
 
 fn put_row_vec(i: u32, value: vec4<f32>) {
   rotated[i] = value;
+}
+
+// Where a cell of an f16 page lies.
+fn key_cell_at(origin: Origin, cell: u32) -> u32 {
+  return origin.page + KEY_AT + cell * PAGE_SIZE + origin.token;
+}
+
+fn value_cell_at(origin: Origin, cell: u32) -> u32 {
+  return origin.page + VALUE_AT + origin.token * CELLS + cell;
 }
 
 fn packed(cell: Cell) -> vec4<u32> {
@@ -80,34 +89,46 @@ fn put_value(page: u32, slot: u32, cell: u32, value: Cell) {
   target_arena[page + PAGE_CELLS + slot * CELLS + cell] = packed(value);
 }
 
-// Keys that are f16 already: whole cells, lanes on neighbouring tokens.
-fn copy_keys(li: u32, page: u32) {
+// Keys that are f16 already: whole cells, lanes on neighbouring tokens. Where all tokens are of this run nothing is asked of single
+// ones, because compilers move a load behind the question whether it is stored, and then wait for one after another. Cells past the
+// last repeat it.
+fn copy_keys(li: u32, page: u32, is_whole: bool) {
+  if (!is_whole) {
+    for (var i = li; i < PAGE_CELLS; i += WORKGROUP_SIZE) {
+      let origin = origins[i % PAGE_SIZE];
+      if (origin.is_here == 1u) { target_arena[page + i] = arena_cell(key_cell_at(origin, i / PAGE_SIZE)); }
+    }
+    return;
+  }
   for (var first = li; first < PAGE_CELLS; first += WORKGROUP_SIZE * LOADS) {
     var cells: array<vec4<u32>, LOADS>;
     for (var u = 0u; u < LOADS; u++) {  // unroll
       let i = min(first + u * WORKGROUP_SIZE, PAGE_CELLS - 1u);
-      let origin = origins[i % PAGE_SIZE];
-      cells[u] = arena_cell(origin.page + KEY_AT + i / PAGE_SIZE * PAGE_SIZE + origin.token);
+      cells[u] = arena_cell(key_cell_at(origins[i % PAGE_SIZE], i / PAGE_SIZE));
     }
     for (var u = 0u; u < LOADS; u++) {  // unroll
-      let i = first + u * WORKGROUP_SIZE;
-      if (i < PAGE_CELLS && origins[i % PAGE_SIZE].is_here == 1u) { target_arena[page + i] = cells[u]; }
+      target_arena[page + min(first + u * WORKGROUP_SIZE, PAGE_CELLS - 1u)] = cells[u];
     }
   }
 }
 
 // The same of values, lanes on neighbouring cells.
-fn copy_values(li: u32, page: u32) {
+fn copy_values(li: u32, page: u32, is_whole: bool) {
+  if (!is_whole) {
+    for (var i = li; i < PAGE_CELLS; i += WORKGROUP_SIZE) {
+      let origin = origins[i / CELLS];
+      if (origin.is_here == 1u) { target_arena[page + PAGE_CELLS + i] = arena_cell(value_cell_at(origin, i % CELLS)); }
+    }
+    return;
+  }
   for (var first = li; first < PAGE_CELLS; first += WORKGROUP_SIZE * LOADS) {
     var cells: array<vec4<u32>, LOADS>;
     for (var u = 0u; u < LOADS; u++) {  // unroll
       let i = min(first + u * WORKGROUP_SIZE, PAGE_CELLS - 1u);
-      let origin = origins[i / CELLS];
-      cells[u] = arena_cell(origin.page + VALUE_AT + origin.token * CELLS + i % CELLS);
+      cells[u] = arena_cell(value_cell_at(origins[i / CELLS], i % CELLS));
     }
     for (var u = 0u; u < LOADS; u++) {  // unroll
-      let i = first + u * WORKGROUP_SIZE;
-      if (i < PAGE_CELLS && origins[i / CELLS].is_here == 1u) { target_arena[page + PAGE_CELLS + i] = cells[u]; }
+      target_arena[page + PAGE_CELLS + min(first + u * WORKGROUP_SIZE, PAGE_CELLS - 1u)] = cells[u];
     }
   }
 }
@@ -130,8 +151,20 @@ fn decode_keys(li: u32, page: u32, turns: bool) {
   }
 }
 
+fn decoded_value(origin: Origin, cell: u32) -> Cell {
+  let row = value_codec_row(origin.page, origin.token, cell);
+  return value_codec_cell(origin.page, origin.token, cell, row, value_codec_load(origin.page, origin.token, cell));
+}
+
 // Values through their codec: a lane decodes a cell of one token, of a load that holds several.
-fn decode_values(li: u32, page: u32) {
+fn decode_values(li: u32, page: u32, is_whole: bool) {
+  if (!is_whole) {
+    for (var i = li; i < PAGE_CELLS; i += WORKGROUP_SIZE) {
+      let origin = origins[i / CELLS];
+      if (origin.is_here == 1u) { put_value(page, i / CELLS, i % CELLS, decoded_value(origin, i % CELLS)); }
+    }
+    return;
+  }
   for (var first = li; first < PAGE_CELLS; first += WORKGROUP_SIZE * LOADS) {
     var rows: array<ValueCodecRow, LOADS>;
     var raws: array<ValueCodecRaw, LOADS>;
@@ -142,14 +175,9 @@ fn decode_values(li: u32, page: u32) {
       raws[u] = value_codec_load(origin.page, origin.token, i % CELLS);
     }
     for (var u = 0u; u < LOADS; u++) {  // unroll
-      let i = first + u * WORKGROUP_SIZE;
-      if (i < PAGE_CELLS) {
-        let origin = origins[i / CELLS];
-        if (origin.is_here == 1u) {
-          put_value(
-            page, i / CELLS, i % CELLS, value_codec_cell(origin.page, origin.token, i % CELLS, rows[u], raws[u]));
-        }
-      }
+      let i = min(first + u * WORKGROUP_SIZE, PAGE_CELLS - 1u);
+      let origin = origins[i / CELLS];
+      put_value(page, i / CELLS, i % CELLS, value_codec_cell(origin.page, origin.token, i % CELLS, rows[u], raws[u]));
     }
   }
 }
@@ -185,9 +213,7 @@ fn rotated_values(li: u32, page: u32) {
     for (var i = li; i < ROTATED_ROWS * CELLS; i += WORKGROUP_SIZE) {
       let origin = origins[first + i / CELLS];
       let cell = i % CELLS;
-      let row = value_codec_row(origin.page, origin.token, cell);
-      let raw = value_codec_load(origin.page, origin.token, cell);
-      let v = value_codec_cell(origin.page, origin.token, cell, row, raw);
+      let v = decoded_value(origin, cell);
       rotated[i * 2u] = v.low;
       rotated[i * 2u + 1u] = v.high;
     }
@@ -247,9 +273,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     origins[slot] = Origin(tables[source + token / PAGE_SIZE], token % PAGE_SIZE, angles, select(0u, 1u, is_here));
   }
   workgroupBarrier();
+  // Indices ascend.
+  let is_whole = kept[kept_at] >= index && kept[kept_at + n_kept - 1u] < index + n_tokens;
   let basis = head_parameters(a.w);
   if (KEY_COPIES && !turns) {
-    copy_keys(li, page);
+    copy_keys(li, page, is_whole);
   } else if (KEY_IN_ORDER) {
     decode_keys(li, page, turns);
   } else if (KEY_ROTATES) {
@@ -258,9 +286,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     whole_keys(li, page, basis, turns);
   }
   if (VALUE_COPIES) {
-    copy_values(li, page);
+    copy_values(li, page, is_whole);
   } else if (VALUE_IN_ORDER) {
-    decode_values(li, page);
+    decode_values(li, page, is_whole);
   } else if (VALUE_ROTATES) {
     rotated_values(li, page);
   } else {

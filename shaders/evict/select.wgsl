@@ -90,6 +90,10 @@ fn quad_bits(span: Span, quad: u32) -> vec4<u32> {
 
 // Keys of a four; of tokens that stay already, and of places that hold none, PROTECTED.
 fn open_keys(domain: Domain, span: Span, quad: u32, bits: vec4<u32>) -> vec4<u32> {
+  let keys = order_keys(bits);
+  if (!domain.flagged && quad * 4u >= span.first_open + span.shift && quad * 4u + 4u <= span.end_open + span.shift) {
+    return keys;
+  }
   let i = indices(span, quad);
   var open = (i >= vec4<u32>(span.first_open)) & (i < vec4<u32>(span.end_open));
   if (domain.flagged) {
@@ -97,7 +101,7 @@ fn open_keys(domain: Domain, span: Span, quad: u32, bits: vec4<u32>) -> vec4<u32
     let flags = vec4<u32>(kept[at.x], kept[at.y], kept[at.z], kept[at.w]);
     open = open & (flags == vec4<u32>(0u));
   }
-  return select(vec4<u32>(PROTECTED), order_keys(bits), open);
+  return select(vec4<u32>(PROTECTED), keys, open);
 }
 
 // Sums over the lanes before, and over all.
@@ -190,27 +194,28 @@ fn count(li: u32, domain: Domain, begin: u32, until: u32, low: u32, prefix: u32)
 
 // Where the best `n` open tokens of lists `begin .. until` of a domain end; there are so many.
 fn threshold(li: u32, domain: Domain, begin: u32, until: u32, n: u32) -> Cut {
-  clear(li, REPLICAS * BINS);
-  count(li, domain, begin, until, 21u, 0u);
-  let high = find(li, n, REPLICAS);
   if (li == 0u) { atomicStore(&spilled, 0u); }
-  clear(li, BINS);
-  let n_mine = count(li, domain, begin, until, 10u, high.x);
-  if (n_mine > SURVIVORS) { atomicStore(&spilled, 1u); }
-  let middle = find(li, high.y, 1u);
-  let prefix = (high.x << 11u) | middle.x;
-  let reads_again = atomicLoad(&spilled) == 1u;
-  clear(li, BINS);
-  if (reads_again) {
-    count(li, domain, begin, until, 0u, prefix);
-  } else {
-    for (var i = 0u; i < n_mine; i++) {
-      let key = atomicLoad(&bins[BINS + i * WORKGROUP_SIZE + li]);
-      if ((key >> 10u) == prefix) { atomicAdd(&bins[key & 1023u], 1u); }
+  var prefix = 0u;
+  var rank = n;
+  var n_mine = 0u;
+  for (var digit = 0u; digit < 3u; digit++) {
+    let low = select(select(0u, 10u, digit == 1u), 21u, digit == 0u);
+    let replicas = select(1u, REPLICAS, digit == 0u);
+    clear(li, replicas * BINS);
+    if (digit < 2u || atomicLoad(&spilled) == 1u) {
+      n_mine = count(li, domain, begin, until, low, prefix);
+      if (n_mine > SURVIVORS) { atomicStore(&spilled, 1u); }
+    } else {
+      for (var i = 0u; i < n_mine; i++) {
+        let key = atomicLoad(&bins[BINS + i * WORKGROUP_SIZE + li]);
+        if ((key >> 10u) == prefix) { atomicAdd(&bins[key & 1023u], 1u); }
+      }
     }
+    let at = find(li, rank, replicas);
+    prefix = (prefix << select(11u, 10u, digit == 2u)) | at.x;
+    rank = at.y;
   }
-  let low = find(li, middle.y, 1u);
-  return Cut((prefix << 10u) | low.x, low.y);
+  return Cut(prefix, rank);
 }
 
 // Writes flags or, where `marks` says no, indices of the tokens of a list that stay. `seen` tokens of the lists before have the
@@ -267,8 +272,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let a = step[par.items + item * 2u];
   let b = step[par.items + item * 2u + 1u];
   var domain = Domain(a.x, a.y, a.z, a.w, b.x, b.y, false);
-  // Nothing but what is protected.
-  let nothing = Cut(PROTECTED - 1u, 0u);
   var spent = 0u;
   var all = 0u;
   var flagged = false;
@@ -281,30 +284,35 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     spent += max(floor, protected_here);
     all += span.n_tokens;
   }
-  if (flagged) {
-    for (var s = 0u; s < domain.n_lists; s++) {
-      let span = read_span(domain, s);
-      let protected_here = span.first_open + span.n_tokens - span.end_open;
-      let floor = min(domain.floor, span.n_tokens);
-      var cut = nothing;
-      if (floor > protected_here) { cut = threshold(li, domain, s, s + 1u, floor - protected_here); }
-      write_kept(li, domain, span, cut, 0u, true);
+  // A list for its floor, one after another, then all together.
+  let rounds = select(0u, domain.n_lists, flagged);
+  for (var round = 0u; round <= rounds; round++) {
+    let marks = round < rounds;
+    let begin = select(0u, round, marks);
+    let until = select(domain.n_lists, round + 1u, marks);
+    var wanted = min(domain.total, all);
+    var held = spent;
+    if (marks) {
+      let span = read_span(domain, round);
+      held = span.first_open + span.n_tokens - span.end_open;
+      wanted = min(domain.floor, span.n_tokens);
     }
-    domain.flagged = true;
+    domain.flagged = flagged && !marks;
+    // Nothing but what stays already.
+    var cut = Cut(PROTECTED - 1u, 0u);
+    if (!marks && wanted == all) {
+      cut = Cut(0u, all);
+    } else if (wanted > held) {
+      cut = threshold(li, domain, begin, until, wanted - held);
+    }
+    var seen = 0u;
+    for (var s = begin; s < until; s++) {
+      let span = read_span(domain, s);
+      let written = write_kept(li, domain, span, cut, seen, marks);
+      if (!marks && li == 0u) { counts[span.list] = written.x; }
+      seen = written.y;
+    }
     storageBarrier();
     workgroupBarrier();
-  }
-  var cut = nothing;
-  if (domain.total >= all) {
-    cut = Cut(0u, all);
-  } else if (domain.total > spent) {
-    cut = threshold(li, domain, 0u, domain.n_lists, domain.total - spent);
-  }
-  var seen = 0u;
-  for (var s = 0u; s < domain.n_lists; s++) {
-    let span = read_span(domain, s);
-    let written = write_kept(li, domain, span, cut, seen, false);
-    if (li == 0u) { counts[span.list] = written.x; }
-    seen = written.y;
   }
 }
