@@ -84,24 +84,26 @@ fn order_keys(bits: vec4<u32>) -> vec4<u32> {
   return select(keys, vec4<u32>(0u), magnitude > vec4<u32>(0x7f800000u));
 }
 
-fn quad_bits(span: Span, quad: u32) -> vec4<u32> {
-  return decided[span.at / 4u + min(quad, span.quads - 1u)];
-}
-
-// Keys of a four; of tokens that stay already, and of places that hold none, PROTECTED.
-fn open_keys(domain: Domain, span: Span, quad: u32, bits: vec4<u32>) -> vec4<u32> {
-  let keys = order_keys(bits);
-  if (!domain.flagged && quad * 4u >= span.first_open + span.shift && quad * 4u + 4u <= span.end_open + span.shift) {
-    return keys;
+// Keys of LOADS fours, WORKGROUP_SIZE apart; of tokens that stay already, and of places that hold none, PROTECTED. Nothing is asked
+// before all are there, because compilers move a load behind a question, and then wait for one after another.
+fn open_keys(domain: Domain, span: Span, first: u32) -> array<vec4<u32>, LOADS> {
+  var keys: array<vec4<u32>, LOADS>;
+  for (var u = 0u; u < LOADS; u++) {  // unroll
+    keys[u] = decided[span.at / 4u + min(first + u * WORKGROUP_SIZE, span.quads - 1u)];
   }
-  let i = indices(span, quad);
-  var open = (i >= vec4<u32>(span.first_open)) & (i < vec4<u32>(span.end_open));
+  for (var u = 0u; u < LOADS; u++) {  // unroll
+    let i = indices(span, first + u * WORKGROUP_SIZE);
+    let open = i - span.first_open < vec4<u32>(span.end_open - span.first_open);
+    keys[u] = select(vec4<u32>(PROTECTED), order_keys(keys[u]), open);
+  }
   if (domain.flagged) {
-    let at = vec4<u32>(span.at) + min(i, vec4<u32>(span.n_tokens - 1u));
-    let flags = vec4<u32>(kept[at.x], kept[at.y], kept[at.z], kept[at.w]);
-    open = open & (flags == vec4<u32>(0u));
+    for (var u = 0u; u < LOADS; u++) {  // unroll
+      let at = vec4<u32>(span.at) + min(indices(span, first + u * WORKGROUP_SIZE), vec4<u32>(span.n_tokens - 1u));
+      let flags = vec4<u32>(kept[at.x], kept[at.y], kept[at.z], kept[at.w]);
+      keys[u] = select(keys[u], vec4<u32>(PROTECTED), flags != vec4<u32>(0u));
+    }
   }
-  return select(vec4<u32>(PROTECTED), keys, open);
+  return keys;
 }
 
 // Sums over the lanes before, and over all.
@@ -170,10 +172,9 @@ fn count(li: u32, domain: Domain, begin: u32, until: u32, low: u32, prefix: u32)
   for (var s = begin; s < until; s++) {
     let span = read_span(domain, s);
     for (var first = li; first < span.quads; first += STRIDE) {
-      var raw: array<vec4<u32>, LOADS>;
-      for (var u = 0u; u < LOADS; u++) { raw[u] = quad_bits(span, first + u * WORKGROUP_SIZE); }  // unroll
+      let all = open_keys(domain, span, first);
       for (var u = 0u; u < LOADS; u++) {  // unroll
-        let keys = open_keys(domain, span, first + u * WORKGROUP_SIZE, raw[u]);
+        let keys = all[u];
         for (var c = 0u; c < 4u; c++) {  // unroll
           // Shifting by 32 is not defined, so the first digit compares nothing.
           let same = low == 21u || (keys[c] >> ((low + bits) & 31u)) == prefix;
@@ -226,12 +227,10 @@ fn write_kept(li: u32, domain: Domain, span: Span, cut: Cut, seen: u32, marks: b
   var ties = seen;
   for (var base = 0u; base < span.quads; base += STRIDE) {
     let first = base + li;
-    var keys: array<vec4<u32>, LOADS>;
-    for (var u = 0u; u < LOADS; u++) { keys[u] = quad_bits(span, first + u * WORKGROUP_SIZE); }  // unroll
+    let keys = open_keys(domain, span, first);
     // What is above in the lower half, what ties in the upper.
     var own: vec4<u32>;
     for (var u = 0u; u < LOADS; u++) {  // unroll
-      keys[u] = open_keys(domain, span, first + u * WORKGROUP_SIZE, keys[u]);
       let here = indices(span, first + u * WORKGROUP_SIZE) < vec4<u32>(span.n_tokens);
       let ones = vec4<u32>(1u);
       let wins = select(vec4<u32>(0u), ones, here & (keys[u] > vec4<u32>(cut.key)));
