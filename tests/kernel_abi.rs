@@ -187,6 +187,7 @@ fn shaders_read_items_as_long_as_they_are_written() {
         ("prefill_tile.wgsl", size_of::<PrefillItem>()),
         ("sample.wgsl", size_of::<SampleItem>()),
         ("score.wgsl", size_of::<ScoreItem>()),
+        ("score_general.wgsl", size_of::<ScoreItem>()),
         ("seal.wgsl", size_of::<SealItem>()),
         ("select.wgsl", size_of::<SelectItem>()),
     ]);

@@ -20,10 +20,13 @@ fn every_spec_links_validates_and_declares_its_bindings() {
     assert!(specs.len() > 5000, "the registry should be complete, it has {}", specs.len());
     let sealing = specs.iter().filter(|spec| spec.name.starts_with("seal_")).count();
     assert!(sealing > 2000, "every codec should have kernels that seal pages, not {sealing}");
-    let formats = specs.iter().filter(|spec| spec.name == "score").count();
-    for name in ["key_scores", "gather"] {
+    let formats = specs.iter().filter(|spec| spec.name == "key_scores").count();
+    for name in ["score", "gather"] {
         let found = specs.iter().filter(|spec| spec.name == name).count();
-        assert_eq!(found, formats, "{name} reads every format that attention reads");
+        assert!(
+            found > formats,
+            "{name} reads every format that attention reads, one of them in several ways: {found} of {formats}"
+        );
     }
     let (prefill, cooperative): (Vec<_>, Vec<_>) =
         specs.iter().filter(|spec| spec.name.starts_with("prefill")).partition(|spec| !spec.is_cooperative());

@@ -18,6 +18,8 @@ const EXPECTED = 4u;
 // Numbers of a list's summary: the sum of its normalised keys, or (m, l) of each query head.
 const SUMMARY = max(HEAD_DIM, 2u * GROUP_SIZE);
 const NEGLIGIBLE = -1e30;
+// Whether cells of keys hold the channels in order.
+const KEY_IN_ORDER = !(KEY_ROTATES || KEY_PICKS || KEY_LIFTS);
 
 var<immediate> par: KeyScoreParams;
 @group(0) @binding(0) var<storage, read> step: array<vec4<u32>>;
@@ -34,6 +36,49 @@ fn square(row: ptr<function, Row>) -> f32 {
   var sum = 0.0;
   for (var i = 0u; i < HEAD_DIM; i++) { sum += (*row).x[i] * (*row).x[i]; }
   return sum;
+}
+
+// The square of a key, its product with a list's sum of normalised keys, and the square of that.
+struct Products {
+  key: f32,
+  both: f32,
+  anchor: f32,
+}
+
+fn summed(list: u32, channel: u32) -> vec4<f32> {
+  let at = list * SUMMARY + channel;
+  return vec4<f32>(summary[at], summary[at + 1u], summary[at + 2u], summary[at + 3u]);
+}
+
+fn with_quad(products: Products, key: vec4<f32>, list: u32, channel: u32) -> Products {
+  var more = products;
+  more.key += dot(key, key);
+  if (par.mode == DIFFERENCE) {
+    let anchor = summed(list, channel);
+    more.both += dot(key, anchor);
+    more.anchor += dot(anchor, anchor);
+  }
+  return more;
+}
+
+// Of keys whose cells are in order one cell after another: a whole row does not fit in registers.
+fn key_products(page: u32, token: u32, basis: u32, list: u32) -> Products {
+  var products: Products;
+  if (KEY_IN_ORDER) {
+    let row = key_codec_row(page, token, 0u);
+    for (var first = 0u; first < KEY_CELLS; first += KEY_CODEC_SPAN) {
+      let raw = key_codec_load(page, token, first);
+      for (var cell = first; cell < min(first + KEY_CODEC_SPAN, KEY_CELLS); cell++) {
+        let key = key_codec_cell(page, token, cell, row, raw);
+        products = with_quad(products, key.low, list, cell * 8u);
+        products = with_quad(products, key.high, list, cell * 8u + 4u);
+      }
+    }
+    return products;
+  }
+  var key = key_row(page, token, basis);
+  for (var i = 0u; i < HEAD_DIM / 4u; i++) { products = with_quad(products, quad(&key, i), list, i * 4u); }
+  return products;
 }
 
 fn quad(row: ptr<function, Row>, at: u32) -> vec4<f32> {
@@ -85,21 +130,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   for (var token = li; token < n_tokens; token += WORKGROUP_SIZE) {
     let page = tables[pages + (slot + token) / PAGE_SIZE];
     let place = (slot + token) % PAGE_SIZE;
+    if (par.mode == NORM || par.mode == DIFFERENCE) {
+      let products = key_products(page, place, basis, list);
+      var score = -sqrt(products.key);
+      if (par.mode == DIFFERENCE) { score = -products.both / sqrt(max(products.key * products.anchor, 1e-30)); }
+      scores[out + token] = score;
+      continue;
+    }
     var key = key_row(page, place, basis);
-    if (par.mode == NORM) {
-      scores[out + token] = -sqrt(square(&key));
-    } else if (par.mode == ANCHOR) {
+    if (par.mode == ANCHOR) {
       let scale = 1.0 / sqrt(max(square(&key), 1e-30));
       for (var i = 0u; i < HEAD_DIM; i++) { sum.x[i] += key.x[i] * scale; }
-    } else if (par.mode == DIFFERENCE) {
-      var dot_product = 0.0;
-      var anchor_square = 0.0;
-      for (var i = 0u; i < HEAD_DIM; i++) {
-        let x = summary[list * SUMMARY + i];
-        dot_product += x * key.x[i];
-        anchor_square += x * x;
-      }
-      scores[out + token] = -dot_product / sqrt(max(square(&key) * anchor_square, 1e-30));
     } else if (index + token < par.skip) {
       if (par.mode == EXPECTED) { scores[out + token] = 0.0; }
     } else if (par.mode == EXPECTED_SUM) {

@@ -1,5 +1,8 @@
 // Attention that tokens receive from rows of the step, from queries and their log-sum-exp.
-// Specification: src/kernels/score.rs. Workgroup = one work item = a run of tokens of one KV head; lane = token.
+// Specification: src/kernels/score.rs. Workgroup = one work item = a run of tokens of one KV head.
+//
+// (row, query head) pairs pass in tiles. Lanes are PAIR_GROUPS groups of ACROSS: a group owns 8 pairs of a tile, a lane of it 8 tokens
+// of TILE_TOKENS. Queries and keys pass through workgroup memory CHUNK_CELLS cells at a time, keys decoded once for a tile.
 
 struct ScoreParams {
   items: u32,        // first vec4 of the work list in `step`
@@ -12,7 +15,10 @@ struct ScoreParams {
   largest: u32,      // 1: the largest probability over rows and heads; 0: the sum over rows of the mean over heads
 }
 
-const PAIRS = 16u;
+const HEAD_VECS = HEAD_DIM / 4u;
+const CHUNK_VECS = CHUNK_CELLS * 2u;
+const TILE_PAIRS = PAIR_GROUPS * 8u;
+const ACROSS = TILE_TOKENS / 8u;
 
 var<immediate> par: ScoreParams;
 @group(0) @binding(0) var<storage, read> step: array<vec4<u32>>;
@@ -23,9 +29,61 @@ var<immediate> par: ScoreParams;
 @group(0) @binding(5) var<storage, read> parameters: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> scores: array<f32>;
 
-// Queries of (row, head) pairs, and their log-sum-exp.
-var<workgroup> q_tile: array<vec4<f32>, PAIRS * HEAD_DIM / 4u>;
-var<workgroup> lse_tile: array<f32, PAIRS>;
+// Four channels of the queries of a tile, and 16 bytes by which neighbouring channels lie in different banks.
+struct QueryVecs {
+  groups: array<array<vec4<f32>, 8>, PAIR_GROUPS>,
+  unused: vec4<f32>,
+}
+
+var<workgroup> q_tile: array<QueryVecs, CHUNK_VECS>;
+var<workgroup> k_tile: array<array<array<vec4<f32>, ACROSS>, 8>, CHUNK_VECS>;  // four channels each
+var<workgroup> lse_tile: array<vec4<f32>, TILE_PAIRS / 4u>;
+var<workgroup> totals: array<array<f32, TILE_TOKENS>, PAIR_GROUPS>;
+
+// What is read, and which pairs read it.
+struct Tile {
+  pages: u32,     // entry of the run's first page
+  n_tokens: u32,  // tokens of the run
+  member: u32,    // merged layers are not scored
+  first_row: u32,
+  n_pairs: u32,
+  kv_head: u32,
+}
+
+fn put_key(place: u32, vec: u32, value: vec4<f32>) {
+  k_tile[vec][place / ACROSS][place % ACROSS] = value;
+}
+
+// Row of the step and query head of a pair; pairs past the last repeat it.
+fn row_and_head(tile: Tile, pair: u32) -> vec2<u32> {
+  let place = min(pair, tile.n_pairs - 1u);
+  return vec2<u32>(tile.first_row + place / GROUP_SIZE, tile.kv_head * GROUP_SIZE + place % GROUP_SIZE);
+}
+
+fn stage_queries(li: u32, tile: Tile, first_pair: u32, first_vec: u32) {
+  for (var i = li; i < TILE_PAIRS * CHUNK_VECS; i += WORKGROUP_SIZE) {
+    let pair = i / CHUNK_VECS;
+    let at = row_and_head(tile, first_pair + pair);
+    let vec = min(first_vec + i % CHUNK_VECS, HEAD_VECS - 1u);
+    q_tile[i % CHUNK_VECS].groups[pair / 8u][pair % 8u] =
+      q[at.x * (par.q_stride / 4u) + at.y * HEAD_VECS + vec] * par.scale_log2;
+  }
+}
+
+fn stage_lse(li: u32, tile: Tile, first_pair: u32) {
+  for (var i = li; i < TILE_PAIRS / 4u; i += WORKGROUP_SIZE) {
+    var of_quad: vec4<f32>;
+    for (var c = 0u; c < 4u; c++) {  // unroll
+      let at = row_and_head(tile, first_pair + i * 4u + c);
+      of_quad[c] = lse[at.x * (NUM_KV_HEADS * GROUP_SIZE) + at.y];
+    }
+    lse_tile[i] = of_quad;
+  }
+}
+
+fn chain(q: vec4<f32>, k: vec4<f32>, sum: f32) -> f32 {
+  return fma(q.w, k.w, fma(q.z, k.z, fma(q.y, k.y, fma(q.x, k.x, sum))));
+}
 
 @compute @workgroup_size(WORKGROUP_SIZE)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) li: u32) {
@@ -34,48 +92,77 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
   let a = step[par.items + item * 3u];
   let b = step[par.items + item * 3u + 1u];
   let c = step[par.items + item * 3u + 2u];
-  let kv_head = a.z;
-  let pages = a.w + par.layer * c.x;
-  let n_tokens = b.x;
-  let n_pairs = a.y * GROUP_SIZE;
-  let basis = head_parameters(c.y);
-  for (var tile = 0u; tile < n_tokens; tile += WORKGROUP_SIZE) {
-    let token = min(tile + li, n_tokens - 1u);
-    var key = key_row(tables[pages + token / PAGE_SIZE], token % PAGE_SIZE, basis);
-    var total = 0.0;
-    for (var first = 0u; first < n_pairs; first += PAIRS) {
-      workgroupBarrier();
-      for (var i = li; i < PAIRS * HEAD_DIM / 4u; i += WORKGROUP_SIZE) {
-        let pair = min(first + i / (HEAD_DIM / 4u), n_pairs - 1u);
-        let head = kv_head * GROUP_SIZE + pair % GROUP_SIZE;
-        let at = (a.x + pair / GROUP_SIZE) * (par.q_stride / 4u) + head * (HEAD_DIM / 4u) + i % (HEAD_DIM / 4u);
-        q_tile[i] = q[at] * par.scale_log2;
-      }
-      for (var i = li; i < PAIRS; i += WORKGROUP_SIZE) {
-        let pair = min(first + i, n_pairs - 1u);
-        lse_tile[i] = lse[(a.x + pair / GROUP_SIZE) * (NUM_KV_HEADS * GROUP_SIZE) + kv_head * GROUP_SIZE + pair % GROUP_SIZE];
-      }
-      workgroupBarrier();
-      for (var i = 0u; i < min(PAIRS, n_pairs - first); i++) {
-        var s = 0.0;
-        for (var d = 0u; d < HEAD_DIM; d += 8u) {
-          let x = q_tile[i * (HEAD_DIM / 4u) + d / 4u];
-          let y = q_tile[i * (HEAD_DIM / 4u) + d / 4u + 1u];
-          s += x.x * key.x[d] + x.y * key.x[d + 1u] + x.z * key.x[d + 2u] + x.w * key.x[d + 3u];
-          s += y.x * key.x[d + 4u] + y.y * key.x[d + 5u] + y.z * key.x[d + 6u] + y.w * key.x[d + 7u];
+  let tile = Tile(a.w + par.layer * c.x, b.x, 0u, a.x, a.y * GROUP_SIZE, a.z);
+  let pairs = li / ACROSS;  // the lane's group of pairs
+  let x = li % ACROSS;      // its place in it
+  for (var start = 0u; start < tile.n_tokens; start += TILE_TOKENS) {
+    var total: array<f32, 8>;  // of the lane's tokens over its pairs
+    for (var j = 0u; j < 8u; j++) { total[j] = 0.0; }  // unroll
+    for (var first = 0u; first < tile.n_pairs; first += TILE_PAIRS) {
+      let mine = first + pairs * 8u;
+      var s: array<vec4<f32>, 16>;  // [token][half of the pairs]
+      stage_lse(li, tile, first);
+      for (var v0 = 0u; v0 < HEAD_VECS; v0 += CHUNK_VECS) {
+        stage_queries(li, tile, first, v0);
+        stage_keys(li, tile, start, v0 / 2u);
+        workgroupBarrier();
+        // One row has few pairs: groups without any do nothing.
+        if (mine < tile.n_pairs) {
+          for (var v = 0u; v < min(CHUNK_VECS, HEAD_VECS - v0); v++) {
+            let q0 = q_tile[v].groups[pairs][0]; let q1 = q_tile[v].groups[pairs][1]; let q2 = q_tile[v].groups[pairs][2];
+            let q3 = q_tile[v].groups[pairs][3]; let q4 = q_tile[v].groups[pairs][4]; let q5 = q_tile[v].groups[pairs][5];
+            let q6 = q_tile[v].groups[pairs][6]; let q7 = q_tile[v].groups[pairs][7];
+            for (var j = 0u; j < 8u; j++) {  // unroll
+              let k = k_tile[v][j][x];
+              let l = s[2u * j];
+              let h = s[2u * j + 1u];
+              s[2u * j] = vec4<f32>(chain(q0, k, l.x), chain(q1, k, l.y), chain(q2, k, l.z), chain(q3, k, l.w));
+              s[2u * j + 1u] = vec4<f32>(chain(q4, k, h.x), chain(q5, k, h.y), chain(q6, k, h.z), chain(q7, k, h.w));
+            }
+          }
         }
-        let seen = b.y + token <= b.z + (first + i) / GROUP_SIZE;
-        let p = select(0.0, exp2(s - lse_tile[i]), seen);
-        total = select(total + p, max(total, p), par.largest == 1u);
+        workgroupBarrier();
       }
+      if (mine < tile.n_pairs) {
+        // Positions that pairs see up to; pairs past the last see nothing.
+        var low_seen: vec4<u32>;
+        var high_seen: vec4<u32>;
+        for (var r = 0u; r < 4u; r++) {  // unroll
+          low_seen[r] = select(0u, b.z + (mine + r) / GROUP_SIZE + 1u, mine + r < tile.n_pairs);
+          high_seen[r] = select(0u, b.z + (mine + 4u + r) / GROUP_SIZE + 1u, mine + 4u + r < tile.n_pairs);
+        }
+        let low_lse = lse_tile[pairs * 2u];
+        let high_lse = lse_tile[pairs * 2u + 1u];
+        for (var j = 0u; j < 8u; j++) {  // unroll
+          let position = vec4<u32>(b.y + start + j * ACROSS + x);
+          let l = select(vec4<f32>(0.0), exp2(s[2u * j] - low_lse), position < low_seen);
+          let h = select(vec4<f32>(0.0), exp2(s[2u * j + 1u] - high_lse), position < high_seen);
+          if (par.largest == 1u) {
+            let top = max(l, h);
+            total[j] = max(total[j], max(max(top.x, top.y), max(top.z, top.w)));
+          } else {
+            total[j] += ((l.x + l.y) + (l.z + l.w)) + ((h.x + h.y) + (h.z + h.w));
+          }
+        }
+      }
+      // The next tile's log-sum-exp may not come before this one's is read.
+      workgroupBarrier();
     }
-    if (tile + li < n_tokens) {
-      let at = b.w + par.layer * par.list_stride + tile + li;
+    for (var j = 0u; j < 8u; j++) { totals[pairs][j * ACROSS + x] = total[j]; }  // unroll
+    workgroupBarrier();
+    for (var place = li; place < min(TILE_TOKENS, tile.n_tokens - start); place += WORKGROUP_SIZE) {
+      var received = totals[0][place];
+      for (var g = 1u; g < PAIR_GROUPS; g++) {
+        let more = totals[g][place];
+        received = select(received + more, max(received, more), par.largest == 1u);
+      }
+      let at = b.w + par.layer * par.list_stride + start + place;
       if (par.largest == 1u) {
-        scores[at] = max(scores[at], total);
+        scores[at] = max(scores[at], received);
       } else {
-        scores[at] += total * (1.0 / f32(GROUP_SIZE));
+        scores[at] += received * (1.0 / f32(GROUP_SIZE));
       }
     }
+    workgroupBarrier();
   }
 }

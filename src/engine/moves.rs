@@ -165,9 +165,11 @@ impl Moves {
         // Merged tokens are listed behind those that the lower layer keeps.
         let first = if upper.is_some() { count(kept[list].len()) } else { 0 };
         let kept_at = count(list) * self.capacity + first + page * size;
+        let own = &indices[(page * size) as usize..][..n_kept as usize];
         for (layer, entry) in std::iter::once((layer, target_entry)).chain(upper.map(|upper| (upper, target_entry + 1)))
         {
-            for from in source.held_runs(layer, kv_head) {
+            let gives = |run: &Run| own.iter().any(|index| (run.index..run.index + run.n_tokens).contains(index));
+            for from in source.held_runs(layer, kv_head).filter(gives) {
                 let item = GatherItem {
                     source: from.entry,
                     index: from.index,
@@ -196,8 +198,6 @@ impl Moves {
             self.queued += 8;
         }
         if seals {
-            let first = (page * size) as usize;
-            let own = &indices[first..first + n_kept as usize];
             let position = |index| source.position_of(layer, kv_head, index);
             let padded = (0..size as usize).map(|i| own[i.min(own.len() - 1)]).map(position);
             let (mut angles, mut positions) = (0, 0);

@@ -13,9 +13,11 @@ use super::abi::{
 };
 use super::attention::CacheShape;
 use super::executor::{AttentionKernels, ListOffsets, RowBuffers};
+use super::gather::GatherTuning;
 use super::key_scores::{KeyScoreMode, moment_values, summary_values};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 use super::plan::{AttentionPlan, Place};
+use super::score::ScoreTuning;
 use super::{Recorder, flat_grid, gather, key_scores, merge_layers, moments, score, select};
 use crate::compression::hidden::HiddenCodec;
 use crate::device::Device;
@@ -159,9 +161,9 @@ impl EvictionKernels {
         // Merged pages are the end of an eviction: none begins there.
         for (codec, parameters, angles) in attention.parameters().filter(|(codec, ..)| !codec.paired) {
             let format = shape.format(codec);
-            let score = cache.get(device, &score::kernel(&format))?;
+            let score = cache.get(device, &score::kernel(&format, ScoreTuning::default()))?;
             let key_scores = cache.get(device, &key_scores::kernel(&format))?;
-            let gather = cache.get(device, &gather::kernel(&format))?;
+            let gather = cache.get(device, &gather::kernel(&format, GatherTuning::default()))?;
             let bind = |pipeline: &Pipeline, buffers: &[&wgpu::Buffer]| {
                 let slots: Vec<_> = buffers.iter().map(|buffer| Slot::Whole(buffer)).collect();
                 pipeline.bind(device, &slots)

@@ -7,11 +7,24 @@
 //! The target is a page of the window, which seal then encodes, or a page of the cache itself where that is f16. A kept
 //! key keeps its rotary position, unless the item names angles by which it is turned to its place in the cache.
 //!
-//! **Work.** One workgroup of 64 lanes per [`GatherItem`](super::abi::GatherItem): one page of the target against one run of the
-//! source; a lane moves whole tokens, and leaves those of other runs to their own items.
+//! **Work.** One workgroup per [`GatherItem`](super::abi::GatherItem): one page of the target against one run of the source; tokens
+//! of other runs are left to their own items. Lanes look up where the page's tokens lie, then move cells of 8 channels:
+//!
+//! ```text
+//! f16                     whole cells as they are; lanes on neighbouring tokens (keys) or cells (values)
+//! other plain channels    keys: all cells of a load of one token; values: one cell of one token
+//! rotated                 16 rows at a time through workgroup memory, where rotations are undone
+//! picked, latents         a lane decodes a whole token
+//! ```
+//!
+//! **Bytes.** Tokens that stay are read once and written once. Where every other token stays, about as many bytes of those
+//! between come with them, because memory is read in 32 or 64 bytes at a time: for keys (16 bytes of a token beside 16 of the
+//! next), and for codes of values that share a load.
 //!
 //! **Exactness.** f16, f32 that holds f16, and codes between a minimum and a scale decode to the bits that the CPU gives. Where
 //! a transform is undone (rotations, latents, turned keys) devices may round differently, by one unit of f16.
+
+use std::fmt;
 
 use super::abi::{GatherParams, Immediates as _};
 use super::attention::Format;
@@ -26,9 +39,42 @@ const BINDINGS: &[Binding] = &[
     ("target_arena", Access::ReadWrite),
 ];
 
+/// How gather is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GatherTuning {
+    /// Lanes of a workgroup.
+    pub lanes: u32,
+    /// Cells that a lane has on their way at once, at most.
+    pub loads: u32,
+}
+
+impl Default for GatherTuning {
+    /// A page of 64 tokens of 128 channels is one round of each side.
+    fn default() -> Self {
+        Self { lanes: 128, loads: 8 }
+    }
+}
+
+impl GatherTuning {
+    /// Everything that is worth measuring, the default first.
+    pub fn candidates() -> Vec<Self> {
+        [(128, 8), (256, 4), (64, 8), (128, 4)].map(|(lanes, loads)| Self { lanes, loads }).into()
+    }
+}
+
+impl fmt::Display for GatherTuning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&format!("lanes:{}:{}", self.lanes, self.loads))
+    }
+}
+
 /// The kernel whose source pages have `format`.
-pub fn kernel(format: &Format) -> KernelSpec {
-    let (constants, mut parts) = format.reader(&[("WORKGROUP_SIZE", 64)]);
-    parts.extend([&modules::ATTENTION_SHARED, &modules::EVICT_ROWS, &modules::GATHER].map(Part::from));
+pub fn kernel(format: &Format, tuning: GatherTuning) -> KernelSpec {
+    let GatherTuning { lanes, loads } = tuning;
+    let cells = format.shape.page_size * format.shape.heads.head_dim / 8;
+    let loads = (cells / lanes).clamp(1, loads);
+    let (constants, mut parts) = format.reader(&[("WORKGROUP_SIZE", lanes), ("LOADS", loads)]);
+    let files = [&modules::ATTENTION_SHARED, &modules::EVICT_ROWS, &modules::ROTATE_ROWS, &modules::GATHER];
+    parts.extend(files.map(Part::from));
     KernelSpec { name: "gather", constants, parts, bindings: BINDINGS, immediate_bytes: GatherParams::BYTES }
 }

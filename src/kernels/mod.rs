@@ -137,7 +137,9 @@ pub mod modules {
         PREFILL_TILE = "attention/prefill_tile.wgsl";
         /// Rows whose channels are turned in the output slots.
         PREFILL_ROWS = "attention/prefill_rows.wgsl";
-        /// Keys and values into workgroup memory.
+        /// Keys into workgroup memory.
+        STAGE_KEYS = "attention/stage_keys.wgsl";
+        /// Values into workgroup memory.
         PREFILL_STAGE = "attention/prefill_stage.wgsl";
         /// Chunked causal prefill.
         PREFILL = "attention/prefill.wgsl";
@@ -161,6 +163,8 @@ pub mod modules {
         EVICT_ROWS = "evict/rows.wgsl";
         /// Attention that tokens receive.
         SCORE = "evict/score.wgsl";
+        /// The same for keys that are no plain channels.
+        SCORE_GENERAL = "evict/score_general.wgsl";
         /// Scores from keys.
         KEY_SCORES = "evict/key_scores.wgsl";
         /// What tokens are ranked by.

@@ -283,7 +283,7 @@ impl PrefillSpec {
     pub fn kernel(&self) -> KernelSpec {
         let head_dim = self.format.shape.heads.head_dim;
         let mut constants = vec![("ITEM_ROWS", ITEM_ROWS), ("TILE_ROWS", self.tile_rows())];
-        let staged = [&modules::PREFILL_ROWS, &modules::PREFILL_STAGE];
+        let staged = [&modules::PREFILL_ROWS, &modules::STAGE_KEYS, &modules::PREFILL_STAGE];
         let (name, kernel) = match self.tuning {
             PrefillTuning::General => {
                 constants.push(("WORKGROUP_SIZE", 64));

@@ -3,10 +3,12 @@
 use super::append::Positions;
 use super::attention::{CacheShape, Format};
 use super::decode::{DecodeSpec, DecodeTuning};
+use super::gather::GatherTuning;
 use super::latent_decode::LatentDecodeSpec;
 use super::matmul::Product;
 use super::prefill::{PrefillSpec, PrefillTuning};
 use super::product_tuning::{CooperativeRows, ProductTuning};
+use super::score::ScoreTuning;
 use super::{
     KernelSpec, append, embed, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest, sample,
     score, seal, select, stream,
@@ -102,10 +104,14 @@ fn prefill_specs(format: &Format) -> Vec<KernelSpec> {
 /// The kernels that read pages of a format, those that make them, and those of evictions.
 pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
     let mut specs = prefill_specs(format);
-    specs.extend([score::kernel(format), key_scores::kernel(format), gather::kernel(format)]);
+    specs.push(key_scores::kernel(format));
     // Tiles differ in constants alone, so every one of them is looked at for one shape, and elsewhere the default.
     let (head_dim, group) = (format.shape.heads.head_dim, format.shape.heads.group_size());
     let all = (head_dim, group) == (128, 4) && format.shape.page_size == DEFAULT_PAGE_SIZE;
+    let scores = if all { ScoreTuning::candidates() } else { vec![ScoreTuning::default()] };
+    specs.extend(scores.into_iter().map(|tuning| score::kernel(format, tuning)));
+    let gathers = if all { GatherTuning::candidates() } else { vec![GatherTuning::default()] };
+    specs.extend(gathers.into_iter().map(|tuning| gather::kernel(format, tuning)));
     let mut tunings = if all { DecodeTuning::candidates(format) } else { vec![DecodeTuning::General] };
     if !all && format.shape.page_size >= DEFAULT_PAGE_SIZE {
         tunings.push(DecodeTuning::of_kind("gpu", format));

@@ -8,15 +8,26 @@
 //! decided, kept [list][capacity]
 //! ```
 //!
-//! **Select** is a radix select on order-preserving 32-bit keys, eight bits at a time, one workgroup of 256 lanes per domain:
-//! a histogram in workgroup memory, four rounds, then one pass that flags winners in order, so that ties go to the lower
-//! list and the lower index whatever the device. Flags become indices by prefix sums. Everything is integer arithmetic, so the
-//! result is that of the definition, exactly.
+//! **Select** is a radix select on order-preserving 32-bit keys, one workgroup of 256 lanes per domain. A histogram of the first 11
+//! bits, in three copies so that lanes with like scores do not wait for each other; a second of the next 11, in which lanes also
+//! keep the few keys that passed the first, up to 16 each; a third of the last 10, of the keys that were kept, or where a lane met
+//! more of them of all once more. A scan over lanes finds the bin in each. One pass then writes the indices of what stays, in
+//! order, by scans over 4,096 tokens at a time that count tokens above the key and tokens that have it, so that ties go to the
+//! lower list and the lower index whatever the device. Where a list has a floor above what always stays, the same is done for it
+//! alone first, and leaves flags instead. Everything is integer arithmetic, so the result is that of the definition, exactly.
 //!
-//! **Bytes.** Scores five times per selection, from a cache that holds them.
+//! **Bytes.** Scores three times, of which the second and third come from the device's cache where it holds them; four times
+//! where many scores share 11 bits. 64 bytes of a lane are on their way at once.
 
 use super::abi::{CarryParams, DecideParams, Immediates as _, SelectParams};
 use super::{Access, Binding, Constant, KernelSpec, Module, modules};
+
+/// Lanes of a workgroup.
+const LANES: u32 = 256;
+/// Bins of a histogram: a digit has 11 bits.
+const BINS: u32 = 1 << 11;
+/// Four scores each that a lane has on their way at once.
+const LOADS: u32 = 4;
 
 fn kernel(
     name: &'static str,
@@ -24,7 +35,7 @@ fn kernel(
     bindings: &'static [Binding],
     immediate_bytes: u32,
 ) -> KernelSpec {
-    let constants = vec![("WORKGROUP_SIZE".into(), Constant::U32(256))];
+    let constants = vec![("WORKGROUP_SIZE".into(), Constant::U32(LANES))];
     KernelSpec { name, constants, parts: vec![module.into()], bindings, immediate_bytes }
 }
 
@@ -42,7 +53,10 @@ pub fn select() -> KernelSpec {
         ("kept", Access::ReadWrite),
         ("counts", Access::ReadWrite),
     ];
-    kernel("select", &modules::SELECT, BINDINGS, SelectParams::BYTES)
+    let mut spec = kernel("select", &modules::SELECT, BINDINGS, SelectParams::BYTES);
+    let more = [("LOADS", LOADS), ("LANE_BINS", BINS / LANES)];
+    spec.constants.extend(more.map(|(name, value)| (name.into(), Constant::U32(value))));
+    spec
 }
 
 /// Raw scores to their new places.

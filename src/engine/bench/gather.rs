@@ -17,6 +17,7 @@ use crate::device::staging::download;
 use crate::engine::EngineError;
 use crate::geometry::{Bytes, CELL_BYTES, WORD_BYTES};
 use crate::kernels::abi::{GatherItem, GatherParams};
+use crate::kernels::gather::GatherTuning;
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
 use crate::kernels::{Recorder, Slot, flat_grid, gather};
 
@@ -48,6 +49,18 @@ struct Dispatch {
 
 /// Items of one codec and arena.
 type Items = Vec<((HiddenCodec, u16), Vec<GatherItem>)>;
+
+/// The kernels of the cache's codec, and of its open pages.
+fn compiled(
+    device: &Device,
+    pipelines: &mut PipelineCache,
+    spec: &CacheSpec,
+    tuning: GatherTuning,
+) -> Result<Vec<(HiddenCodec, Arc<Pipeline>)>, EngineError> {
+    let open = (spec.codec != HiddenCodec::F16).then_some(HiddenCodec::F16);
+    let compile = |codec| Ok((codec, pipelines.get(device, &gather::kernel(&spec.shape.format(codec), tuning))?));
+    std::iter::once(spec.codec).chain(open).map(compile).collect()
+}
 
 impl GatherRun {
     /// Makes and fills the cache, chooses, and compiles.
@@ -83,10 +96,7 @@ impl GatherRun {
         let bytes = n_pages as u64 * HiddenCodec::F16.page_bytes(page).0;
         let target = device.storage("kept pages", Bytes(bytes))?;
         let unused = device.storage("codec parameters", Bytes(16))?;
-        let mut codecs = vec![spec.codec];
-        codecs.extend((spec.codec != HiddenCodec::F16).then_some(HiddenCodec::F16));
-        let compile = |codec| Ok((codec, pipelines.get(device, &gather::kernel(&spec.shape.format(codec)))?));
-        let kernels = codecs.into_iter().map(compile).collect::<Result<Vec<_>, EngineError>>()?;
+        let kernels = compiled(device, pipelines, spec, GatherTuning::default())?;
         let mut run = Self { spec: spec.clone(), cache, dispatches: Vec::new(), kernels, target, kept, places };
         for copy in 0..run.cache.copies.len() {
             let mut words: Vec<u32> = Vec::new();
@@ -173,6 +183,15 @@ fn index(n: usize) -> u32 {
 }
 
 impl KernelRun for GatherRun {
+    fn candidates(&self) -> Vec<String> {
+        GatherTuning::candidates().iter().map(ToString::to_string).collect()
+    }
+
+    fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError> {
+        self.kernels = compiled(device, pipelines, &self.spec, GatherTuning::candidates()[candidate])?;
+        Ok(())
+    }
+
     fn copies(&self) -> bool {
         true
     }

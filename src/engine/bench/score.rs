@@ -16,7 +16,7 @@ use crate::engine::EngineError;
 use crate::geometry::{Bytes, WORD_BYTES};
 use crate::kernels::abi::{ScoreItem, ScoreParams};
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
-use crate::kernels::score::{self, TOKENS};
+use crate::kernels::score::{self, ScoreTuning, TOKENS};
 use crate::kernels::{Recorder, Slot, flat_grid};
 use crate::reference::compare::{Tolerance, nmse};
 
@@ -82,6 +82,18 @@ impl ScoreSpec {
     }
 }
 
+/// The kernels of the cache's codec, and of its open pages.
+fn compiled(
+    device: &Device,
+    pipelines: &mut PipelineCache,
+    cache: &CacheSpec,
+    tuning: ScoreTuning,
+) -> Result<Vec<(HiddenCodec, Arc<Pipeline>)>, EngineError> {
+    let open = (cache.codec != HiddenCodec::F16).then_some(HiddenCodec::F16);
+    let compile = |codec| Ok((codec, pipelines.get(device, &score::kernel(&cache.shape.format(codec), tuning))?));
+    std::iter::once(cache.codec).chain(open).map(compile).collect()
+}
+
 impl ScoreRun {
     /// Makes and fills the cache, and compiles.
     ///
@@ -108,10 +120,7 @@ impl ScoreRun {
         let lse: Vec<f32> = (0..n_heads).map(|_| sum as f32 + rng.random_range(1.0_f32..3.0)).collect();
         let (q_buffer, lse_buffer) = (filled(device, "q", &q)?, filled(device, "log-sum-exp", &lse)?);
         let unused = device.storage("codec parameters", Bytes(16))?;
-        let mut codecs = vec![spec.cache.codec];
-        codecs.extend((spec.cache.codec != HiddenCodec::F16).then_some(HiddenCodec::F16));
-        let compile = |codec| Ok((codec, pipelines.get(device, &score::kernel(&shape.format(codec)))?));
-        let kernels = codecs.into_iter().map(compile).collect::<Result<Vec<_>, EngineError>>()?;
+        let kernels = compiled(device, pipelines, &spec.cache, ScoreTuning::default())?;
         let of = |codec| &kernels.iter().find(|(of, _)| *of == codec).expect("pages are open or sealed").1;
         let (mut scores, mut dispatches) = (Vec::new(), Vec::new());
         for copy in 0..cache.copies.len() {
@@ -173,6 +182,15 @@ impl ScoreRun {
 }
 
 impl KernelRun for ScoreRun {
+    fn candidates(&self) -> Vec<String> {
+        ScoreTuning::candidates().iter().map(ToString::to_string).collect()
+    }
+
+    fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError> {
+        self.kernels = compiled(device, pipelines, &self.spec.cache, ScoreTuning::candidates()[candidate])?;
+        Ok(())
+    }
+
     fn work(&self) -> Work {
         let (heads, n) = (self.spec.cache.shape.heads, f64::from(self.spec.n_tokens()));
         let rows = f64::from(self.spec.rows);
