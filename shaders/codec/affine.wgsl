@@ -48,9 +48,9 @@ fn affine_coder(word: u32) -> vec4<f32> {
 // Where the reciprocal is 0 the codes are for the caller to clear.
 fn affine_codes(x: vec4<f32>, zero: vec4<f32>, scale: vec4<f32>, inverse: vec4<f32>) -> vec4<u32> {
   let difference = x - zero;
-  let estimate = bitcast<vec4<u32>>(difference * inverse + 8388608.0) & vec4<u32>(255u);
+  let estimate = bitcast<vec4<u32>>(fma(difference, inverse, vec4<f32>(8388608.0))) & vec4<u32>(255u);
   let whole = bitcast<vec4<f32>>(estimate | vec4<u32>(0x4b000000u)) - 8388608.0;
-  let next_edge = whole * scale + scale * 0.5;
+  let next_edge = fma(whole, scale, scale * 0.5);
   return estimate + select(vec4<u32>(0u), vec4<u32>(1u), difference >= next_edge);
 }
 

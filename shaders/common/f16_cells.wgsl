@@ -10,8 +10,15 @@ fn f16_cell(raw: vec4<u32>) -> Cell {
   return Cell(vec4<f32>(f16_pair(raw.x), f16_pair(raw.y)), vec4<f32>(f16_pair(raw.z), f16_pair(raw.w)));
 }
 
+// In integers, without branches: the exponent is moved by 112, or to its end where it is at its end, and a subnormal number is
+// so many times 2^-24.
 fn f16_pair(word: u32) -> vec2<f32> {
-  return vec2<f32>(f16_value(word & 0xffffu), f16_value(word >> 16u));
+  let magnitude = vec2<u32>(word, word >> 16u) & vec2<u32>(0x7fffu);
+  let offset = select(vec2<u32>(112u << 23u), vec2<u32>(224u << 23u), magnitude >= vec2<u32>(0x7c00u));
+  let normal = (magnitude << vec2<u32>(13u)) + offset;
+  let small = bitcast<vec2<u32>>(vec2<f32>(magnitude) * 5.9604644775390625e-8);
+  let sign = vec2<u32>(word << 16u, word) & vec2<u32>(0x80000000u);
+  return bitcast<vec2<f32>>(select(normal, small, magnitude < vec2<u32>(0x400u)) | sign);
 }
 
 // Keys of 16 bits that are in the order of the f16 numbers, -0 below 0 and NaN beyond the infinities, two to a word: bits of

@@ -27,8 +27,12 @@ use super::{Access, Binding, Constant, KernelSpec, modules};
 const BINDINGS: &[Binding] =
     &[("step", Access::Read), ("tables", Access::Read), ("rows", Access::ReadWrite), ("arena", Access::ReadWrite)];
 
-/// Lanes, vec4s of queries that a lane loads before it stores any, and likewise cells of keys and of values.
-const LAUNCH: [(&str, u32); 3] = [("WORKGROUP_SIZE", 256), ("QUERY_LOADS", 4), ("CELL_LOADS", 2)];
+/// Lanes of a workgroup.
+const LANES: u32 = 256;
+/// vec4s of queries that a lane loads before it stores any, at most.
+const QUERY_LOADS: u32 = 4;
+/// Likewise cells of keys and of values each.
+const CELL_LOADS: u32 = 2;
 
 /// Whether queries and keys carry their positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,7 +46,14 @@ pub enum Positions {
 /// The append kernel of a cache shape.
 pub fn kernel(shape: &CacheShape, positions: Positions) -> KernelSpec {
     let mut constants = shape.constants();
-    constants.extend(LAUNCH.map(|(name, value)| (name.into(), Constant::U32(value))));
+    let loads = |n: u32, most| n.div_ceil(LANES).min(most);
+    for (name, value) in [
+        ("WORKGROUP_SIZE", LANES),
+        ("QUERY_LOADS", loads(shape.heads.q_width() / 4, QUERY_LOADS)),
+        ("CELL_LOADS", loads(shape.page_size * shape.heads.head_dim / 8, CELL_LOADS)),
+    ] {
+        constants.push((name.into(), Constant::U32(value)));
+    }
     constants.push(("TURNS".into(), Constant::Bool(positions == Positions::Rotary)));
     KernelSpec {
         name: "append",
