@@ -115,7 +115,7 @@ fn a_layer_of_decode_is_at_most_eight_dispatches() {
 }
 
 #[test]
-fn the_step_that_fills_pages_seals_them_in_two_more_dispatches_a_layer() {
+fn the_step_that_fills_pages_seals_them_in_one_more_dispatch_a_layer() {
     let device = Device::open_noop().expect("the noop backend is compiled into the tests");
     let weights = common::tiny_model(3);
     let (mut engine, mut caches) = Engine::new(&device, &weights, &config()).expect("256 MiB suffice");
@@ -126,7 +126,7 @@ fn the_step_that_fills_pages_seals_them_in_two_more_dispatches_a_layer() {
         counted.push(engine.last_step().dispatches);
     }
     let layers = weights.geometry.num_layers;
-    let sealing = counted.iter().filter(|n| **n == 3 + 10 * layers).count();
+    let sealing = counted.iter().filter(|n| **n == 3 + 9 * layers).count();
     let others = counted.iter().filter(|n| **n == 3 + 8 * layers).count();
     assert_eq!((sealing, others), (1, PAGE as usize - 1), "dispatches of {PAGE} steps: {counted:?}");
 }

@@ -66,16 +66,29 @@ fn codec_finish(stat: CodecStat) -> u32 {
 }
 
 fn codec_code(x: f32, scale: u32) -> u32 {
-  let bits = bitcast<u32>(x);
-  let sign = (bits >> 24u) & 0x80u;
-  let magnitude = bits & 0x7fffffffu;
-  if (magnitude >= 0x7f800000u) { return sign | 127u; }
-  if (magnitude >= 0x3c800000u) {
-    let rebased = magnitude - (120u << 23u);
-    return sign | min((rebased + 0x7ffffu + ((rebased >> 20u) & 1u)) >> 20u, 126u);
-  }
-  let steps = bitcast<f32>(magnitude) * 512.0;
-  let whole = u32(steps);
-  let rest = steps - f32(whole);
-  return sign | (whole + select(0u, 1u, rest > 0.5 || (rest == 0.5 && (whole & 1u) == 1u)));
+  return codec_codes(vec4<u32>(f16_bits(x))).x;
+}
+
+fn codec_word(low: u32, high: u32) -> u32 {
+  return 0u;
+}
+
+fn codec_pack(raw: vec4<u32>, coder: vec4<f32>) -> vec4<u32> {
+  let even = codec_codes(raw & vec4<u32>(0xffffu));
+  let odd = codec_codes(raw >> vec4<u32>(16u));
+  return plane_pack(Codes(vec4<u32>(even.x, odd.x, even.y, odd.y), vec4<u32>(even.z, odd.z, even.w, odd.w)), 8u);
+}
+
+// Codes of f16 bits. From 2^-6 on 10 bits of mantissa are rounded to 3; below, 11 bits to multiples of 2^-9. Ties to even.
+fn codec_codes(bits: vec4<u32>) -> vec4<u32> {
+  const ONE = vec4<u32>(1u);
+  let magnitude = bits & vec4<u32>(0x7fffu);
+  let rebased = magnitude - vec4<u32>(8u << 10u);
+  let normal = min((rebased + vec4<u32>(63u) + ((rebased >> vec4<u32>(7u)) & ONE)) >> vec4<u32>(7u), vec4<u32>(126u));
+  let shift = vec4<u32>(16u) - clamp(magnitude >> vec4<u32>(10u), ONE, vec4<u32>(8u));
+  let leading = select(vec4<u32>(0x400u), vec4<u32>(0u), magnitude < vec4<u32>(0x400u));
+  let significand = (magnitude & vec4<u32>(0x3ffu)) | leading;
+  let small = (significand + (ONE << (shift - ONE)) - ONE + ((significand >> shift) & ONE)) >> shift;
+  let finite = select(normal, small, magnitude < vec4<u32>(9u << 10u));
+  return ((bits >> vec4<u32>(8u)) & vec4<u32>(128u)) | select(finite, vec4<u32>(127u), magnitude >= vec4<u32>(0x7c00u));
 }

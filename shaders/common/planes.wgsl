@@ -55,6 +55,19 @@ fn plane_codes(raw: vec4<u32>, bits: u32, unit: u32) -> Codes {
   return Codes((word >> vec4<u32>(0u, 1u, 2u, 3u)) & vec4<u32>(1u), (word >> vec4<u32>(4u, 5u, 6u, 7u)) & vec4<u32>(1u));
 }
 
+// Four codes, lowest bits first.
+fn plane_pack_four(codes: vec4<u32>, bits: u32) -> u32 {
+  return codes.x | (codes.y << bits) | (codes.z << (2u * bits)) | (codes.w << (3u * bits));
+}
+
+// Eight codes, lowest bits first: two words of 8 bits, or the lowest bits of one.
+fn plane_pack(codes: Codes, bits: u32) -> vec4<u32> {
+  let low = plane_pack_four(codes.low, bits);
+  let high = plane_pack_four(codes.high, bits);
+  if (bits == 8u) { return vec4<u32>(low, high, 0u, 0u); }
+  return vec4<u32>(low | (high << (4u * bits & 31u)), 0u, 0u, 0u);
+}
+
 // Eight codes of 4 bits as numbers, each 16 more than its code: the code's bits behind those of 16.0, in two operations,
 // where a conversion takes more.
 fn plane_nibbles(word: u32) -> Cell {

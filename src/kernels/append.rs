@@ -8,10 +8,12 @@
 //! rows [rows][stride] f32      page: K [head_dim / 8][page_size] cells, V [page_size][head_dim / 8] cells
 //! ```
 //!
-//! **Work.** One workgroup per row whose queries are turned, in place, and one per [`AppendItem`](super::abi::AppendItem): consecutive
-//! rows of one sequence that fall into one page of one KV head; a lane moves one cell of 16 bytes. Keys are turned only as
-//! they are written; attention reads them from their pages. Without [`Positions::Rotary`] rows come with their
-//! positions applied.
+//! **Work.** One workgroup per [`AppendItem`](super::abi::AppendItem), consecutive rows of one sequence that fall into one page of one
+//! KV head, and one per row whose queries are turned, in place. A lane writes cells of 16 bytes. Four neighbouring lanes take
+//! a cell of four tokens, 64 bytes of K in a row, and the next four the next cell, so that eight fours write whole lines of V as
+//! well; of queries neighbouring lanes take neighbouring vec4s. Items come first, since a page takes longer than a row. Keys
+//! are turned only as they are written; attention reads them from their pages. Without [`Positions::Rotary`] rows come with
+//! their positions applied.
 //!
 //! Angles come from the host in `step`, computed in f64: WGSL promises no accuracy for sine and cosine of large arguments.
 //!
@@ -25,6 +27,13 @@ use super::{Access, Binding, Constant, KernelSpec, modules};
 const BINDINGS: &[Binding] =
     &[("step", Access::Read), ("tables", Access::Read), ("rows", Access::ReadWrite), ("arena", Access::ReadWrite)];
 
+/// Lanes of a workgroup.
+const LANES: u32 = 256;
+/// vec4s of queries that a lane loads before it stores any, at most.
+const QUERY_LOADS: u32 = 4;
+/// Likewise cells of keys and of values each.
+const CELL_LOADS: u32 = 2;
+
 /// Whether queries and keys carry their positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Positions {
@@ -37,7 +46,14 @@ pub enum Positions {
 /// The append kernel of a cache shape.
 pub fn kernel(shape: &CacheShape, positions: Positions) -> KernelSpec {
     let mut constants = shape.constants();
-    constants.push(("WORKGROUP_SIZE".into(), Constant::U32(64)));
+    let loads = |n: u32, most| n.div_ceil(LANES).min(most);
+    for (name, value) in [
+        ("WORKGROUP_SIZE", LANES),
+        ("QUERY_LOADS", loads(shape.heads.q_width() / 4, QUERY_LOADS)),
+        ("CELL_LOADS", loads(shape.page_size * shape.heads.head_dim / 8, CELL_LOADS)),
+    ] {
+        constants.push((name.into(), Constant::U32(value)));
+    }
     constants.push(("TURNS".into(), Constant::Bool(positions == Positions::Rotary)));
     KernelSpec {
         name: "append",

@@ -67,8 +67,12 @@ impl CacheShape {
 }
 
 impl Format {
-    /// Constants of one side, under the names that `prefix` begins.
-    pub(super) fn side_constants(&self, side: Side, prefix: &str, constants: &mut Constants) {
+    /// Constants of one side.
+    pub(super) fn side_constants(&self, side: Side, constants: &mut Constants) {
+        let prefix = match side {
+            Side::Key => "KEY_",
+            Side::Value => "VALUE_",
+        };
         let page = self.shape.page();
         let codec = self.codec.side(side);
         let shape = codec.shape(side, page);
@@ -103,8 +107,7 @@ impl Format {
         put("ROTATES", Constant::Bool(centred || codec.transform == Transform::Rotation));
         put("CENTRES", Constant::Bool(centred));
         put("PICKS", Constant::Bool(matches!(codec.transform, Transform::Pruning { .. })));
-        put(if prefix == "SIDE_" { "PROJECTS" } else { "LIFTS" }, Constant::Bool(projects(codec)));
-        let prefix = if prefix == "SIDE_" { "" } else { prefix };
+        put("LIFTS", Constant::Bool(projects(codec)));
         let mut put = |name: &str, value| constants.push((format!("{prefix}CODEC_{name}").into(), value));
         put("BITS", Constant::U32(bits));
         put("GROUP", Constant::U32(group));
@@ -141,18 +144,24 @@ impl Format {
     pub(super) fn reader(&self, more: &[(&'static str, u32)]) -> (Constants, Vec<Part>) {
         let mut constants = self.shape.constants();
         constants.extend(more.iter().map(|(name, value)| ((*name).into(), Constant::U32(*value))));
-        self.side_constants(Side::Key, "KEY_", &mut constants);
-        self.side_constants(Side::Value, "VALUE_", &mut constants);
+        self.side_constants(Side::Key, &mut constants);
+        self.side_constants(Side::Value, &mut constants);
         constants.push(("OUT_DIM".into(), Constant::U32(self.shape.heads.head_dim)));
         constants.push(("VALUES_ARE_KEYS".into(), Constant::Bool(false)));
         constants.push(("PAIRED".into(), Constant::Bool(self.codec.paired)));
         constants.push(("LENGTHS".into(), Constant::U32(self.codec.side_words(self.shape.page()))));
-        let mut parts: Vec<Part> =
-            [&modules::F16, &modules::F16_VALUES, &modules::PLANES, &modules::CODEC_AFFINE].map(Part::from).into();
-        for side in [Side::Key, Side::Value] {
-            parts.push(Part { module: codec_module(self.codec.side(side).quantizer), side: Some(side) });
-        }
-        (constants, parts)
+        (constants, self.codec_parts())
+    }
+
+    /// The files of both sides' quantisers, and what they need.
+    pub(super) fn codec_parts(&self) -> Vec<Part> {
+        let common =
+            [&modules::F16, &modules::F16_VALUES, &modules::F16_CELLS, &modules::PLANES, &modules::CODEC_AFFINE];
+        let sides = [Side::Key, Side::Value].map(|side| {
+            let module = codec_module(self.codec.side(side).quantizer);
+            Part { module, side: Some(side) }
+        });
+        common.map(Part::from).into_iter().chain(sides).collect()
     }
 }
 
@@ -168,7 +177,7 @@ const fn projects(codec: Codec) -> bool {
 }
 
 /// The WGSL of a quantiser.
-pub(super) const fn codec_module(quantizer: Quantizer) -> &'static Module {
+const fn codec_module(quantizer: Quantizer) -> &'static Module {
     match quantizer {
         Quantizer::F32 => &modules::CODEC_FLOAT32,
         Quantizer::F16 => &modules::CODEC_FLOAT16,

@@ -15,8 +15,9 @@ use super::parameters::{self, ParameterSource};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 use super::plan::{AttentionPlan, Dispatch, LayerPlan, Place};
 use super::prefill::PrefillSpec;
-use super::{Recorder, append, flat_grid, merge_states, quest, seal};
-use crate::compression::hidden::{HiddenCodec, Side, lowrank};
+use super::seal::SealSpec;
+use super::{Recorder, append, flat_grid, merge_states, quest};
+use crate::compression::hidden::{HiddenCodec, lowrank};
 use crate::device::staging::Uploader;
 use crate::device::{Device, DeviceError};
 use crate::geometry::{Bytes, WORD_BYTES};
@@ -122,12 +123,14 @@ struct FormatKernels {
     prefill: Arc<Pipeline>,
     /// Workgroups of a prefill item.
     prefill_tiles: u32,
-    /// Keys, values; none for pages that are never sealed.
-    seal: Option<[Arc<Pipeline>; 2]>,
+    /// None for pages that are never sealed.
+    seal: Option<Arc<Pipeline>>,
+    /// Workgroups of a page.
+    seal_strips: u32,
     /// One bind group per arena, the window last.
     decode_groups: Vec<wgpu::BindGroup>,
     prefill_groups: Vec<wgpu::BindGroup>,
-    /// `[open arena, the window last][sealed arena]` for keys and values alike.
+    /// `[open arena, the window last][sealed arena]`.
     seal_groups: Vec<Vec<wgpu::BindGroup>>,
     parameters: wgpu::Buffer,
     angles: u32,
@@ -280,20 +283,16 @@ impl AttentionKernels {
             )?;
             let prefill_spec = PrefillSpec::new(format, cache.tuning().prefill(device.tier()));
             let prefill = cache.get(device, &prefill_spec.kernel())?;
-            let seal = if format.codec.seals() {
-                let mut compile = |side| cache.get(device, &seal::kernel(&format, side));
-                Some([compile(Side::Key)?, compile(Side::Value)?])
-            } else {
-                None
-            };
+            let seal_spec = SealSpec::new(format);
+            let seal = if format.codec.seals() { Some(cache.get(device, &seal_spec.kernel())?) } else { None };
             let reading = |pipeline: &Pipeline| -> Vec<wgpu::BindGroup> {
                 let bind = |arena| pipeline.bind(device, &[step, tables, Slot::Whole(arena), qkv, o, ml, parameters]);
                 pool.with_window().map(bind).collect()
             };
             let (decode_groups, prefill_groups) = (reading(&decode), reading(&prefill));
-            let seal_groups = seal.as_ref().map_or_else(Vec::new, |[keys, _]| {
+            let seal_groups = seal.as_ref().map_or_else(Vec::new, |seal| {
                 let bind = |open, sealed| {
-                    keys.bind(device, &[step, tables, parameters, Slot::Whole(open), Slot::Whole(sealed)])
+                    seal.bind(device, &[step, tables, parameters, Slot::Whole(open), Slot::Whole(sealed)])
                 };
                 pool.with_window().map(|open| pool.arenas.iter().map(|sealed| bind(open, sealed)).collect()).collect()
             });
@@ -303,6 +302,7 @@ impl AttentionKernels {
                 prefill,
                 prefill_tiles: prefill_spec.tiles(),
                 seal,
+                seal_strips: seal_spec.strips(),
                 decode_groups,
                 prefill_groups,
                 seal_groups,
@@ -386,9 +386,8 @@ impl AttentionKernels {
         let format = self.format(place.codec);
         let params = SealParams { items, n_items, layer };
         let group = &format.seal_groups[self.arena(place.arena)][self.arena(place.sealed_arena)];
-        for pipeline in format.seal.iter().flatten() {
-            recorder.dispatch(pipeline, group, &params, flat_grid(n_items));
-        }
+        let seal = format.seal.as_ref().expect("only formats of sealed pages are places of sealing");
+        recorder.dispatch(seal, group, &params, flat_grid(n_items * format.seal_strips));
     }
 
     fn format(&self, codec: HiddenCodec) -> &FormatKernels {

@@ -68,6 +68,7 @@ fn rename(text: &str, side: Side) -> String {
             _ if word.starts_with("codec_") => lower,
             _ if word.starts_with("CODEC_") => upper,
             _ if word.starts_with("Codec") => camel,
+            _ if word.starts_with("side_") => return Some(format!("{lower}{}", &word["side_".len()..]).into()),
             _ => return word.strip_prefix("SIDE_").map(|name| format!("{upper}{name}").into()),
         };
         Some(format!("{prefix}{word}").into())
@@ -150,6 +151,6 @@ mod tests {
             "struct KeyCodecRow { x: u32 } // KEY_AT\nfn key_codec_row() -> KeyCodecRow { return KEY_CODEC_A + KEY_AT + side; }",
             "keys"
         );
-        assert_eq!(rename("codec_a(SIDE_B", Side::Value), "value_codec_a(VALUE_B", "values");
+        assert_eq!(rename("codec_a(SIDE_B, side_c)", Side::Value), "value_codec_a(VALUE_B, value_c)", "values");
     }
 }

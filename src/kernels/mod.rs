@@ -101,6 +101,8 @@ pub mod modules {
         LANES_SUBGROUP = "common/lanes_subgroup.wgsl";
         /// f16 bits to f32 in integers.
         F16_VALUES = "common/f16_values.wgsl";
+        /// Cells of f16 as f32, and in an order.
+        F16_CELLS = "common/f16_cells.wgsl";
         /// Planes of codes.
         PLANES = "common/planes.wgsl";
         /// Rounding of a group between its minimum and maximum.
@@ -153,6 +155,14 @@ pub mod modules {
         APPEND = "cache/append.wgsl";
         /// Full pages into codes.
         SEAL = "cache/seal.wgsl";
+        /// A side whose scales belong to tokens.
+        SEAL_BLOCKS = "cache/seal_blocks.wgsl";
+        /// Keys whose scales belong to channels.
+        SEAL_CHANNELS = "cache/seal_channels.wgsl";
+        /// A side of rotated channels.
+        SEAL_ROTATED = "cache/seal_rotated.wgsl";
+        /// A side of any other kind.
+        SEAL_GENERAL = "cache/seal_general.wgsl";
         /// Pages to and from one contiguous buffer.
         MOVE_PAGES = "cache/move_pages.wgsl";
         /// Smallest and largest keys of full pages.
@@ -225,8 +235,8 @@ pub enum Constant {
     F32(u32),
 }
 
-/// A WGSL file, as it is or under the names of a side: then every `codec_x`, `CODEC_X`, `CodecX` and `SIDE_X` in it reads
-/// `key_codec_x`, `KEY_CODEC_X`, `KeyCodecX` and `KEY_X` (or those of values).
+/// A WGSL file, as it is or under the names of a side: then every `codec_x`, `CODEC_X`, `CodecX`, `side_x` and `SIDE_X` in it reads
+/// `key_codec_x`, `KEY_CODEC_X`, `KeyCodecX`, `key_x` and `KEY_X` (or those of values).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Part {
     /// The file.

@@ -9,11 +9,12 @@ use super::matmul::Product;
 use super::prefill::{PrefillSpec, PrefillTuning};
 use super::product_tuning::{CooperativeRows, ProductTuning};
 use super::score::ScoreTuning;
+use super::seal::SealSpec;
 use super::{
     KernelSpec, append, embed, gather, key_scores, merge_layers, merge_states, moments, move_pages, quest, sample,
-    score, seal, select, stream,
+    score, select, stream,
 };
-use crate::compression::hidden::{self, Codec, HiddenCodec, Side};
+use crate::compression::hidden::{self, Codec, HiddenCodec};
 use crate::device::Tier;
 use crate::geometry::{HeadGeometry, PageGeometry};
 
@@ -126,7 +127,7 @@ pub fn format_specs(format: &Format) -> Vec<KernelSpec> {
         specs.extend([Tier::Portable, Tier::Subgroup].map(plain));
     }
     if format.codec.seals() {
-        specs.extend([Side::Key, Side::Value].map(|side| seal::kernel(format, side)));
+        specs.push(SealSpec::new(*format).kernel());
     }
     specs
 }

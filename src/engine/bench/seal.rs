@@ -1,4 +1,4 @@
-//! Seal: full f16 pages become codes, keys and values in a dispatch each.
+//! Seal: full f16 pages become codes.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 use super::inputs::{copies, n_copies, numbers, page_cells, places, targets};
 use super::outputs::{filled, poison};
 use super::{BenchSettings, Checked, KernelRun, Work};
-use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext, Side};
+use crate::compression::hidden::{HeadParameters, HiddenCodec, PageContext};
 use crate::device::Device;
 use crate::device::staging::{Uploader, download};
 use crate::engine::EngineError;
@@ -16,7 +16,8 @@ use crate::geometry::{Bytes, CELL_BYTES};
 use crate::kernels::abi::{SealItem, SealParams};
 use crate::kernels::attention::CacheShape;
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
-use crate::kernels::{Recorder, Slot, flat_grid, seal};
+use crate::kernels::seal::SealSpec as SealKernel;
+use crate::kernels::{Recorder, Slot, flat_grid};
 
 /// Pages of different contents.
 const DISTINCT: usize = 16;
@@ -36,8 +37,9 @@ pub struct SealSpec {
 #[derive(Debug)]
 pub struct SealRun {
     spec: SealSpec,
-    /// Keys, values.
-    pipelines: [Arc<Pipeline>; 2],
+    pipeline: Arc<Pipeline>,
+    /// Workgroups of a page.
+    strips: u32,
     /// Of each copy.
     groups: Vec<wgpu::BindGroup>,
     open: Vec<wgpu::Buffer>,
@@ -65,10 +67,8 @@ impl SealRun {
         let page = shape.page();
         codec.check(page).map_err(EngineError::Input)?;
         let format = shape.format(codec);
-        let seals = [
-            pipelines.get(device, &seal::kernel(&format, Side::Key))?,
-            pipelines.get(device, &seal::kernel(&format, Side::Value))?,
-        ];
+        let seal = SealKernel::new(format);
+        let (pipeline, strips) = (pipelines.get(device, &seal.kernel())?, seal.strips());
         let mut rng = ChaCha8Rng::seed_from_u64(29);
         let elements = usize::try_from(page.elements()).expect("a page fits in memory");
         let mut side = || numbers(&mut rng, elements);
@@ -101,10 +101,10 @@ impl SealRun {
         let n = n_copies(image.len() as u64 * 4 + sealed_bytes.0, settings);
         let open = copies(device, "open pages", &image, n)?;
         let sealed = targets(device, "sealed pages", sealed_bytes, n)?;
-        let bind = |(open, sealed)| seals[0].bind(device, &[&step, &tables, &unused, open, sealed].map(Slot::Whole));
+        let bind = |(open, sealed)| pipeline.bind(device, &[&step, &tables, &unused, open, sealed].map(Slot::Whole));
         let groups = open.iter().zip(&sealed).map(bind).collect();
         let (expected, first_open) = (encoded(codec), open_places[0]);
-        Ok(Self { spec: *spec, pipelines: seals, groups, open, sealed, places, first_open, expected })
+        Ok(Self { spec: *spec, pipeline, strips, groups, open, sealed, places, first_open, expected })
     }
 }
 
@@ -121,9 +121,8 @@ impl KernelRun for SealRun {
 
     fn record(&self, recorder: &mut Recorder<'_>, copy: usize) {
         let params = SealParams { items: 0, n_items: self.spec.pages, layer: 0 };
-        for pipeline in &self.pipelines {
-            recorder.dispatch(pipeline, &self.groups[copy % self.groups.len()], &params, flat_grid(params.n_items));
-        }
+        let grid = flat_grid(params.n_items * self.strips);
+        recorder.dispatch(&self.pipeline, &self.groups[copy % self.groups.len()], &params, grid);
     }
 
     fn poison(&mut self, device: &Device) -> Result<(), EngineError> {
