@@ -28,11 +28,11 @@ const BINDINGS: &[Binding] =
     &[("step", Access::Read), ("tables", Access::Read), ("rows", Access::ReadWrite), ("arena", Access::ReadWrite)];
 
 /// Lanes of a workgroup.
-const LANES: u32 = 256;
+const LANES: u32 = 64;
 /// vec4s of queries that a lane loads before it stores any, at most.
 const QUERY_LOADS: u32 = 4;
 /// Likewise cells of keys and of values each.
-const CELL_LOADS: u32 = 2;
+const CELL_LOADS: u32 = 4;
 
 /// Whether queries and keys carry their positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
