@@ -16,7 +16,9 @@
 //! PV a lane owns one cell of 8 channels and a stripe of tokens; stripes are added once, at the end. Query heads of the
 //! group are packed in `vec4`s, so a group of 3 computes 4. *Tiled* does the same in register tiles that are written out, with
 //! several loads in flight, and folds scales into queries and weights (its text says how); formats
-//! that it does not serve ([`DecodeTuning::fitted`]) go to the general one. Where a codec rotates channels, the query is
+//! that it does not serve ([`DecodeTuning::fitted`]) go to the general one. Its scores are sums of f32 products
+//! (`decode_products.wgsl`), or of whole numbers, with queries in two digits (`decode_digits.wgsl`), which rounds queries to 32,512
+//! steps of their head's largest channel. Where a codec rotates channels, the query is
 //! rotated once per item and the output once at the end, in workgroup memory.
 //!
 //! **Bytes.** Reads a page's bytes per page and KV head once, whatever the group size; writes
