@@ -6,7 +6,7 @@ use concertina::compression::hidden::HiddenCodec;
 use concertina::engine::bench::cache::CacheSpec;
 use concertina::engine::bench::gather::GatherRun;
 use concertina::engine::bench::score::{ScoreRun, ScoreSpec};
-use concertina::engine::bench::{BenchSettings, KernelRun};
+use concertina::engine::bench::{BenchSettings, KernelRun, TimedRuns};
 use concertina::eval::verify::attention::{Batch, Flip, check_batch};
 use concertina::eval::verify::eviction_tunings::check_launch;
 use concertina::eval::verify::{Check, Extent, count, run};
@@ -111,6 +111,7 @@ fn a_wide_group_and_a_long_context_stay_within_their_bounds_gpu() {
 #[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
 fn every_launch_over_a_spoiled_page_is_caught_gpu() {
     let (device, mut pipelines) = (common::device(), PipelineCache::default());
+    let mut runs = TimedRuns::new(device).expect("a timer");
     let settings = BenchSettings { cold: Bytes::ZERO, in_order: false, max_arena: None };
     for text in ["f16", "kivi4", "rot4"] {
         let codec = text.parse().expect("a codec");
@@ -118,14 +119,14 @@ fn every_launch_over_a_spoiled_page_is_caught_gpu() {
         let score = ScoreSpec { cache: cache(vec![150]), rows: 20 };
         let score = ScoreRun::new(device, &mut pipelines, &score, &settings).expect("it fits");
         let gather = GatherRun::new(device, &mut pipelines, &cache(vec![150, 70]), &settings).expect("it fits");
-        let runs: [Box<dyn KernelRun>; 2] = [Box::new(score), Box::new(gather)];
-        for mut run in runs {
+        let both: [Box<dyn KernelRun>; 2] = [Box::new(score), Box::new(gather)];
+        for mut run in both {
             for spoiled in [false, true] {
                 if spoiled {
                     run.spoil(device, 0).expect("a page is overwritten");
                 }
                 for candidate in 0..run.candidates().len() {
-                    let check = check_launch(device, &mut pipelines, run.as_mut(), candidate).expect("it runs");
+                    let check = check_launch(&mut runs, &mut pipelines, run.as_mut(), candidate).expect("it runs");
                     assert_eq!(check.passed(), !spoiled, "{text}: {check:?}");
                 }
             }

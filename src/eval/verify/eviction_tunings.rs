@@ -11,14 +11,14 @@ use crate::engine::EngineError;
 use crate::engine::bench::cache::CacheSpec;
 use crate::engine::bench::gather::GatherRun;
 use crate::engine::bench::score::{ScoreRun, ScoreSpec};
-use crate::engine::bench::{BenchSettings, KernelRun};
+use crate::engine::bench::{BenchSettings, KernelRun, TimedRuns};
 use crate::geometry::{Bytes, HeadGeometry};
+use crate::kernels::PipelineCache;
 use crate::kernels::attention::CacheShape;
 use crate::kernels::gather::GatherTuning;
 use crate::kernels::registry::DEFAULT_PAGE_SIZE;
 use crate::kernels::score::ScoreTuning;
 use crate::kernels::tuning::Tuning;
-use crate::kernels::{PipelineCache, Recorder};
 
 /// One codec for each way in which score's tiles read keys.
 const SCORED: [&str; 6] = ["f16", "kivi2", "f32", "fp8", "int8", "kivi4"];
@@ -31,12 +31,13 @@ const ROWS: u32 = 47;
 /// What is moved: pages of one run of the source and of two, and a list of a single token.
 const CONTEXTS: [u32; 4] = [259, 128, 65, 1];
 const SETTINGS: BenchSettings = BenchSettings { cold: Bytes::ZERO, in_order: false, max_arena: None };
-/// Whole evictions: scores from rows and from a last row, many kept tokens and few, and keys that are turned.
-const EVICTIONS: [&str; 4] = [
+/// Whole evictions: four that score, one for each tuning of a quick run, and one whose keys are turned.
+const EVICTIONS: [&str; 5] = [
     "token=h2o:0.25",
     "token=snapkv:0.5,hidden=kivi4",
-    "token=streaming:0.25:rerotate",
+    "token=pyramidkv:0.5",
     "token=tova:0.5,hidden=mean+rot3",
+    "token=streaming:0.25:rerotate",
 ];
 
 /// A kernel, its launches, and a codec of its pages.
@@ -115,6 +116,7 @@ pub(super) fn run(
         }
     }
     cache.tune(Tuning::default());
+    let mut runs = TimedRuns::new(device)?;
     for Case { kernel, shape, codec: name, launches } in cases(extent) {
         let codec = name.parse().unwrap_or_else(|e| panic!("a codec of verify's own should parse: {e}"));
         let spec = |contexts: &[u32]| CacheSpec { shape, codec, contexts: contexts.to_vec() };
@@ -126,7 +128,7 @@ pub(super) fn run(
             _ => Box::new(GatherRun::new(device, cache, &spec(&CONTEXTS), &SETTINGS)?),
         };
         for launch in launches {
-            let check = check_launch(device, cache, run.as_mut(), launch)?;
+            let check = check_launch(&mut runs, cache, run.as_mut(), launch)?;
             let case = format!("{}: d{} g{} {name}", check.case, shape.heads.head_dim, shape.heads.group_size());
             each(Check { kernel, case, ..check });
         }
@@ -139,17 +141,15 @@ pub(super) fn run(
 /// # Errors
 /// [`EngineError`] when the device refuses.
 pub fn check_launch(
-    device: &Device,
+    runs: &mut TimedRuns<'_>,
     cache: &mut PipelineCache,
     run: &mut dyn KernelRun,
     candidate: usize,
 ) -> Result<Check, EngineError> {
+    let device = runs.device();
     run.choose(device, cache, candidate)?;
     run.poison(device)?;
-    let mut encoder = device.raw.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-    run.record(&mut Recorder::new(encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default())), 0);
-    device.submit(encoder)?;
-    device.wait()?;
+    runs.run(run, 0, 1)?;
     let checked = run.check(device, 0)?;
     let error_over_bound = if checked.missing == 0 { checked.error_over_bound } else { f64::INFINITY };
     let case = run.candidates().swap_remove(candidate);
