@@ -14,7 +14,8 @@ use concertina::device::Device;
 use concertina::engine::bench::cache::CacheSpec;
 use concertina::engine::bench::decode::DecodeRun;
 use concertina::engine::bench::{BenchSettings, Checked, KernelRun, Work};
-use concertina::engine::{Engine, EngineConfig, EngineError};
+use concertina::engine::paged_attention::{PagedAttention, PagedAttentionConfig};
+use concertina::engine::{Engine, EngineConfig, EngineError, EvictionConfig};
 use concertina::eval::kernels::{Case, Sizes};
 use concertina::eval::prompt::Driver;
 use concertina::eval::tune::{Choice, TuneCase, TunePlan, TuneRow, search};
@@ -22,7 +23,7 @@ use concertina::geometry::{Bytes, HeadGeometry};
 use concertina::kernels::attention::CacheShape;
 use concertina::kernels::decode_choices::DecodeClass;
 use concertina::kernels::tuning::Tuning;
-use concertina::kernels::{PipelineCache, Recorder};
+use concertina::kernels::{KernelSpec, PipelineCache, Recorder, gather, score};
 use concertina::reference::compare::{kl_divergence, widen};
 use concertina::reference::transformer::ReferenceModel;
 use serde_json::Value;
@@ -233,4 +234,35 @@ fn another_tuning_gives_other_bits_of_the_same_answer_gpu() {
     }
     println!("nats from the reference: {worst:?}");
     assert!(kl_divergence(&reference[0], &widen(&by_file[1])) > 1e-2, "another row's logits should not pass");
+}
+
+/// Launches of scores and moves change no bit that a test could look for, so this one asks who holds their kernels.
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn evictions_hold_the_kernels_that_the_tuning_names_gpu() {
+    let heads = HeadGeometry { num_qo_heads: 6, num_kv_heads: 2, head_dim: 64 };
+    let shape = CacheShape { heads, page_size: 32 };
+    let format = shape.format(HiddenCodec::F16);
+    let by_default = Tuning::default();
+    let chosen = Tuning {
+        score: Some("tiled:64:64:4".parse().expect("a tile")),
+        gather: Some("lanes:256:4".parse().expect("a launch")),
+        ..Tuning::default()
+    };
+    let specs = |tuning: &Tuning| [score::kernel(&format, tuning.score()), gather::kernel(&format, tuning.gather())];
+    for (used, other) in [(&by_default, &chosen), (&chosen, &by_default)] {
+        let mut pipelines = PipelineCache::new(used.clone());
+        let config = PagedAttentionConfig {
+            evictions: EvictionConfig::of(&["token=h2o:0.5".parse().expect("a compression")], 1),
+            context_length: 256,
+            ..PagedAttentionConfig::new(shape, Bytes::mib(16), 32, 32 * 6 * 2)
+        };
+        let attention = PagedAttention::new(common::device(), &mut pipelines, config).expect("16 MiB suffice");
+        // The cache has one, and the caller.
+        let mut is_held =
+            |spec: &KernelSpec| Arc::strong_count(&pipelines.get(common::device(), spec).expect("it compiles")) > 2;
+        assert_eq!(specs(used).each_ref().map(&mut is_held), [true; 2], "used: {used:?}");
+        assert_eq!(specs(other).each_ref().map(&mut is_held), [false; 2], "not used: {other:?}");
+        drop(attention);
+    }
 }

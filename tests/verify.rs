@@ -3,7 +3,12 @@
 mod common;
 
 use concertina::compression::hidden::HiddenCodec;
+use concertina::engine::bench::cache::CacheSpec;
+use concertina::engine::bench::gather::GatherRun;
+use concertina::engine::bench::score::{ScoreRun, ScoreSpec};
+use concertina::engine::bench::{BenchSettings, KernelRun, TimedRuns};
 use concertina::eval::verify::attention::{Batch, Flip, check_batch};
+use concertina::eval::verify::eviction_tunings::check_launch;
 use concertina::eval::verify::{Check, Extent, count, run};
 use concertina::geometry::{Bytes, HeadGeometry};
 use concertina::kernels::PipelineCache;
@@ -99,5 +104,32 @@ fn a_wide_group_and_a_long_context_stay_within_their_bounds_gpu() {
         let codecs = ["int8", "kivi2", "mean+rot3", "think:0.6+kivi4", "lowrank:8+int8"];
         let sequences = codecs.map(|text| (text.parse().expect("a codec"), 150)).into();
         check(&Batch { shape, sequences, max_arena: None, flip: None });
+    }
+}
+
+#[test]
+#[cfg_attr(feature = "no-gpu-tests", ignore = "needs a GPU adapter; excluded by the feature no-gpu-tests")]
+fn every_launch_over_a_spoiled_page_is_caught_gpu() {
+    let (device, mut pipelines) = (common::device(), PipelineCache::default());
+    let mut runs = TimedRuns::new(device).expect("a timer");
+    let settings = BenchSettings { cold: Bytes::ZERO, in_order: false, max_arena: None };
+    for text in ["f16", "kivi4", "rot4"] {
+        let codec = text.parse().expect("a codec");
+        let cache = |contexts| CacheSpec { shape: shape(64, 3, 64), codec, contexts };
+        let score = ScoreSpec { cache: cache(vec![150]), rows: 20 };
+        let score = ScoreRun::new(device, &mut pipelines, &score, &settings).expect("it fits");
+        let gather = GatherRun::new(device, &mut pipelines, &cache(vec![150, 70]), &settings).expect("it fits");
+        let both: [Box<dyn KernelRun>; 2] = [Box::new(score), Box::new(gather)];
+        for mut run in both {
+            for spoiled in [false, true] {
+                if spoiled {
+                    run.spoil(device, 0).expect("a page is overwritten");
+                }
+                for candidate in 0..run.candidates().len() {
+                    let check = check_launch(&mut runs, &mut pipelines, run.as_mut(), candidate).expect("it runs");
+                    assert_eq!(check.passed(), !spoiled, "{text}: {check:?}");
+                }
+            }
+        }
     }
 }

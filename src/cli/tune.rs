@@ -22,10 +22,11 @@ use super::{interrupt, progress};
 
 /// Find the fastest launch of each kernel on this device, and keep it
 ///
-/// Measures the variants of decode, prefill and products for about a minute. Every variant is compared with f64 before and after; one
-/// whose result is wrong, or that does not compile, is named and can not win. A variant takes the place of the default only where
-/// the gain exceeds the spread of times. What was found is kept in a file that later commands read: `$CONCERTINA_TUNING`, or
-/// concertina/tuning.json in the user's folder of caches, by adapter, driver, version and tier.
+/// Measures the variants of decode, prefill, products, and of the scores and moves of evictions for about a minute. Every variant is
+/// compared with the reference before and after; one whose result is wrong, or that does not compile, is named and can not win. A
+/// variant takes the place of the default only where the gain exceeds the spread of times. What was found is kept in a file that
+/// later commands read: `$CONCERTINA_TUNING`, or concertina/tuning.json in the user's folder of caches, by adapter, driver, version
+/// and tier.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:

@@ -13,11 +13,9 @@ use super::abi::{
 };
 use super::attention::CacheShape;
 use super::executor::{AttentionKernels, ListOffsets, RowBuffers};
-use super::gather::GatherTuning;
 use super::key_scores::{KeyScoreMode, moment_values, summary_values};
 use super::pipeline::{KernelError, Pipeline, PipelineCache, Slot};
 use super::plan::{AttentionPlan, Place};
-use super::score::ScoreTuning;
 use super::{Recorder, flat_grid, gather, key_scores, merge_layers, moments, score, select};
 use crate::compression::hidden::HiddenCodec;
 use crate::device::Device;
@@ -157,13 +155,14 @@ impl EvictionKernels {
             expected: device.storage("expected queries", expected)?,
         };
         let b = &buffers;
+        let (score_tuning, gather_tuning) = (cache.tuning().score(), cache.tuning().gather());
         let mut formats = Vec::new();
         // Merged pages are the end of an eviction: none begins there.
         for (codec, parameters, angles) in attention.parameters().filter(|(codec, ..)| !codec.paired) {
             let format = shape.format(codec);
-            let score = cache.get(device, &score::kernel(&format, ScoreTuning::default()))?;
+            let score = cache.get(device, &score::kernel(&format, score_tuning))?;
             let key_scores = cache.get(device, &key_scores::kernel(&format))?;
-            let gather = cache.get(device, &gather::kernel(&format, GatherTuning::default()))?;
+            let gather = cache.get(device, &gather::kernel(&format, gather_tuning))?;
             let bind = |pipeline: &Pipeline, buffers: &[&wgpu::Buffer]| {
                 let slots: Vec<_> = buffers.iter().map(|buffer| Slot::Whole(buffer)).collect();
                 pipeline.bind(device, &slots)

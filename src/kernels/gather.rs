@@ -25,6 +25,7 @@
 //! a transform is undone (rotations, latents, turned keys) devices may round differently, by one unit of f16.
 
 use std::fmt;
+use std::str::FromStr;
 
 use super::abi::{GatherParams, Immediates as _};
 use super::attention::Format;
@@ -68,6 +69,18 @@ impl fmt::Display for GatherTuning {
     }
 }
 
+impl FromStr for GatherTuning {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::candidates();
+        known.iter().copied().find(|tuning| tuning.to_string() == text).ok_or_else(|| {
+            let names: Vec<String> = known.iter().map(ToString::to_string).collect();
+            format!("'{text}' is no tuning of gather: there are {}", names.join(", "))
+        })
+    }
+}
+
 /// The kernel whose source pages have `format`.
 pub fn kernel(format: &Format, tuning: GatherTuning) -> KernelSpec {
     let GatherTuning { lanes, loads } = tuning;
@@ -77,4 +90,21 @@ pub fn kernel(format: &Format, tuning: GatherTuning) -> KernelSpec {
     let files = [&modules::ATTENTION_SHARED, &modules::EVICT_ROWS, &modules::ROTATE_ROWS, &modules::GATHER];
     parts.extend(files.map(Part::from));
     KernelSpec { name: "gather", constants, parts, bindings: BINDINGS, immediate_bytes: GatherParams::BYTES }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_is_read_as_it_is_written_and_nonsense_is_refused() {
+        assert_eq!(GatherTuning::candidates()[0], GatherTuning::default(), "the default comes first");
+        for tuning in GatherTuning::candidates() {
+            assert_eq!(tuning.to_string().parse(), Ok(tuning), "{tuning}");
+        }
+        for wrong in ["", "lanes", "lanes:128", "lanes:128:8:1", "lanes:128:0", "lanes:96:8", "tiled:64:128:4"] {
+            let error = wrong.parse::<GatherTuning>().expect_err(wrong);
+            assert!(error.contains("no tuning of gather") && error.contains("lanes:128:8"), "{error}");
+        }
+    }
 }

@@ -212,6 +212,11 @@ impl PipelineCache {
         Self { self_tested: true, ..Self::default() }
     }
 
+    /// Launches kernels as `tuning` says from now on; what is compiled stays.
+    pub fn tune(&mut self, tuning: impl Into<Arc<Tuning>>) {
+        self.tuning = tuning.into();
+    }
+
     /// How kernels are launched.
     pub fn tuning(&self) -> &Tuning {
         &self.tuning

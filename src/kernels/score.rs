@@ -24,6 +24,7 @@
 //! **Bytes.** The keys of a page once per tile of pairs. **FLOPs.** `2 * head_dim` per (row, query head, token).
 
 use std::fmt;
+use std::str::FromStr;
 
 use super::abi::{Immediates as _, ScoreParams};
 use super::attention::{CacheShape, Format};
@@ -85,6 +86,18 @@ impl fmt::Display for ScoreTuning {
     }
 }
 
+impl FromStr for ScoreTuning {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::candidates();
+        known.iter().copied().find(|tuning| tuning.to_string() == text).ok_or_else(|| {
+            let names: Vec<String> = known.iter().map(ToString::to_string).collect();
+            format!("'{text}' is no tuning of score: there are {}", names.join(", "))
+        })
+    }
+}
+
 const BINDINGS: &[Binding] = &[
     ("step", Access::Read),
     ("tables", Access::Read),
@@ -107,4 +120,23 @@ pub fn kernel(format: &Format, tuning: ScoreTuning) -> KernelSpec {
     let (constants, mut parts) = format.reader(more);
     parts.extend(files.map(Part::from));
     KernelSpec { name: "score", constants, parts, bindings: BINDINGS, immediate_bytes: ScoreParams::BYTES }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tile_is_read_as_it_is_written_and_nonsense_is_refused() {
+        assert_eq!(ScoreTuning::candidates()[0], ScoreTuning::default(), "the default comes first");
+        for tuning in ScoreTuning::candidates() {
+            assert_eq!(tuning.to_string().parse(), Ok(tuning), "{tuning}");
+        }
+        for wrong in
+            ["", "tiled", "tiled:64:128", "tiled:64:128:4:1", "tiled:64:128:0", "tiled:60:128:4", "lanes:128:8"]
+        {
+            let error = wrong.parse::<ScoreTuning>().expect_err(wrong);
+            assert!(error.contains("no tuning of score") && error.contains("tiled:64:128:4"), "{error}");
+        }
+    }
 }

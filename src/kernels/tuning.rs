@@ -6,8 +6,10 @@
 use super::attention::Format;
 use super::decode::DecodeTuning;
 use super::decode_choices::DecodeChoices;
+use super::gather::GatherTuning;
 use super::prefill::PrefillTuning;
 use super::product_tuning::{CooperativeRows, ProductTuning};
+use super::score::ScoreTuning;
 use crate::device::Tier;
 
 /// What a kernel of attention multiplies. How far its result may be from the reference follows from this.
@@ -32,6 +34,10 @@ pub struct Tuning {
     pub product: Option<ProductTuning>,
     /// Of products of many rows on cooperative matrices.
     pub cooperative_product: Option<CooperativeRows>,
+    /// Of the attention that cached tokens receive, for all formats.
+    pub score: Option<ScoreTuning>,
+    /// Of moves of tokens that stay, for all formats.
+    pub gather: Option<GatherTuning>,
 }
 
 impl Tuning {
@@ -53,5 +59,15 @@ impl Tuning {
     /// The tile of products of many rows where a tier has them on cooperative matrices.
     pub fn cooperative_product(&self, tier: Tier) -> Option<CooperativeRows> {
         (tier == Tier::Cooperative).then(|| self.cooperative_product.unwrap_or(CooperativeRows::ALL[0]))
+    }
+
+    /// How tokens are scored.
+    pub fn score(&self) -> ScoreTuning {
+        self.score.unwrap_or_default()
+    }
+
+    /// How tokens that stay are moved.
+    pub fn gather(&self) -> GatherTuning {
+        self.gather.unwrap_or_default()
     }
 }

@@ -81,6 +81,12 @@ impl Tolerance {
         Self { relative: 8.0 * Self::U16 + Self::dot(n).relative }
     }
 
+    /// The largest error of a result, where `scale` is the magnitude that it is in proportion to.
+    pub fn bound(&self, scale: f64) -> f64 {
+        // The smallest normal f32 keeps results that should be zero comparable.
+        self.relative * scale + f64::from(f32::MIN_POSITIVE)
+    }
+
     /// The largest `error / bound` over all results, where `scale` is the magnitude that each bound multiplies;
     /// above 1 is a failure. Infinite when any result is not finite.
     ///
@@ -93,9 +99,7 @@ impl Tolerance {
             if !a.is_finite() {
                 return f64::INFINITY;
             }
-            // The smallest normal f32 keeps results that should be zero comparable.
-            let bound = self.relative * scale + f64::from(f32::MIN_POSITIVE);
-            f64::max(worst, (f64::from(*a) - b).abs() / bound)
+            f64::max(worst, (f64::from(*a) - b).abs() / self.bound(*scale))
         })
     }
 }

@@ -17,6 +17,7 @@ use crate::geometry::{Bytes, WORD_BYTES};
 use crate::kernels::abi::{ScoreItem, ScoreParams};
 use crate::kernels::pipeline::{Pipeline, PipelineCache};
 use crate::kernels::score::{self, ScoreTuning, TOKENS};
+use crate::kernels::tuning::Tuning;
 use crate::kernels::{Recorder, Slot, flat_grid};
 use crate::reference::compare::{Tolerance, nmse};
 
@@ -41,6 +42,7 @@ pub struct ScoreRun {
     cache: BenchCache,
     /// Of each copy: codec, bind group and list of each dispatch.
     dispatches: Vec<Vec<(HiddenCodec, wgpu::BindGroup, ScoreParams)>>,
+    candidates: Vec<ScoreTuning>,
     kernels: Vec<(HiddenCodec, Arc<Pipeline>)>,
     /// Of each copy: `[KV head][token]`.
     scores: Vec<wgpu::Buffer>,
@@ -82,6 +84,12 @@ impl ScoreSpec {
     }
 }
 
+/// Tiles, the one that the program uses first.
+fn candidates(tuning: &Tuning) -> Vec<ScoreTuning> {
+    let first = tuning.score();
+    std::iter::once(first).chain(ScoreTuning::candidates().into_iter().filter(|other| *other != first)).collect()
+}
+
 /// The kernels of the cache's codec, and of its open pages.
 fn compiled(
     device: &Device,
@@ -120,7 +128,8 @@ impl ScoreRun {
         let lse: Vec<f32> = (0..n_heads).map(|_| sum as f32 + rng.random_range(1.0_f32..3.0)).collect();
         let (q_buffer, lse_buffer) = (filled(device, "q", &q)?, filled(device, "log-sum-exp", &lse)?);
         let unused = device.storage("codec parameters", Bytes(16))?;
-        let kernels = compiled(device, pipelines, &spec.cache, ScoreTuning::default())?;
+        let candidates = candidates(pipelines.tuning());
+        let kernels = compiled(device, pipelines, &spec.cache, candidates[0])?;
         let of = |codec| &kernels.iter().find(|(of, _)| *of == codec).expect("pages are open or sealed").1;
         let (mut scores, mut dispatches) = (Vec::new(), Vec::new());
         for copy in 0..cache.copies.len() {
@@ -155,7 +164,8 @@ impl ScoreRun {
             dispatches.push(all);
         }
         let runs = Counts::new(scores.len());
-        let mut run = Self { spec: spec.clone(), cache, dispatches, kernels, scores, q, lse, runs };
+        let spec = spec.clone();
+        let mut run = Self { spec, cache, dispatches, candidates, kernels, scores, q, lse, runs };
         run.poison(device)?;
         Ok(run)
     }
@@ -183,11 +193,11 @@ impl ScoreRun {
 
 impl KernelRun for ScoreRun {
     fn candidates(&self) -> Vec<String> {
-        ScoreTuning::candidates().iter().map(ToString::to_string).collect()
+        self.candidates.iter().map(ToString::to_string).collect()
     }
 
     fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError> {
-        self.kernels = compiled(device, pipelines, &self.spec.cache, ScoreTuning::candidates()[candidate])?;
+        self.kernels = compiled(device, pipelines, &self.spec.cache, self.candidates[candidate])?;
         Ok(())
     }
 

@@ -218,7 +218,7 @@ fn seal(shape: CacheShape, codec: &str, pages: u32) -> Case {
 }
 
 /// The last rows of a prompt over its cache.
-fn score(name: &str, shape: CacheShape, codec: &str, tokens: u32, rows: u32) -> Case {
+pub(in crate::eval) fn score(name: &str, shape: CacheShape, codec: &str, tokens: u32, rows: u32) -> Case {
     let codec = parsed(codec);
     let spec = ScoreSpec { cache: CacheSpec { shape, codec, contexts: vec![tokens] }, rows };
     let prepare: Box<Prepare> =
@@ -233,7 +233,7 @@ fn select(name: &str, spec: SelectSpec) -> Case {
 }
 
 /// Half of every sequence stays.
-fn gather(name: &str, shape: CacheShape, codec: &str, contexts: Vec<u32>) -> Case {
+pub(in crate::eval) fn gather(name: &str, shape: CacheShape, codec: &str, contexts: Vec<u32>) -> Case {
     let codec = parsed(codec);
     let spec = CacheSpec { shape, codec, contexts };
     let prepare: Box<Prepare> =

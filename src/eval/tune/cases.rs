@@ -1,15 +1,17 @@
 //! What a search measures, and which choice each case settles.
 
-use super::super::kernels::cases::{decode, prefill, product, shape};
+use super::super::kernels::cases::{decode, gather, prefill, product, score, shape};
 use super::super::kernels::{Case, Sizes};
 use crate::compression::hidden::HiddenCodec;
 use crate::device::{Device, Tier};
 use crate::engine::bench::product::ProductSpec;
 use crate::kernels::decode::DecodeTuning;
 use crate::kernels::decode_choices::DecodeClass;
+use crate::kernels::gather::GatherTuning;
 use crate::kernels::prefill::PrefillTuning;
 use crate::kernels::product_tuning::{CooperativeRows, FewRows, ManyRows, ProductTuning};
 use crate::kernels::registry::DEFAULT_PAGE_SIZE;
+use crate::kernels::score::ScoreTuning;
 use crate::kernels::tuning::Tuning;
 
 /// The choice that a case settles.
@@ -23,6 +25,10 @@ pub enum Choice {
     FewRows,
     /// Products of prompt rows: on cooperative matrices in that tier, and otherwise not.
     ManyRows,
+    /// Scores of cached tokens, of all formats.
+    Score,
+    /// Moves of tokens that stay, of all formats.
+    Gather,
 }
 
 /// A case, and what it settles.
@@ -41,6 +47,8 @@ enum Variant {
     Few(FewRows),
     Many(ManyRows),
     Cooperative(CooperativeRows),
+    Score(ScoreTuning),
+    Gather(GatherTuning),
 }
 
 impl Choice {
@@ -51,6 +59,8 @@ impl Choice {
         match self {
             Self::Decode(class) => label.parse().ok().map(|tuning| Variant::Decode(class, tuning)),
             Self::Prefill => label.parse().ok().map(Variant::Prefill),
+            Self::Score => label.parse().ok().map(Variant::Score),
+            Self::Gather => label.parse().ok().map(Variant::Gather),
             Self::FewRows => products.map(|p| p.few).find(|few| few.to_string() == label).map(Variant::Few),
             Self::ManyRows if device.tier() == Tier::Cooperative => label.parse().ok().map(Variant::Cooperative),
             Self::ManyRows => products.find(|p| p.many.to_string() == label).map(|p| Variant::Many(p.many)),
@@ -71,6 +81,8 @@ impl Choice {
             Some(Variant::Few(few)) => tuning.product = Some(ProductTuning { few, ..product }),
             Some(Variant::Many(many)) => tuning.product = Some(ProductTuning { many, ..product }),
             Some(Variant::Cooperative(tile)) => tuning.cooperative_product = Some(tile),
+            Some(Variant::Score(tile)) => tuning.score = Some(tile),
+            Some(Variant::Gather(launch)) => tuning.gather = Some(launch),
             None => {}
         }
     }
@@ -103,10 +115,20 @@ pub fn tune_cases(sizes: Sizes) -> Vec<TuneCase> {
     cases.push(TuneCase { case: product(spec), choice: Choice::FewRows });
     let spec = ProductSpec { rows: many, decode: false, ..spec };
     cases.push(TuneCase { case: product(spec), choice: Choice::ManyRows });
+    cases.extend(of_evictions(small, kv_heads));
     for (group, width) in [(8, 128), (1, 128), (4, 64), (8, 64), (1, 64)] {
         cases.extend(of_class(group, width));
     }
     cases
+}
+
+/// A document's end scored over its cache, and what stays of several moved, from f16: a document is evicted from before it is encoded.
+fn of_evictions(small: bool, kv_heads: u32) -> [TuneCase; 2] {
+    let shape = shape(kv_heads, 4, 128, DEFAULT_PAGE_SIZE);
+    let (name, tokens, rows) = if small { ("32after1k", 1 << 10, 32) } else { ("128after32k", 32 << 10, 128) };
+    let scored = TuneCase { case: score(name, shape, "f16", tokens, rows), choice: Choice::Score };
+    let (name, contexts) = if small { ("4x1k", vec![1 << 10; 4]) } else { ("16x8k", vec![8 << 10; 16]) };
+    [scored, TuneCase { case: gather(name, shape, "f16", contexts), choice: Choice::Gather }]
 }
 
 #[cfg(test)]
@@ -121,7 +143,7 @@ mod tests {
             let cases = tune_cases(sizes);
             let names: BTreeSet<String> = cases.iter().map(|case| case.case.name()).collect();
             let choices: BTreeSet<String> = cases.iter().map(|case| format!("{:?}", case.choice)).collect();
-            assert_eq!((names.len(), choices.len(), cases.len()), (27, 27, 27), "{sizes:?}: 4 codecs, 6 shapes, and 3");
+            assert_eq!((names.len(), choices.len(), cases.len()), (29, 29, 29), "{sizes:?}: 4 codecs, 6 shapes, and 5");
             for case in cases {
                 if let Choice::Decode(class) = case.choice {
                     assert!(class.format().is_ok_and(|f| Some(f.codec) == case.case.codec), "{class}");

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! { "format": 1, "entries": [ { "adapter": ..., "backend": ..., "driver": ..., "program": ..., "tier": ..., "choices": {
-//!     "decode": { "kivi4/g4-d128": "tiled:64:2:4:8:ahead" }, "prefill": ..., "product": ..., "cooperative_product": ... } } ] }
+//!     "decode": { "kivi4/g4-d128": "tiled:64:2:4:8:ahead" }, "prefill": ..., "product": ..., "cooperative_product": ...,
+//!     "score": ..., "gather": ... } } ] }
 //! ```
 //!
 //! Choices are read only of the entry that serves a device, and checked value by value, since a kernel is compiled from them; those
@@ -119,6 +120,8 @@ struct Choices {
     prefill: Option<String>,
     product: Option<String>,
     cooperative_product: Option<String>,
+    score: Option<String>,
+    gather: Option<String>,
 }
 
 /// A tuning in the words of the file.
@@ -128,6 +131,8 @@ pub fn choices_of(tuning: &Tuning) -> impl Serialize + use<> {
         prefill: tuning.prefill.map(|prefill| prefill.to_string()),
         product: tuning.product.map(|product| product.to_string()),
         cooperative_product: tuning.cooperative_product.map(|tile| tile.to_string()),
+        score: tuning.score.map(|tile| tile.to_string()),
+        gather: tuning.gather.map(|launch| launch.to_string()),
     }
 }
 
@@ -145,6 +150,8 @@ impl Choices {
         tuning.prefill = self.prefill.as_deref().map(str::parse).transpose()?;
         tuning.product = self.product.as_deref().map(str::parse).transpose()?;
         tuning.cooperative_product = self.cooperative_product.as_deref().map(str::parse).transpose()?;
+        tuning.score = self.score.as_deref().map(str::parse).transpose()?;
+        tuning.gather = self.gather.as_deref().map(str::parse).transpose()?;
         let cooperative = matches!(tuning.prefill, Some(PrefillTuning::Cooperative(_)));
         if (cooperative || tuning.cooperative_product.is_some()) && tier != Tier::Cooperative.to_string() {
             return Err(format!("cooperative matrices are not part of the {tier} tier"));

@@ -12,6 +12,8 @@ fn tuning() -> Tuning {
     }
     tuning.prefill = Some("general".parse().expect("a launch of prefill"));
     tuning.product = Some("few8x8x8x16:8:16:128,many128x128x8:2".parse().expect("a layout"));
+    tuning.score = Some("tiled:64:64:4".parse().expect("a tile of score"));
+    tuning.gather = Some("lanes:256:4".parse().expect("a launch of gather"));
     tuning
 }
 
@@ -90,6 +92,10 @@ fn wrong_values_are_refused_by_name() {
         ("\"cooperative_product\": null", "\"cooperative_product\": \"cooperative128x128\"", "subgroup tier"),
         ("\"cooperative_product\": null", "\"cooperative_product\": 7", "expected a string"),
         ("\"cooperative_product\"", "\"cooperative_produce\"", "unknown field"),
+        ("tiled:64:64:4", "tiled:64:65:4", "is no tuning of score"),
+        ("tiled:64:64:4", "tiled:4294967295:64:4", "is no tuning of score"),
+        ("lanes:256:4", "lanes:255:4", "is no tuning of gather"),
+        ("lanes:256:4", "tiled:64:64:4", "is no tuning of gather"),
         ("\"format\": 1", "\"format\": 2", "its format is 2"),
         ("\"format\": 1", "\"format\": -1", "invalid value"),
         ("\"choices\"", "\"chances\"", "unknown field"),

@@ -100,16 +100,20 @@ fn cases(extent: Extent) -> Vec<Compression> {
 const BATCH: usize = 24;
 
 /// Checks of one case.
-const CHECKS: usize = 5;
+pub(super) const CHECKS: usize = 5;
 
 pub(super) fn count(extent: Extent) -> usize {
     cases(extent).len() * CHECKS
 }
 
-pub(super) fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(Check)) -> Result<(), EngineError> {
-    let mut cache = PipelineCache::default();
+pub(super) fn run(
+    device: &Device,
+    cache: &mut PipelineCache,
+    extent: Extent,
+    each: &mut dyn FnMut(Check),
+) -> Result<(), EngineError> {
     for batch in cases(extent).chunks(BATCH) {
-        check(device, &mut cache, batch, None)?.into_iter().for_each(&mut *each);
+        check(device, cache, batch, None)?.into_iter().for_each(&mut *each);
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 pub mod attention;
 mod codecs;
 pub mod eviction;
+pub mod eviction_tunings;
 mod latent;
 pub mod operators;
 mod tunings;
@@ -14,6 +15,7 @@ use serde::Serialize;
 
 use crate::device::{Device, Tier};
 use crate::engine::EngineError;
+use crate::kernels::PipelineCache;
 
 /// The outcome of one check.
 #[derive(Clone, Debug, Serialize)]
@@ -63,7 +65,10 @@ pub fn run(device: &Device, extent: Extent, each: &mut dyn FnMut(&Check)) -> Res
     latent::run(device, &mut report)?;
     codecs::run(device, extent, &mut report)?;
     attention::run(device, extent, &mut report)?;
-    eviction::run(device, extent, &mut report)?;
+    // Evictions share kernels.
+    let mut pipelines = PipelineCache::default();
+    eviction::run(device, &mut pipelines, extent, &mut report)?;
+    eviction_tunings::run(device, &mut pipelines, extent, &mut report)?;
     tunings::run(device, extent, &mut report)?;
     Ok(checks)
 }
@@ -75,6 +80,7 @@ pub fn count(tier: Tier, extent: Extent) -> usize {
         + codecs::count(extent)
         + attention::count(extent)
         + eviction::count(extent)
+        + eviction_tunings::count(extent)
         + tunings::count(tier, extent)
 }
 
