@@ -60,7 +60,7 @@ proptest! {
                 prop_assert_eq!((sealed.len(), open.len()), wanted, "every list has room for the tokens");
                 if n > 0 {
                     // What the step's last row reads.
-                    let seen: u32 = table.seen_runs(layer, head, n_tokens - 1).map(|run| run.n_tokens).sum();
+                    let seen: u32 = table.seen_runs(layer, head, n_tokens - 1).iter().map(|run| run.n_tokens).sum();
                     prop_assert_eq!(seen, n_tokens, "the runs cover the list");
                 }
             }

@@ -18,13 +18,20 @@ impl<T: Copy, P: Copy + Ord> ByPlace<T, P> {
     }
 
     /// The items of a place, to add to. The place moves to the front, since what comes next is mostly of one of the last places.
+    #[inline]
     pub(crate) fn of(&mut self, place: P) -> &mut Vec<T> {
+        if self.0.first().is_none_or(|(first, _)| *first != place) {
+            self.bring_forward(place);
+        }
+        &mut self.0[0].1
+    }
+
+    fn bring_forward(&mut self, place: P) {
         let at = self.0.iter().position(|(p, _)| *p == place).unwrap_or_else(|| {
             self.0.push((place, Vec::new()));
             self.0.len() - 1
         });
         self.0.swap(0, at);
-        &mut self.0[0].1
     }
 
     /// Moves all items to the end of `list`; for every place that has some, where.

@@ -77,9 +77,9 @@ impl List<'_, '_> {
         position - self.table().page_position(0)
     }
 
-    /// What the row at a position reads, all tokens up to its own.
-    fn runs(&self, position: u32) -> impl Iterator<Item = Run> + '_ {
-        self.table().seen_runs(self.layer, self.kv_head, self.place(position))
+    /// Passes on what the row at a position reads, all tokens up to its own.
+    fn each_run(&self, position: u32, f: impl FnMut(Run)) {
+        self.table().each_seen(self.layer, self.kv_head, self.place(position), f);
     }
 
     pub(super) fn append(&self, parts: &mut LayerParts) {
@@ -231,8 +231,7 @@ impl List<'_, '_> {
         let quest = self.table().shape().quest;
         match quest.filter(|quest| self.layer >= quest.dense_layers && n_full > quest.pages) {
             Some(quest) => self.decode_chosen(quest, n_full, parts),
-            // Not a loop: iterators that are joined are much slower from outside.
-            None => self.runs(self.segment.first_index).for_each(|run| self.decode_run(&run, parts)),
+            None => self.each_run(self.segment.first_index, |run| self.decode_run(&run, parts)),
         }
         let n_states = (parts.n_states - state_lo) / self.group;
         merge.push(MergeItem { q_row: self.q_row(), state_lo, n_states, stride: self.group });
@@ -251,7 +250,7 @@ impl List<'_, '_> {
             let stride = n_rows * self.group;
             let state_lo = parts.n_states;
             let mut n_states = 0;
-            for run in self.runs(first_index + n_rows - 1) {
+            self.each_run(first_index + n_rows - 1, |run| {
                 let item = PrefillItem {
                     row_lo: s.row_lo + done,
                     n_rows,
@@ -269,7 +268,7 @@ impl List<'_, '_> {
                 parts.prefill.push(reading(&run), item);
                 parts.n_states += stride;
                 n_states += 1;
-            }
+            });
             merge.extend((0..n_rows).map(|r| MergeItem {
                 q_row: (s.row_lo + done + r) * self.num_kv_heads + self.kv_head,
                 state_lo: state_lo + r * self.group,
@@ -288,7 +287,7 @@ impl List<'_, '_> {
             let rows = scored.first..s.n_rows;
             for (piece, first) in (0..).zip(rows.clone().step_by(rows_max as usize)) {
                 let n_rows = rows_max.min(rows.end - first);
-                for run in self.runs(s.first_index + s.n_rows - 1) {
+                self.each_run(s.first_index + s.n_rows - 1, |run| {
                     let place = ScorePlace { pass: (pass, piece), largest: scored.largest, place: reading(&run) };
                     for start in (0..run.n_tokens).step_by(score::TOKENS as usize) {
                         let item = ScoreItem {
@@ -306,7 +305,7 @@ impl List<'_, '_> {
                         };
                         parts.score.push(place, item);
                     }
-                }
+                });
             }
         }
     }

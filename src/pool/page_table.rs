@@ -32,6 +32,8 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 pub use super::table_layers::Layers;
 pub use super::table_ranges::TableRanges;
 pub use super::table_runs::Run;
@@ -56,7 +58,8 @@ pub(super) struct PageRun {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pages {
     pub(super) pages: Vec<PageId>,
-    pub(super) runs: Vec<PageRun>,
+    /// Mostly one, which then lies here: a plan reads those of every list.
+    pub(super) runs: SmallVec<[PageRun; 1]>,
 }
 
 impl Pages {
@@ -84,6 +87,7 @@ impl Pages {
     }
 
     /// The runs of a range of pages.
+    #[inline]
     pub(super) fn clipped(&self, range: Range<u32>) -> impl Iterator<Item = PageRun> + '_ {
         self.runs.iter().filter_map(move |run| {
             let first = run.first.max(range.start);

@@ -29,6 +29,7 @@ impl Layers {
     }
 
     /// The layer of lists that a layer reads.
+    #[inline]
     pub fn list(&self, layer: u32) -> u32 {
         self.0.as_ref().map_or(layer, |lists| lists[layer as usize])
     }

@@ -40,6 +40,7 @@ impl PageTable {
     }
 
     /// First entry of a part of the list that a layer of the model reads.
+    #[inline]
     pub(super) fn entry(&self, layer: u32, kv_head: u32, part: Part) -> u32 {
         self.entry_of(self.layers.list(layer), kv_head, part)
     }
@@ -49,11 +50,13 @@ impl PageTable {
         self.region + list * self.list_capacity() + self.starts[part as usize]
     }
 
+    #[inline]
     pub(super) fn list_at(&self, layer: u32, kv_head: u32) -> &PageList {
         &self.lists[(self.layers.list(layer) * self.shape.num_kv_heads + kv_head) as usize]
     }
 
     /// Whether a list has no tail.
+    #[inline]
     pub fn is_closed(&self, layer: u32, kv_head: u32) -> bool {
         self.list_at(layer, kv_head).closed
     }
@@ -120,6 +123,7 @@ impl PageTable {
     }
 
     /// What an eviction kept of a list.
+    #[inline]
     pub fn kept_runs(&self, layer: u32, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
         let entry = self.entry(layer, kv_head, Part::Kept);
         let list = self.list_at(layer, kv_head);
@@ -133,6 +137,7 @@ impl PageTable {
     }
 
     /// Tokens of pages of the tail as a run.
+    #[inline]
     fn tail_run(&self, codec: HiddenCodec, arena: u16, entry: u32, pages: Range<u32>, kept: u32) -> Run {
         let size = self.shape.page.page_size;
         let offset = pages.start * size;
@@ -143,6 +148,7 @@ impl PageTable {
     }
 
     /// Pages of the tail in their codec.
+    #[inline]
     pub fn sealed_runs(&self, layer: u32, kv_head: u32, pages: Range<u32>) -> impl Iterator<Item = Run> + '_ {
         let entry = self.entry(layer, kv_head, Part::Sealed);
         let list = self.list_at(layer, kv_head);
@@ -153,6 +159,7 @@ impl PageTable {
     }
 
     /// Open pages of the tail: a list's own, then those in the window.
+    #[inline]
     pub fn open_runs(&self, layer: u32, kv_head: u32, pages: Range<u32>) -> impl Iterator<Item = Run> + '_ {
         let (codec, retired) = (HiddenCodec::F16, self.retired);
         let pages = pages.start - retired..pages.end - retired;
@@ -173,19 +180,30 @@ impl PageTable {
         own.chain(window)
     }
 
-    /// What a row reads, by its place in the tail: what was kept, every sealed page before its own, then the others up to
-    /// itself. Nothing of a closed list.
-    pub fn seen_runs(&self, layer: u32, kv_head: u32, place: u32) -> impl Iterator<Item = Run> + '_ {
+    /// Passes to `f` what a row reads, by its place in the tail: what is in common with another list, what was kept, every
+    /// sealed page before its own, then the others up to itself. Of a closed list there is no tail.
+    ///
+    /// Not an iterator: four that are joined are half of what a plan of many lists costs.
+    pub fn each_seen(&self, layer: u32, kv_head: u32, place: u32, mut f: impl FnMut(Run)) {
+        if self.merged_with[self.layers.list(layer) as usize].is_some() {
+            self.merged_runs(layer, kv_head).for_each(&mut f);
+        }
+        self.kept_runs(layer, kv_head).for_each(&mut f);
+        if self.is_closed(layer, kv_head) {
+            return;
+        }
         let page = place / self.shape.page.page_size;
         let sealed = self.sealed.min(page);
-        let (sealed, open) = if self.is_closed(layer, kv_head) {
-            (0..0, self.retired..self.retired)
-        } else {
-            (0..sealed, sealed..page + 1)
-        };
-        let tail = self.sealed_runs(layer, kv_head, sealed).chain(self.open_runs(layer, kv_head, open));
-        let tail = tail.map(move |run| Run { n_tokens: run.n_tokens.min(place + 1 - run.offset), ..run });
-        self.merged_runs(layer, kv_head).chain(self.kept_runs(layer, kv_head)).chain(tail)
+        let mut seen = |run: Run| f(Run { n_tokens: run.n_tokens.min(place + 1 - run.offset), ..run });
+        self.sealed_runs(layer, kv_head, 0..sealed).for_each(&mut seen);
+        self.open_runs(layer, kv_head, sealed..page + 1).for_each(&mut seen);
+    }
+
+    /// What [`Self::each_seen`] passes on.
+    pub fn seen_runs(&self, layer: u32, kv_head: u32, place: u32) -> Vec<Run> {
+        let mut runs = Vec::new();
+        self.each_seen(layer, kv_head, place, |run| runs.push(run));
+        runs
     }
 
     /// Everything that a list holds by itself between two steps, in order.

@@ -165,7 +165,7 @@ impl BenchCache {
     /// What a decode row reads of one KV head, in order.
     pub(super) fn runs(&self, copy: usize, sequence: usize, kv_head: u32) -> impl Iterator<Item = Run> + '_ {
         let table = &self.copies[copy][sequence];
-        table.seen_runs(0, kv_head, self.spec.contexts[sequence] - 1)
+        table.seen_runs(0, kv_head, self.spec.contexts[sequence] - 1).into_iter()
     }
 
     fn all_runs(&self) -> impl Iterator<Item = Run> + '_ {
