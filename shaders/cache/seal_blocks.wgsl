@@ -58,7 +58,7 @@ fn side_measure(li: u32, page: Page, strip: u32) {
       low = min(low, range & 0xffffu);
       high = max(high, range >> 16u);
     }
-    let word = codec_word(f16_of_key(low), f16_of_key(high));
+    let word = side_word(f16_of_key(low), f16_of_key(high));
     side_coders[i] = affine_coder(word);
     put_word((page.sealed + SIDE_AT) * 4u + SIDE_SCALES + group * PAGE_SIZE + strip * SIDE_STRIP + token, word);
   }
@@ -121,7 +121,7 @@ fn side_seal(li: u32, page: Page, strip: u32) {
       for (var j = 0u; j < SIDE_SPAN; j++) {  // unroll
         var coder = vec4<f32>(0.0);
         if (SIDE_HAS_GROUPS) { coder = side_coders[group * SIDE_STRIP + token + select(j, 0u, SIDE_IS_KEY)]; }
-        let cell = codec_pack(raw[n * SIDE_SPAN + j], coder);
+        let cell = side_pack(raw[n * SIDE_SPAN + j], coder);
         if (CODEC_PLANES[0] == 16u) { codes = cell; }
         if (CODEC_PLANES[0] == 8u) {
           codes[2u * j % 4u] = cell.x;

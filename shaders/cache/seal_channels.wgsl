@@ -34,7 +34,7 @@ fn side_measure(li: u32, page: Page, token_group: u32, first: u32) {
       low = min(low, range & 0xffffu);
       high = max(high, range >> 16u);
     }
-    let word = codec_word(f16_of_key(low), f16_of_key(high));
+    let word = side_word(f16_of_key(low), f16_of_key(high));
     let coder = affine_coder(word);
     for (var part = 0u; part < 3u; part++) {  // unroll
       side_coders[part * (SIDE_SLICE_CHANNELS / 4u) + i / 4u][i % 4u] = coder[part];

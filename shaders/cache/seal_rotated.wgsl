@@ -184,8 +184,8 @@ fn side_write(li: u32, page: Page, first: u32, base: u32, bits: u32, shift: u32)
         let c = select(cell, cell + j, SIDE_IS_KEY);
         if (c < SIDE_CELLS) {
           let scale = side_scales[t];
-          let low = codec_codes(side_vec(t, 2u * c), scale) >> vec4<u32>(shift);
-          let high = codec_codes(side_vec(t, 2u * c + 1u), scale) >> vec4<u32>(shift);
+          let low = side_codes(side_vec(t, 2u * c), scale) >> vec4<u32>(shift);
+          let high = side_codes(side_vec(t, 2u * c + 1u), scale) >> vec4<u32>(shift);
           let mask = vec4<u32>((1u << bits) - 1u);
           codes[w] |= plane_pack(Codes(low & mask, high & mask), bits).x << (j % n * 8u * bits);
         }

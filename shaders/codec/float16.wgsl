@@ -71,10 +71,10 @@ fn codec_code(x: f32, scale: u32) -> u32 {
   return f16_bits(x);
 }
 
-fn codec_word(low: u32, high: u32) -> u32 {
+fn side_word(low: u32, high: u32) -> u32 {
   return 0u;
 }
 
-fn codec_pack(raw: vec4<u32>, coder: vec4<f32>) -> vec4<u32> {
+fn side_pack(raw: vec4<u32>, coder: vec4<f32>) -> vec4<u32> {
   return raw;
 }

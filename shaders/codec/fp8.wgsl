@@ -66,21 +66,21 @@ fn codec_finish(stat: CodecStat) -> u32 {
 }
 
 fn codec_code(x: f32, scale: u32) -> u32 {
-  return codec_codes(vec4<u32>(f16_bits(x))).x;
+  return side_codes(vec4<u32>(f16_bits(x))).x;
 }
 
-fn codec_word(low: u32, high: u32) -> u32 {
+fn side_word(low: u32, high: u32) -> u32 {
   return 0u;
 }
 
-fn codec_pack(raw: vec4<u32>, coder: vec4<f32>) -> vec4<u32> {
-  let even = codec_codes(raw & vec4<u32>(0xffffu));
-  let odd = codec_codes(raw >> vec4<u32>(16u));
+fn side_pack(raw: vec4<u32>, coder: vec4<f32>) -> vec4<u32> {
+  let even = side_codes(raw & vec4<u32>(0xffffu));
+  let odd = side_codes(raw >> vec4<u32>(16u));
   return plane_pack(Codes(vec4<u32>(even.x, odd.x, even.y, odd.y), vec4<u32>(even.z, odd.z, even.w, odd.w)), 8u);
 }
 
 // Codes of f16 bits. From 2^-6 on 10 bits of mantissa are rounded to 3; below, 11 bits to multiples of 2^-9. Ties to even.
-fn codec_codes(bits: vec4<u32>) -> vec4<u32> {
+fn side_codes(bits: vec4<u32>) -> vec4<u32> {
   const ONE = vec4<u32>(1u);
   let magnitude = bits & vec4<u32>(0x7fffu);
   let rebased = magnitude - vec4<u32>(8u << 10u);

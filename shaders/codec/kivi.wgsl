@@ -89,10 +89,10 @@ fn codec_code(x: f32, scale: u32) -> u32 {
   return affine_code(x, scale);
 }
 
-fn codec_word(low: u32, high: u32) -> u32 {
+fn side_word(low: u32, high: u32) -> u32 {
   return affine_word(low, high, CODEC_LEVELS, CODEC_FACTOR);
 }
 
-fn codec_pack(raw: vec4<u32>, coder: vec4<f32>) -> vec4<u32> {
+fn side_pack(raw: vec4<u32>, coder: vec4<f32>) -> vec4<u32> {
   return affine_pack(raw, coder, CODEC_BITS);
 }

@@ -113,7 +113,7 @@ fn codec_finish(stat: CodecStat) -> u32 {
 
 // The k-th positive edge between levels: 64ths of the scale, a whole number of them, so that the product is exact in f32. As bits,
 // which are in the order of the numbers.
-fn codec_edge(k: u32, unit: f32) -> vec4<u32> {
+fn side_edge(k: u32, unit: f32) -> vec4<u32> {
   let low = 2u * k - 1u;
   let high = 2u * k + 1u;
   let edge = 128u * k + (CODEC_CUBIC * (low * low * low + high * high * high) + 128u) / 256u;
@@ -122,7 +122,7 @@ fn codec_edge(k: u32, unit: f32) -> vec4<u32> {
 
 // How many edges between levels are not above x. A positive number is compared with the positive edges; a negative one
 // is below as many as its magnitude is above, where a magnitude on an edge does not count: hence one less.
-fn codec_codes(x: vec4<f32>, scale: u32) -> vec4<u32> {
+fn side_codes(x: vec4<f32>, scale: u32) -> vec4<u32> {
   if (!f16_is_finite(scale)) { return vec4<u32>(0u); }
   const HALF = 1u << (CODEC_BITS - 1u);
   let unit = f16_value(scale) * 0.015625;
@@ -132,22 +132,22 @@ fn codec_codes(x: vec4<f32>, scale: u32) -> vec4<u32> {
   var above = vec4<u32>(0u);
   // The middle edge, then the middle one of those that remain.
   if (CODEC_BITS == 4u) {
-    let upper = magnitude >= codec_edge(4u, unit);
-    let next = magnitude >= select(codec_edge(2u, unit), codec_edge(6u, unit), upper);
-    let lower_edge = select(codec_edge(1u, unit), codec_edge(3u, unit), next);
-    let upper_edge = select(codec_edge(5u, unit), codec_edge(7u, unit), next);
+    let upper = magnitude >= side_edge(4u, unit);
+    let next = magnitude >= select(side_edge(2u, unit), side_edge(6u, unit), upper);
+    let lower_edge = select(side_edge(1u, unit), side_edge(3u, unit), next);
+    let upper_edge = select(side_edge(5u, unit), side_edge(7u, unit), next);
     let last = magnitude >= select(lower_edge, upper_edge, upper);
-    above = codec_bit(upper, 4u) | codec_bit(next, 2u) | codec_bit(last, 1u);
+    above = side_bit(upper, 4u) | side_bit(next, 2u) | side_bit(last, 1u);
   } else if (CODEC_BITS == 3u) {
-    let upper = magnitude >= codec_edge(2u, unit);
-    let last = magnitude >= select(codec_edge(1u, unit), codec_edge(3u, unit), upper);
-    above = codec_bit(upper, 2u) | codec_bit(last, 1u);
+    let upper = magnitude >= side_edge(2u, unit);
+    let last = magnitude >= select(side_edge(1u, unit), side_edge(3u, unit), upper);
+    above = side_bit(upper, 2u) | side_bit(last, 1u);
   } else {
-    above = codec_bit(magnitude >= codec_edge(1u, unit), 1u);
+    above = side_bit(magnitude >= side_edge(1u, unit), 1u);
   }
   return above ^ select(vec4<u32>(HALF), vec4<u32>(HALF - 1u), negative);
 }
 
-fn codec_bit(condition: vec4<bool>, bit: u32) -> vec4<u32> {
+fn side_bit(condition: vec4<bool>, bit: u32) -> vec4<u32> {
   return select(vec4<u32>(0u), vec4<u32>(bit), condition);
 }

@@ -14,6 +14,9 @@
 //! | `seal_rotated` | rotated channels | 16 tokens; the page where its mean is taken out |
 //! | `seal_general` | pruned keys, latents, f32 | the page |
 //!
+//! Functions of a codec's file that begin with `side_` serve the file that seals its pages; those that begin with `codec_` every
+//! kernel, and all codecs have them.
+//!
 //! The first two load all cells of a strip at once, 8 in a lane (4 for keys of `kivi4`), and keep them in registers as f16. Ranges are
 //! minima and maxima of whole numbers in the order of f16, so they find what is no number as well; a lane packs its codes
 //! in registers. Rotation, in workgroup memory, takes two passes: strides up to 4 when a cell is loaded, all others by the
