@@ -111,6 +111,10 @@ fn codec_finish(stat: CodecStat) -> u32 {
   return select(0x7e00u, scale, f16_is_finite(scale));
 }
 
+fn codec_code(x: f32, scale: u32) -> u32 {
+  return side_codes(vec4<f32>(x), scale).x;
+}
+
 // The k-th positive edge between levels: 64ths of the scale, a whole number of them, so that the product is exact in f32. As bits,
 // which are in the order of the numbers.
 fn side_edge(k: u32, unit: f32) -> vec4<u32> {
