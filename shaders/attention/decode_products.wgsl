@@ -71,22 +71,11 @@ fn scores(li: u32, block: u32, block_lane: u32, page: u32, token: u32, s: ptr<fu
             b = q_tile[c + g * QUADS + 1u];
           }
           for (var j = 0u; j < TOKENS; j++) {  // unroll
-            (*s)[j * GROUP_SIZE + g] = chained(k[j], a, b, (*s)[j * GROUP_SIZE + g]);
+            (*s)[j * GROUP_SIZE + g] =
+              chain(k[j].high, b, chain(k[j].low, a, (*s)[j * GROUP_SIZE + g]));
           }
         }
       }
     }
   }
-}
-
-// A cell of keys against eight query values, each product added to the last: one operation a product.
-fn chained(k: Cell, a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
-  var s = fma(k.low.x, a.x, sum);
-  s = fma(k.low.y, a.y, s);
-  s = fma(k.low.z, a.z, s);
-  s = fma(k.low.w, a.w, s);
-  s = fma(k.high.x, b.x, s);
-  s = fma(k.high.y, b.y, s);
-  s = fma(k.high.z, b.z, s);
-  return fma(k.high.w, b.w, s);
 }

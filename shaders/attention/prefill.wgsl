@@ -26,10 +26,6 @@ fn put_row_vec(i: u32, value: vec4<f32>) {
   p_tile[i / (QUADS + 1u)][i % (QUADS + 1u)] = value;
 }
 
-fn chain(q: vec4<f32>, k: vec4<f32>, sum: f32) -> f32 {
-  return fma(q.w, k.w, fma(q.z, k.z, fma(q.y, k.y, fma(q.x, k.x, sum))));
-}
-
 fn stage_queries(li: u32, tile: Tile, first: u32) {
   for (var i = li; i < TILE_ROWS * CHUNK_VECS; i += WORKGROUP_SIZE) {
     let r = i / CHUNK_VECS;

@@ -10,6 +10,11 @@ struct Channels {
   c4: vec4<f32>, c5: vec4<f32>, c6: vec4<f32>, c7: vec4<f32>,
 }
 
+// Four products, each added to the last: one operation a product.
+fn chain(q: vec4<f32>, k: vec4<f32>, sum: f32) -> f32 {
+  return fma(q.w, k.w, fma(q.z, k.z, fma(q.y, k.y, fma(q.x, k.x, sum))));
+}
+
 fn arena_cell(at: u32) -> vec4<u32> {
   return arena[at];
 }

@@ -4,30 +4,10 @@
 // (row, query head) pairs pass in tiles. Lanes are PAIR_GROUPS groups of ACROSS: a group owns 8 pairs of a tile, a lane of it 8 tokens
 // of TILE_TOKENS. Queries and keys pass through workgroup memory CHUNK_CELLS cells at a time, keys decoded once for a tile.
 
-struct ScoreParams {
-  items: u32,        // first vec4 of the work list in `step`
-  n_items: u32,
-  layer: u32,        // layers after the one whose pages the items name
-  q_stride: u32,     // f32 values between query rows
-  scale_log2: f32,   // sm_scale * log2(e)
-  angles: u32,       // first vec4 of the rotary tables in `parameters`
-  list_stride: u32,  // scores between one layer's list and the next
-  largest: u32,      // 1: the largest probability over rows and heads; 0: the sum over rows of the mean over heads
-}
-
 const HEAD_VECS = HEAD_DIM / 4u;
 const CHUNK_VECS = CHUNK_CELLS * 2u;
 const TILE_PAIRS = PAIR_GROUPS * 8u;
 const ACROSS = TILE_TOKENS / 8u;
-
-var<immediate> par: ScoreParams;
-@group(0) @binding(0) var<storage, read> step: array<vec4<u32>>;
-@group(0) @binding(1) var<storage, read> tables: array<u32>;
-@group(0) @binding(2) var<storage, read> arena: array<vec4<u32>>;
-@group(0) @binding(3) var<storage, read> q: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> lse: array<f32>;
-@group(0) @binding(5) var<storage, read> parameters: array<vec4<f32>>;
-@group(0) @binding(6) var<storage, read_write> scores: array<f32>;
 
 // Four channels of the queries of a tile, and 16 bytes by which neighbouring channels lie in different banks.
 struct QueryVecs {
@@ -79,10 +59,6 @@ fn stage_lse(li: u32, tile: Tile, first_pair: u32) {
     }
     lse_tile[i] = of_quad;
   }
-}
-
-fn chain(q: vec4<f32>, k: vec4<f32>, sum: f32) -> f32 {
-  return fma(q.w, k.w, fma(q.z, k.z, fma(q.y, k.y, fma(q.x, k.x, sum))));
 }
 
 @compute @workgroup_size(WORKGROUP_SIZE)

@@ -138,13 +138,18 @@ impl DecodeTuning {
     /// Everything that is worth trying for a format, the general kernel first.
     pub fn candidates(format: &Format) -> Vec<Self> {
         let mut candidates = Vec::new();
-        for tuning in Self::all() {
+        for tuning in Self::all().filter(|tuning| tuning.suits(format)) {
             let fitted = tuning.fitted(format);
             if !candidates.contains(&fitted) {
                 candidates.push(fitted);
             }
         }
         candidates
+    }
+
+    /// Whether it is another launch for this format than one without digits.
+    pub fn suits(&self, format: &Format) -> bool {
+        !matches!(self, Self::Tiled(DecodeTile { digits: true, .. })) || has_digits(format)
     }
 
     /// What it multiplies where it reads pages of this format.

@@ -173,6 +173,8 @@ pub mod modules {
         EVICT_ROWS = "evict/rows.wgsl";
         /// Attention that tokens receive.
         SCORE = "evict/score.wgsl";
+        /// What both texts of score share.
+        SCORE_BINDINGS = "evict/score_bindings.wgsl";
         /// The same for keys that are no plain channels.
         SCORE_GENERAL = "evict/score_general.wgsl";
         /// Scores from keys.

@@ -45,6 +45,9 @@ use crate::device::Tier;
 /// Rows of an item at most. A group has no more heads than half of it.
 pub const ITEM_ROWS: u32 = 64;
 
+/// Tokens whose probabilities are in workgroup memory at once: as many as the smallest tile has.
+const PART_TOKENS: u32 = 64;
+
 /// Workgroup memory that every supported adapter has.
 const PORTABLE_WORKGROUP_BYTES: u32 = 32 * 1024;
 
@@ -202,16 +205,11 @@ impl Mapping {
         self.head_vecs.div_ceil(self.across)
     }
 
-    /// Tokens whose probabilities are in workgroup memory at once.
-    const fn part_tokens(&self) -> u32 {
-        if self.tokens < 64 { self.tokens } else { 64 }
-    }
-
     /// Workgroup memory: staged queries and keys, staged values, probabilities, parts of maxima.
     const fn bytes(&self) -> u32 {
         let staged = (self.rows + self.tokens) * self.cells * 2;
         let values = self.value_tokens * self.lane_vecs() * self.across;
-        let probabilities = self.part_tokens() * (self.rows / 4 + 1);
+        let probabilities = PART_TOKENS * (self.rows / 4 + 1);
         16 * (staged + values + probabilities + self.rows)
     }
 
@@ -224,9 +222,9 @@ impl Mapping {
             ("ACROSS", self.across),
             ("LANE_TOKENS", self.tokens / self.across),
             ("LANE_VECS", self.lane_vecs()),
-            ("PART_TOKENS", self.part_tokens()),
-            ("PARTS", self.tokens / self.part_tokens()),
-            ("PART_LANE", self.part_tokens() / self.across),
+            ("PART_TOKENS", PART_TOKENS),
+            ("PARTS", self.tokens / PART_TOKENS),
+            ("PART_LANE", PART_TOKENS / self.across),
             ("CHUNK_CELLS", self.cells),
             ("VALUE_TOKENS", self.value_tokens),
             // Cells that a lane may decode of one load: all lanes should have some.

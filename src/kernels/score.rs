@@ -113,9 +113,12 @@ pub fn kernel(format: &Format, tuning: ScoreTuning) -> KernelSpec {
     let general = [("WORKGROUP_SIZE", 64)];
     let tiled = tuning.constants();
     let (more, files): (&[_], _) = if format.codec.k.transform == Transform::None {
-        (&tiled, [&modules::ATTENTION_SHARED, &modules::STAGE_KEYS, &modules::SCORE])
+        (&tiled, [&modules::ATTENTION_SHARED, &modules::SCORE_BINDINGS, &modules::STAGE_KEYS, &modules::SCORE])
     } else {
-        (&general, [&modules::ATTENTION_SHARED, &modules::EVICT_ROWS, &modules::SCORE_GENERAL])
+        (
+            &general,
+            [&modules::ATTENTION_SHARED, &modules::SCORE_BINDINGS, &modules::EVICT_ROWS, &modules::SCORE_GENERAL],
+        )
     };
     let (constants, mut parts) = format.reader(more);
     parts.extend(files.map(Part::from));

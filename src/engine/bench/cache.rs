@@ -9,6 +9,7 @@
 //! nothing is read back.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use half::f16;
 use rand::seq::SliceRandom as _;
@@ -23,7 +24,9 @@ use crate::device::Device;
 use crate::device::staging::Uploader;
 use crate::engine::EngineError;
 use crate::geometry::{Bytes, CELL_BYTES, PageGeometry, WORD_BYTES};
-use crate::kernels::attention::CacheShape;
+use crate::kernels::KernelSpec;
+use crate::kernels::attention::{CacheShape, Format};
+use crate::kernels::pipeline::{Pipeline, PipelineCache};
 use crate::pool::device::PoolBuffers;
 use crate::pool::page_table::{Capacity, Layers, PageTable, Run, TableRanges, TableShape, Window};
 use crate::pool::{PagePool, PoolLayout};
@@ -42,6 +45,20 @@ pub struct CacheSpec {
     pub codec: HiddenCodec,
     /// Tokens of each sequence, its decode row's own included.
     pub contexts: Vec<u32>,
+}
+
+impl CacheSpec {
+    /// A kernel for pages of the cache's codec, and one for its open pages.
+    pub(super) fn compiled(
+        &self,
+        device: &Device,
+        pipelines: &mut PipelineCache,
+        kernel: impl Fn(&Format) -> KernelSpec,
+    ) -> Result<Vec<(HiddenCodec, Arc<Pipeline>)>, EngineError> {
+        let open = (self.codec != HiddenCodec::F16).then_some(HiddenCodec::F16);
+        let mut compile = |codec| Ok((codec, pipelines.get(device, &kernel(&self.shape.format(codec)))?));
+        std::iter::once(self.codec).chain(open).map(&mut compile).collect()
+    }
 }
 
 /// Pages of one codec.

@@ -59,18 +59,6 @@ fn candidates(tuning: &Tuning) -> Vec<GatherTuning> {
     std::iter::once(first).chain(GatherTuning::candidates().into_iter().filter(|other| *other != first)).collect()
 }
 
-/// The kernels of the cache's codec, and of its open pages.
-fn compiled(
-    device: &Device,
-    pipelines: &mut PipelineCache,
-    spec: &CacheSpec,
-    tuning: GatherTuning,
-) -> Result<Vec<(HiddenCodec, Arc<Pipeline>)>, EngineError> {
-    let open = (spec.codec != HiddenCodec::F16).then_some(HiddenCodec::F16);
-    let compile = |codec| Ok((codec, pipelines.get(device, &gather::kernel(&spec.shape.format(codec), tuning))?));
-    std::iter::once(spec.codec).chain(open).map(compile).collect()
-}
-
 impl GatherRun {
     /// Makes and fills the cache, chooses, and compiles.
     ///
@@ -106,7 +94,7 @@ impl GatherRun {
         let target = device.storage("kept pages", Bytes(bytes))?;
         let unused = device.storage("codec parameters", Bytes(16))?;
         let candidates = candidates(pipelines.tuning());
-        let kernels = compiled(device, pipelines, spec, candidates[0])?;
+        let kernels = spec.compiled(device, pipelines, |format| gather::kernel(format, candidates[0]))?;
         let (spec, dispatches) = (spec.clone(), Vec::new());
         let mut run = Self { spec, cache, dispatches, candidates, kernels, target, kept, places };
         for copy in 0..run.cache.copies.len() {
@@ -224,7 +212,8 @@ impl KernelRun for GatherRun {
     }
 
     fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError> {
-        self.kernels = compiled(device, pipelines, &self.spec, self.candidates[candidate])?;
+        let tuning = self.candidates[candidate];
+        self.kernels = self.spec.compiled(device, pipelines, |format| gather::kernel(format, tuning))?;
         Ok(())
     }
 

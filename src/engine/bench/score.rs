@@ -90,18 +90,6 @@ fn candidates(tuning: &Tuning) -> Vec<ScoreTuning> {
     std::iter::once(first).chain(ScoreTuning::candidates().into_iter().filter(|other| *other != first)).collect()
 }
 
-/// The kernels of the cache's codec, and of its open pages.
-fn compiled(
-    device: &Device,
-    pipelines: &mut PipelineCache,
-    cache: &CacheSpec,
-    tuning: ScoreTuning,
-) -> Result<Vec<(HiddenCodec, Arc<Pipeline>)>, EngineError> {
-    let open = (cache.codec != HiddenCodec::F16).then_some(HiddenCodec::F16);
-    let compile = |codec| Ok((codec, pipelines.get(device, &score::kernel(&cache.shape.format(codec), tuning))?));
-    std::iter::once(cache.codec).chain(open).map(compile).collect()
-}
-
 impl ScoreRun {
     /// Makes and fills the cache, and compiles.
     ///
@@ -129,7 +117,7 @@ impl ScoreRun {
         let (q_buffer, lse_buffer) = (filled(device, "q", &q)?, filled(device, "log-sum-exp", &lse)?);
         let unused = device.storage("codec parameters", Bytes(16))?;
         let candidates = candidates(pipelines.tuning());
-        let kernels = compiled(device, pipelines, &spec.cache, candidates[0])?;
+        let kernels = spec.cache.compiled(device, pipelines, |format| score::kernel(format, candidates[0]))?;
         let of = |codec| &kernels.iter().find(|(of, _)| *of == codec).expect("pages are open or sealed").1;
         let (mut scores, mut dispatches) = (Vec::new(), Vec::new());
         for copy in 0..cache.copies.len() {
@@ -197,7 +185,8 @@ impl KernelRun for ScoreRun {
     }
 
     fn choose(&mut self, device: &Device, pipelines: &mut PipelineCache, candidate: usize) -> Result<(), EngineError> {
-        self.kernels = compiled(device, pipelines, &self.spec.cache, self.candidates[candidate])?;
+        let tuning = self.candidates[candidate];
+        self.kernels = self.spec.cache.compiled(device, pipelines, |format| score::kernel(format, tuning))?;
         Ok(())
     }
 

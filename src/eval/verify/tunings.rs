@@ -28,8 +28,11 @@ fn shape(head_dim: u32, group: u32) -> CacheShape {
 }
 
 fn sequences(codecs: &[(&str, u32)]) -> Vec<(HiddenCodec, u32)> {
-    let parse = |text: &str| text.parse().unwrap_or_else(|e| panic!("a codec of verify's own should parse: {e}"));
-    codecs.iter().map(|(text, n)| (parse(text), *n)).collect()
+    codecs.iter().map(|(text, n)| (parsed(text), *n)).collect()
+}
+
+fn parsed(text: &str) -> HiddenCodec {
+    text.parse().unwrap_or_else(|e| panic!("a codec of verify's own should parse: {e}"))
 }
 
 /// Two of the codecs for the launch at a place, in turn: over all launches every codec, and several of each.
@@ -65,10 +68,9 @@ fn cases(extent: Extent, tier: Tier) -> Vec<Case> {
         for (shape, codecs) in [(shape, &DECODED[..]), (wide, &WIDE[..])] {
             for (i, tuning) in DecodeTuning::all().enumerate() {
                 let name = format!("{tuning}: ");
-                let codecs = match extent {
-                    Extent::Full => codecs.to_vec(),
-                    Extent::Quick => few(codecs, i),
-                };
+                let suits = |(text, _): &&(&str, u32)| tuning.suits(&shape.format(parsed(text)));
+                let codecs: Vec<_> = codecs.iter().filter(suits).copied().collect();
+                let codecs = if extent == Extent::Full { codecs } else { few(&codecs, i) };
                 let batch = Batch { shape, sequences: sequences(&codecs), max_arena: None, flip: None };
                 let tuning = Tuning { decode: chosen(shape, &batch.sequences, tuning), ..Tuning::default() };
                 cases.push(Case { kernel: "decode", tuning, name, batch });
